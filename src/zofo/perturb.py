@@ -1,0 +1,286 @@
+"""Evaluate a model at θ + scale·z without ever writing θ.
+
+Inside `perturbed`, every torch function that is about to read one of the parameters is handed
+W + scale·z in a scratch buffer instead. It does not matter who reads a parameter or how: its own module,
+another one, a tied head, a view, a fused operation. Nothing is hooked onto the model, so an exception, an
+out-of-memory error or Ctrl-C inside the block has nothing to undo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from zofo import noise
+from zofo.errors import ZofoError
+from zofo.noise import Distribution, Term
+
+_ACTIVE: list[_Reader] = []  # at most one: nested blocks share it
+
+# Reads of these need no values. Whatever is missing here costs time, never correctness.
+_METADATA: frozenset[Any] = frozenset(
+    [
+        *(
+            getter.__get__  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
+            for getter in (
+                Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.layout, Tensor.is_cuda, Tensor.is_cpu,
+                Tensor.is_meta, Tensor.requires_grad, Tensor.grad, Tensor.is_leaf, Tensor.grad_fn, Tensor.is_sparse,
+                Tensor.is_quantized, Tensor.itemsize, Tensor.nbytes, Tensor.is_nested,
+            )
+        ),
+        Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
+        Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.is_complex, torch.is_floating_point, torch.numel,
+        torch.is_complex,
+    ]
+)  # fmt: skip
+
+
+class Scratch:
+    """Buffers for W + scale·z, used again by every parameter of the same dtype and device.
+
+    At any time they hold about as much as the largest parameter that was read. One `Scratch` may serve many `perturbed`
+    blocks one after the other, which saves the system from handing out and clearing the same memory in each.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised flat buffer of at least `like.numel()` elements."""
+        fits = [
+            b for b in self._free if b.numel() >= like.numel() and (b.dtype, b.device) == (like.dtype, like.device)
+        ]
+        if fits:
+            best = min(fits, key=Tensor.numel)
+            self._free = [b for b in self._free if b is not best]
+            return best
+        self._free.clear()
+        return torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """The buffer may be overwritten from now on."""
+        self._free.append(buffer)
+
+
+@contextmanager
+def perturbed(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    seed: int,
+    scale: float,
+    step: int = 0,
+    query: int = 0,
+    *,
+    distribution: Distribution = "normal",
+    scratch: Scratch | None = None,
+    require_all: bool = True,
+) -> Iterator[None]:
+    """Within the block, every forward of the model sees W + scale·z in place of each parameter W.
+
+    z is `direction(parameters, seed, step, query)`. The parameters themselves are never written. Blocks
+    nest: the inner one adds its noise to the outer one's. Not thread-safe: the block belongs to the thread that entered it.
+    Gradients do not flow to W. Extra memory: the largest parameter; more only while autograd or a view keeps a buffer alive.
+
+    Args:
+        model: the model; only used to name a parameter that is not one of its own.
+        parameters: name -> tensor, as from `dict(model.named_parameters())`; a tied weight stands once.
+        seed: the run's seed.
+        scale: the factor of z, in the weights' unit; rounded as `noise.representable` says.
+        step: the optimizer step.
+        query: which of the step's directions.
+        distribution: "normal" or "rademacher".
+        scratch: buffers to use again; new ones by default.
+        require_all: refuse if something ran in the block but some of the parameters were never read.
+
+    Raises:
+        ZofoError: if a parameter is not one of the model's, is written inside the block, or was never read.
+
+    Examples:
+        >>> layer = nn.Linear(2, 1)
+        >>> x, theta = torch.ones(1, 2), dict(layer.named_parameters())
+        >>> with perturbed(layer, theta, seed=1, scale=0.5):
+        ...     moved = layer(x)
+        >>> bool((moved != layer(x)).all())
+        True
+    """
+    _require_members(model, parameters)
+    block = _Block.of(parameters, (seed, step, query), scale, distribution)
+    with _reader(scratch) as reader, reader.joined_by(block):
+        reader.ran = False
+        yield
+    missed = [name for name in parameters if name not in block.seen]
+    if require_all and reader.ran and missed:
+        raise ZofoError(
+            f"the forward never read {', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''} through torch: such a "
+            f"parameter cannot be moved by forward passes; leave it out of `parameters` ({len(missed)} of "
+            f"{len(parameters)} are affected), or use a model whose layers are plain torch"
+        )
+
+
+def direction(
+    parameters: Mapping[str, Tensor], seed: int, step: int, query: int = 0, distribution: Distribution = "normal"
+) -> dict[str, Tensor]:
+    """The direction z of each parameter, materialised in float32: for tests and study.
+
+    Args:
+        parameters: name -> tensor of any shape.
+        seed: the run's seed.
+        step: the optimizer step.
+        query: which of the step's directions.
+        distribution: "normal" or "rademacher".
+
+    Returns:
+        name -> z, of the parameter's shape and device.
+
+    Examples:
+        >>> direction({"w": torch.empty(2, 3)}, seed=0, step=0)["w"].shape
+        torch.Size([2, 3])
+    """
+    draw = noise.normal if distribution == "normal" else noise.rademacher
+    return {
+        name: draw(noise.stream_key(seed, step, query, name), 0, p.numel()).view(p.shape).to(p.device)
+        for name, p in parameters.items()
+    }
+
+
+@contextmanager
+def _reader(scratch: Scratch | None) -> Iterator[_Reader]:
+    if _ACTIVE:
+        yield _ACTIVE[0]
+        return
+    reader = _Reader(scratch or Scratch())
+    _ACTIVE.append(reader)
+    try:
+        with reader:
+            yield reader
+    finally:
+        _ACTIVE.clear()
+
+
+def _require_members(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    own = {id(p) for p in model.parameters()}
+    strange = [name for name, p in parameters.items() if id(p) not in own]
+    if strange:
+        raise ZofoError(
+            f"{strange[0]} is not a parameter of this {type(model).__name__}: pass the tensors themselves, as from "
+            "dict(model.named_parameters()), not copies of them"
+        )
+
+
+@dataclass(eq=False)
+class _Block:
+    """What one `perturbed` block adds to which tensor, and what has been read in it."""
+
+    tensors: dict[int, Tensor]  # also keeps the ids alive
+    names: dict[int, str]
+    terms: dict[int, Term]
+    distribution: Distribution
+    seen: set[str]
+
+    @staticmethod
+    def of(
+        parameters: Mapping[str, Tensor], direction: tuple[int, int, int], scale: float, distribution: Distribution
+    ) -> _Block:
+        return _Block(
+            tensors={id(p): p for p in parameters.values()},
+            names={id(p): name for name, p in parameters.items()},
+            terms={id(p): Term(noise.stream_key(*direction, name), scale) for name, p in parameters.items()},
+            distribution=distribution,
+            seen=set(),
+        )
+
+
+class _Reader(TorchFunctionMode):
+    """Replaces the parameters in the arguments of every torch function."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        super().__init__()
+        self._scratch = scratch
+        self._blocks: list[_Block] = []  # the outer one first
+        self._targets: set[int] = set()
+        self.ran = False
+
+    @contextmanager
+    def joined_by(self, block: _Block) -> Iterator[None]:
+        if any(other.distribution != block.distribution for other in self._blocks):
+            raise ZofoError("nested perturbed blocks must share one distribution; use the outer one's in both")
+        before = self._targets
+        self._blocks.append(block)
+        self._targets = before | block.terms.keys()
+        try:
+            yield
+        finally:
+            self._blocks.remove(block)
+            self._targets = before
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.ran = True
+        kwargs = kwargs or {}
+        if not (self._any_target(args) or (kwargs and self._any_target(tuple(kwargs.values())))):
+            return func(*args, **kwargs)
+        if func in _METADATA:
+            return func(*args, **kwargs)
+        self._refuse_writes(func, args, kwargs)
+        lent: list[Tensor] = []
+        result = func(*self._replace(args, lent), **self._replace(kwargs, lent))
+        storages = {buffer.untyped_storage().data_ptr(): buffer for buffer in lent}
+        for pointer, buffer in storages.items():
+            if not _may_keep(result, pointer):
+                self._scratch.give_back(buffer)
+        return result
+
+    def _any_target(self, values: tuple[Any, ...] | list[Any]) -> bool:
+        targets = self._targets
+        return any(
+            id(v) in targets or (isinstance(v, list | tuple) and self._any_target(v))  # pyright: ignore[reportUnknownArgumentType]
+            for v in values
+        )
+
+    def _replace(self, value: Any, lent: list[Tensor]) -> Any:
+        if id(value) in self._targets:
+            return self._perturbed_copy(value, lent)
+        if isinstance(value, list | tuple):
+            items: list[Any] = [self._replace(v, lent) for v in value]  # pyright: ignore[reportUnknownVariableType]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {k: self._replace(v, lent) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return value
+
+    def _perturbed_copy(self, parameter: Tensor, lent: list[Tensor]) -> Tensor:
+        blocks = [block for block in self._blocks if id(parameter) in block.terms]
+        for block in blocks:
+            block.seen.add(block.names[id(parameter)])
+        buffer = self._scratch.take(parameter)
+        lent.append(buffer)
+        copy = buffer[: parameter.numel()].view(parameter.shape)
+        terms = [block.terms[id(parameter)] for block in blocks]
+        noise.write_sum(parameter.detach(), terms, copy, 0, blocks[0].distribution)
+        return copy
+
+    def _refuse_writes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = func.__name__
+        in_place = name in ("__set__", "__setitem__") or name.startswith("__i") and name != "__invert__"
+        in_place = in_place or (name.endswith("_") and not name.endswith("__"))
+        target = args[0] if in_place and args else kwargs.get("out")
+        if id(target) in self._targets:
+            written = next(block.names[id(target)] for block in self._blocks if id(target) in block.names)
+            raise ZofoError(
+                f"{name} writes {written} inside a perturbed block, where θ is read-only: do it after the block"
+            )
+
+
+def _may_keep(result: Any, pointer: int) -> bool:
+    """Whether what a function returned may still need the buffer at `pointer`."""
+    if isinstance(result, Tensor):
+        return result.requires_grad or result.untyped_storage().data_ptr() == pointer
+    if isinstance(result, list | tuple):
+        return any(_may_keep(item, pointer) for item in result)  # pyright: ignore[reportUnknownVariableType]
+    return not (result is None or isinstance(result, bool | int | float | str | torch.Size | torch.dtype))
