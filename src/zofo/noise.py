@@ -127,7 +127,7 @@ def add_(tensor: Tensor, seed: int, scale: float, start: int = 0, distribution: 
 def write_sum(
     tensor: Tensor, terms: Sequence[Term], out: Tensor, start: int = 0, distribution: Distribution = "normal"
 ) -> None:
-    """out <- tensor + sum of the terms, summed in float32 and rounded once to `out`'s dtype.
+    """Out <- tensor + sum of the terms, summed in float32 and rounded once to `out`'s dtype.
 
     `out` may be `tensor` itself. Costs one pass over memory for any number of terms.
     """
@@ -152,7 +152,7 @@ def write_sum(
 
 @torch.no_grad()
 def update_(tensor: Tensor, terms: Sequence[Term], rounding_key: int, distribution: Distribution = "normal") -> None:
-    """tensor <- tensor + sum of the terms; bfloat16 and float16 are rounded stochastically.
+    """Tensor <- tensor + sum of the terms; bfloat16 and float16 are rounded stochastically.
 
     Stochastic rounding goes up or down with the probability that makes the result right on average, so
     that steps far below the distance of two neighbours still move the weights by their sum. Its random
@@ -177,7 +177,8 @@ def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cp
     """Compiles the noise kernels for one dtype and device, or loads them from torch's disk cache.
 
     The first call on a machine takes about 20 s, later processes about 3 s. The compiled kernels write the same
-    bits as the eager ones, about ten times faster. Without this call, or where there is no compiler, the eager form is used.
+    bits as the eager ones, about ten times faster. Without this call, or where there is no compiler, the eager
+    form is used.
 
     Returns:
         Whether the compiled kernels are in use.

@@ -1,8 +1,8 @@
 """How θ moves: zeroth-order rules, and the torch optimizers that carry them.
 
-A rule is a small object with `init` and `update`, as in optax; it sees names, tensors and an `Estimate`, and nothing of
-models or training. `ZerothOrderOptimizer` gives a rule the face of a `torch.optim.Optimizer`, so that schedulers and
-checkpoints treat it like any other; `JointOptimizer` steps several optimizers as one.
+A rule is a small object with `init` and `update`, as in optax; it sees names, tensors and an `Estimate`, and
+nothing of models or training. `ZerothOrderOptimizer` gives a rule the face of a `torch.optim.Optimizer`, so that
+schedulers and checkpoints treat it like any other; `JointOptimizer` steps several optimizers as one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ out-of-memory error or Ctrl-C inside the block has nothing to undo.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,28 +24,25 @@ from zofo.noise import Distribution, Term
 _ACTIVE: list[_Reader] = []  # at most one: nested blocks share it
 
 # Reads of these need no values. Whatever is missing here costs time, never correctness.
-_METADATA: frozenset[Any] = frozenset(
-    [
-        *(
-            getter.__get__  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
-            for getter in (
-                Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.layout, Tensor.is_cuda, Tensor.is_cpu,
-                Tensor.is_meta, Tensor.requires_grad, Tensor.grad, Tensor.is_leaf, Tensor.grad_fn, Tensor.is_sparse,
-                Tensor.is_quantized, Tensor.itemsize, Tensor.nbytes, Tensor.is_nested,
-            )
-        ),
-        Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
-        Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.is_complex, torch.is_floating_point, torch.numel,
-        torch.is_complex,
-    ]
+_PROPERTIES: tuple[Any, ...] = (
+    Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.layout, Tensor.is_cuda, Tensor.is_cpu,
+    Tensor.is_meta, Tensor.requires_grad, Tensor.grad, Tensor.is_leaf, Tensor.grad_fn, Tensor.is_sparse,
+    Tensor.is_quantized, Tensor.itemsize, Tensor.nbytes, Tensor.is_nested,
 )  # fmt: skip
+_METHODS: tuple[Any, ...] = (
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
+    Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.is_complex, torch.is_floating_point, torch.numel,
+    torch.is_complex,
+)  # fmt: skip
+_METADATA: frozenset[Any] = frozenset((*(p.__get__ for p in _PROPERTIES), *_METHODS))
 
 
 class Scratch:
     """Buffers for W + scale·z, used again by every parameter of the same dtype and device.
 
-    At any time they hold about as much as the largest parameter that was read. One `Scratch` may serve many `perturbed`
-    blocks one after the other, which saves the system from handing out and clearing the same memory in each.
+    At any time they hold about as much as the largest parameter that was read. One `Scratch` may serve many
+    `perturbed` blocks one after the other, which saves the system from handing out and clearing the same
+    memory in each.
     """
 
     def __init__(self) -> None:
@@ -80,12 +77,13 @@ def perturbed(
     distribution: Distribution = "normal",
     scratch: Scratch | None = None,
     require_all: bool = True,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Within the block, every forward of the model sees W + scale·z in place of each parameter W.
 
     z is `direction(parameters, seed, step, query)`. The parameters themselves are never written. Blocks
-    nest: the inner one adds its noise to the outer one's. Not thread-safe: the block belongs to the thread that entered it.
-    Gradients do not flow to W. Extra memory: the largest parameter; more only while autograd or a view keeps a buffer alive.
+    nest: the inner one adds its noise to the outer one's. Not thread-safe: the block belongs to the thread
+    that entered it. Gradients do not flow to W. Extra memory: the largest parameter; more only while
+    autograd or a view keeps a buffer alive.
 
     Args:
         model: the model; only used to name a parameter that is not one of its own.
@@ -150,7 +148,7 @@ def direction(
 
 
 @contextmanager
-def _reader(scratch: Scratch | None) -> Iterator[_Reader]:
+def _reader(scratch: Scratch | None) -> Generator[_Reader]:
     if _ACTIVE:
         yield _ACTIVE[0]
         return
@@ -207,7 +205,7 @@ class _Reader(TorchFunctionMode):
         self.ran = False
 
     @contextmanager
-    def joined_by(self, block: _Block) -> Iterator[None]:
+    def joined_by(self, block: _Block) -> Generator[None]:
         if any(other.distribution != block.distribution for other in self._blocks):
             raise ZofoError("nested perturbed blocks must share one distribution; use the outer one's in both")
         before = self._targets
@@ -267,7 +265,7 @@ class _Reader(TorchFunctionMode):
 
     def _refuse_writes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = func.__name__
-        in_place = name in ("__set__", "__setitem__") or name.startswith("__i") and name != "__invert__"
+        in_place = name in ("__set__", "__setitem__") or (name.startswith("__i") and name != "__invert__")
         in_place = in_place or (name.endswith("_") and not name.endswith("__"))
         target = args[0] if in_place and args else kwargs.get("out")
         if id(target) in self._targets:

@@ -1,0 +1,229 @@
+"""Load the backbone: a Hub id, a folder, a `.gguf` file, or a file inside an installed package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from zofo.errors import ZofoError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+PACKAGE_SCHEME = "pkg://"
+
+
+def load_model(name: str, dtype: DType = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model, dense and complete, with its tokenizer.
+
+    Args:
+        name: a Hub id, a folder, a `.gguf` file or `pkg://PACKAGE/PATH`.
+        dtype: of the weights. GGUF files are dequantised.
+
+    Returns:
+        The model in eval mode on the CPU, and a fast tokenizer that has a pad token.
+
+    Raises:
+        ZofoError: if there is no such model, it is no causal language model, its weights are pickled, incomplete or of
+            another shape, it needs code of its own, or its tokenizer is missing or does not fit.
+
+    Examples:
+        >>> load_model("nowhere/at-all.gguf")
+        Traceback (most recent call last):
+        ...
+        zofo.errors.ZofoError: there is no file nowhere/at-all.gguf: give the path of an existing .gguf file
+    """
+    source = local_source(name)
+    _require_causal(source, name)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ZofoError(f"cannot load the weights of {name}: {_first_line(error)}{_pickle_hint(source)}") from error
+    model, report = loaded
+    lost = [*report["missing_keys"], *report["mismatched_keys"]]
+    if lost:
+        raise ZofoError(
+            f"the weights of {name} do not fit its config.json: {lost[0]} is missing or has another shape "
+            f"({len(lost)} such tensors); use the complete checkpoint"
+        )
+    return model.eval(), _load_tokenizer(source, name, model)
+
+
+def local_source(name: str) -> str:
+    """What transformers can open: `name` itself, or the folder of the converted GGUF file."""
+    path = Path(package_file(name) if name.startswith(PACKAGE_SCHEME) else name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ZofoError(f"there is no file {path}: give the path of an existing .gguf file")
+        return str(_converted(path))
+    if path.is_dir():
+        _require_model_folder(path)
+        return str(path)
+    if path.is_file() or name.startswith((PACKAGE_SCHEME, ".", "/", "~")) or name.count("/") != 1:
+        raise ZofoError(
+            f"there is no model at {name}: give a Hub id (ORGANISATION/NAME), a folder that holds config.json and "
+            f"safetensors files, a .gguf file, or {PACKAGE_SCHEME}PACKAGE/PATH"
+        )
+    return name
+
+
+def package_file(name: str) -> Path:
+    """The file behind `pkg://PACKAGE/PATH`, without importing the package.
+
+    Raises:
+        ZofoError: if the package is not installed, or has no such file.
+    """
+    package, _, inner = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ZofoError(
+            f"{name} names the package {package!r}, which is not installed: pip install it (see the README)"
+        )
+    path = Path(spec.submodule_search_locations[0]) / inner
+    if not path.exists() or ".." in Path(inner).parts:
+        raise ZofoError(f"{name}: the installed package {package} has no file {inner!r}")
+    return path
+
+
+def cache_folder() -> Path:
+    """Where converted models lie: `$ZOFO_CACHE`, else `zofo` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("ZOFO_CACHE") or Path(base) / "zofo").expanduser()
+
+
+def _converted(file: Path) -> Path:
+    """The folder with the dequantised copy of a GGUF file, made once.
+
+    The lock goes away with the process that holds it, and the folder appears under its name only when complete: two
+    processes may start at once, and one may be killed half-way.
+    """
+    stat = file.stat()
+    mark = hashlib.sha256(f"1/{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{file.stem}-{mark}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            half = folder.with_name(folder.name + ".half")
+            shutil.rmtree(half, ignore_errors=True)
+            _convert(file, half)
+            half.rename(folder)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise ZofoError(
+            f"cannot read {file}: {_first_line(error)}; is it a complete GGUF of a causal model?"
+        ) from error
+    # a dequantised model is an ordinary one; with these marks left on, it would refuse to be saved or trained
+    model.is_quantized = False
+    model.hf_quantizer = None
+    if "quantization_config" in vars(model.config):
+        del model.config.quantization_config
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _require_model_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ZofoError(
+            f"{path} is no model folder: it has no config.json; give the folder that save_pretrained wrote"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ZofoError(f"{path} holds no safetensors files{_pickle_hint(str(path))}")
+
+
+def _pickle_hint(source: str) -> str:
+    pickles = [f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in Path(source).glob(pattern)]
+    if not pickles:
+        return ""
+    return (
+        f"; {pickles[0]} is a pickle, which can run code when it is opened, and is never read: convert it with "
+        "model.save_pretrained(FOLDER) in transformers"
+    )
+
+
+def _require_causal(source: str, name: str) -> None:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ZofoError(f"cannot load {name}: {_explained(_first_line(error))}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ZofoError(
+            f"{name} is a {config.model_type} model, which is no causal language model: choose one that "
+            "AutoModelForCausalLM can load"
+        )
+
+
+def _explained(message: str) -> str:
+    if "trust_remote_code" in message:
+        return "it needs trust_remote_code, that is code from the model's own folder, which zofo never runs"
+    if "connect" in message.lower() or "offline" in message.lower() or "cached" in message.lower():
+        return f"it is neither a folder here nor in the Hub cache, and the Hub cannot be reached ({message})"
+    return message
+
+
+def _load_tokenizer(source: str, name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ZofoError(
+            f"{name} has no tokenizer that can be loaded ({_first_line(error)}): add tokenizer.json"
+        ) from error
+    require_fitting_tokenizer(tokenizer, model)
+    return tokenizer
+
+
+def require_fitting_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Checks that a tokenizer is fast and fits the model, and gives it a pad token if it has none.
+
+    Raises:
+        ZofoError: if it has no offsets, no words, or more of them than the model has embeddings.
+    """
+    if not tokenizer.is_fast:
+        raise ZofoError("the tokenizer is a slow one, which reports no offsets: provide tokenizer.json")
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if not 1 < len(tokenizer) <= rows:
+        raise ZofoError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings: they do not belong together, "
+            "or tokens were added without model.resize_token_embeddings"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
