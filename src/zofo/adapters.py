@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zofo.errors import ZofoError
-from zofo.models import DType, load_model
+from zofo.models import DType, load_weights
 
 UPPER = "upper"
 LOWER = "lower"
@@ -151,8 +151,7 @@ class AdaptedModel:
         Raises:
             ZofoError: if they are not there or are not of this model.
         """
-        stored, _ = load_model(str(folder / "backbone"), dtype)
-        values = dict(stored.named_parameters())
+        values = dict(load_weights(str(folder / "backbone"), dtype).named_parameters())
         if values.keys() != self.backbone.keys():
             odd = sorted(values.keys() ^ self.backbone.keys())[0]
             raise ZofoError(f"{folder} holds another model's backbone: {odd} is in one and not in the other")
@@ -194,12 +193,12 @@ def merged(backbone: str, adapter: str, dtype: DType = "float32") -> PreTrainedM
     Raises:
         ZofoError: if the adapter cannot be merged, as prompts and prefixes cannot.
     """
-    model, _ = load_model(backbone, dtype)
-    adapted = attach(model, adapter)
-    if adapted.peft_config["default"].is_prompt_learning:
+    adapted = attach(load_weights(backbone, dtype), adapter)
+    config = adapted.peft_config["default"]
+    if config.is_prompt_learning:
         raise ZofoError(
-            f"{adapter} consists of virtual tokens ({adapted.peft_config['default'].peft_type}), which cannot be merged "
-            "into weights: deploy backbone/ and the adapter's folder together with peft"
+            f"{adapter} consists of virtual tokens ({config.peft_type}), which cannot be merged into weights: deploy "
+            "backbone/ and the adapter's folder together with peft"
         )
     return adapted.merge_and_unload(safe_merge=True)
 

@@ -54,6 +54,12 @@ def load_model(name: str, dtype: DType = "float32") -> tuple[PreTrainedModel, Pr
         ...
         zofo.errors.ZofoError: there is no file nowhere/at-all.gguf: give the path of an existing .gguf file
     """
+    model = load_weights(name, dtype)
+    return model, _load_tokenizer(local_source(name), name, model)
+
+
+def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
+    """The model of `load_model` without its tokenizer."""
     source = local_source(name)
     _require_causal(source, name)
     try:
@@ -69,7 +75,7 @@ def load_model(name: str, dtype: DType = "float32") -> tuple[PreTrainedModel, Pr
             f"the weights of {name} do not fit its config.json: {lost[0]} is missing or has another shape "
             f"({len(lost)} such tensors); use the complete checkpoint"
         )
-    return model.eval(), _load_tokenizer(source, name, model)
+    return model.eval()
 
 
 def local_source(name: str) -> str:

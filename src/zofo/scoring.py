@@ -1,0 +1,159 @@
+"""Losses and scores of batches, and the evaluation of a set of examples."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from zofo import metrics
+from zofo.adapters import AdaptedModel
+from zofo.data import IGNORED, NO_CANDIDATE, Batch, Example, LossKind, collate, pad
+
+_NEW_TOKENS = 32
+
+
+@dataclass
+class Tokens:
+    """How many tokens went through the model."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+class Scorer:
+    """Runs batches through a model, in whatever adapter is in use.
+
+    Args:
+        adapted: the model.
+        tokens: is counted up with every forward.
+    """
+
+    def __init__(self, adapted: AdaptedModel, tokens: Tokens) -> None:
+        self.adapted = adapted
+        self.tokens = tokens
+        accepted = inspect.signature(adapted.base.forward).parameters
+        self._windowed = "logits_to_keep" in accepted
+        # peft shifts positions by its virtual tokens itself; with right padding the model's own count is right
+        self.padding_side = "right" if adapted.prompt_learning else "left"
+        self._positions = "position_ids" in accepted and not adapted.prompt_learning
+
+    def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(float32 logits, targets) at the positions from the first target of any row to the end."""
+        ids, mask, targets = batch["input_ids"], batch["attention_mask"], batch["targets"]
+        start = int((targets != IGNORED).any(0).nonzero()[0])
+        keep = targets.shape[1] - start
+        extra: dict[str, Any] = {"logits_to_keep": keep} if self._windowed else {}
+        if self._positions:
+            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        self.tokens.forward += int(mask.sum())
+        output = self.adapted.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+        return output[:, -keep:].float(), targets[:, -keep:]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The summed float32 loss of a batch: divide by `count`.
+
+        For options, cross-entropy over the candidates' mean log-probabilities; else that of the answers' tokens.
+        """
+        if "gold" in batch:
+            return functional.cross_entropy(self.option_scores(batch), batch["gold"], reduction="sum")
+        logits, targets = self.logits(batch)
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def option_scores(self, batch: Batch) -> Tensor:
+        """(B, J) mean log-probability per token of each option; -inf where there is none."""
+        logits, targets = self.logits(batch)
+        if "candidates" in batch:
+            where = (targets != IGNORED).int().argmax(1)
+            at_answer = functional.log_softmax(logits[torch.arange(len(where)), where], dim=-1)
+            missing = batch["candidates"] == NO_CANDIDATE
+            return at_answer.gather(1, batch["candidates"].clamp(min=0)).masked_fill(missing, -torch.inf)
+        losses = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        means = -losses.sum(1) / (targets != IGNORED).sum(1)
+        assert "rows" in batch
+        missing = batch["rows"] == NO_CANDIDATE
+        return means[batch["rows"].clamp(min=0)].masked_fill(missing, -torch.inf)
+
+
+def count(batch: Batch) -> int:
+    """What a batch's summed loss is divided by: its examples, or its answer tokens."""
+    return len(batch["gold"]) if "gold" in batch else int((batch["targets"] != IGNORED).sum())
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    *,
+    metric: str,
+    kind: LossKind,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
+) -> dict[str, float]:
+    """The metric and the mean loss of a set of examples, in eval mode.
+
+    Args:
+        scorer: the model, with the adapter to evaluate in use.
+        examples: the set.
+        metric: one of `metrics.METRICS`.
+        kind: of the loss.
+        tokenizer: for padding and generated text.
+        batch_size: examples per forward; they are sorted by length first.
+        place: moves a batch to the model's device.
+
+    Returns:
+        {metric: value, "loss": value, "rows": number of examples}.
+    """
+    scorer.adapted.model.eval()
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    total, parts, chosen = 0.0, 0, dict[int, str]()
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        group = [examples[i] for i in numbers]
+        batch = place(collate(group, kind, _pad_id(tokenizer), scorer.padding_side))
+        if "gold" in batch:
+            scores = scorer.option_scores(batch)
+            total += float(functional.cross_entropy(scores, batch["gold"], reduction="sum"))
+            texts = [e.texts[int(j)] for e, j in zip(group, scores.argmax(1), strict=True)]
+        else:
+            total += float(scorer.loss(batch))
+            texts = _answers(scorer, group, metric, tokenizer, place)
+        parts += count(batch)
+        chosen.update(zip(numbers, texts, strict=True))
+    answers = [e.texts[e.gold] for e in examples]
+    value = metrics.score(metric, [chosen[i] for i in range(len(examples))], answers)
+    return {metric: value, "loss": total / parts, "rows": len(examples)}
+
+
+def _answers(
+    scorer: Scorer,
+    group: list[Example],
+    metric: str,
+    tokenizer: PreTrainedTokenizerBase,
+    place: Callable[[Batch], Batch],
+) -> list[str]:
+    """What the model says: the best option, or for generation the greedy text up to a line break."""
+    if metric in metrics.OPTION_METRICS:
+        scores = scorer.option_scores(place(collate(group, "options", _pad_id(tokenizer), scorer.padding_side)))
+        return [e.texts[int(j)] for e, j in zip(group, scores.argmax(1), strict=True)]
+    # a dummy answer of one token: what is left to read is the prompt
+    batch = place(pad([(e.prompt, (0,)) for e in group], _pad_id(tokenizer), "left"))
+    ids = batch["input_ids"]
+    config = GenerationConfig(max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=_pad_id(tokenizer))
+    config.eos_token_id = tokenizer.eos_token_id
+    model: Any = scorer.adapted.model
+    output = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config)
+    texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip().split("\n")[0] for text in texts]
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    assert isinstance(tokenizer.pad_token_id, int)
+    return tokenizer.pad_token_id

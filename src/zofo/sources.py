@@ -1,0 +1,123 @@
+"""Rows from a local file, a file inside an installed package, or a Hub data set."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+from datasets import load_dataset
+
+from zofo.errors import ZofoError
+from zofo.models import PACKAGE_SCHEME, package_file
+
+Row = dict[str, Any]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
+    """Reads a source into named splits.
+
+    Args:
+        source: a path relative to `folder`, `pkg://PACKAGE/PATH`, or a Hub data set as `ID` or `ID:CONFIG`. Files are
+            JSONL, JSON (a list), CSV, TSV, Parquet or text (one row a line, in the column `text`); `.gz` too.
+        folder: where relative paths start.
+
+    Returns:
+        {"all": rows} for a file; the data set's own splits otherwise.
+
+    Raises:
+        ZofoError: if it is missing, empty, broken (with file and line) or in another encoding than UTF-8.
+    """
+    if not source.startswith(PACKAGE_SCHEME) and _suffix(Path(source)) not in SUFFIXES:
+        return _hub(source)
+    path = package_file(source) if source.startswith(PACKAGE_SCHEME) else folder / Path(source).expanduser()
+    if not path.is_file():
+        raise ZofoError(f"there is no data file {path}: correct `source`; paths are relative to the task file")
+    rows = _read_file(path)
+    if not rows:
+        raise ZofoError(f"{path} is empty: give a file with at least one row")
+    return {"all": rows}
+
+
+def _read_file(path: Path) -> list[Row]:
+    suffix = _suffix(path)
+    try:
+        if suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        if suffix in (".csv", ".tsv"):
+            return _read_csv(path, "," if suffix == ".csv" else "\t")
+        text = _read_text(path)
+    except UnicodeDecodeError as error:
+        raise ZofoError(f"{path} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
+    except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
+        raise ZofoError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if suffix == ".txt":
+        return [{"text": line} for line in text.splitlines() if line.strip()]
+    return _parse_json(path, text) if suffix == ".json" else _parse_json_lines(path, text)
+
+
+def _read_text(path: Path) -> str:
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return data.decode("utf-8-sig")
+
+
+def _read_csv(path: Path, delimiter: str) -> list[Row]:
+    if not _read_text(path).strip():
+        return []
+    table = pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
+    )
+    return table.to_pylist()
+
+
+def _parse_json_lines(path: Path, text: str) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ZofoError(f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})") from error
+        rows.append(_require_row(row, f"{path}, line {number}"))
+    return rows
+
+
+def _parse_json(path: Path, text: str) -> list[Row]:
+    try:
+        rows = json.loads(text or "[]")
+    except json.JSONDecodeError as error:
+        raise ZofoError(f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno})") from error
+    if not isinstance(rows, list):
+        raise ZofoError(f"{path} holds no list of rows: write [{{...}}, ...], or one row a line in a .jsonl file")
+    return [_require_row(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _require_row(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise ZofoError(f'{where}: a row must be an object with named fields, like {{"text": "...", "label": 1}}')
+    return row
+
+
+def _hub(source: str) -> dict[str, list[Row]]:
+    name, _, config = source.partition(":")
+    try:
+        splits: Any = load_dataset(name, config or None)
+    except Exception as error:  # datasets raises many unrelated types for one cause: it could not be had
+        raise ZofoError(
+            f"cannot load the data set {source!r} ({str(error).splitlines()[0]}): give a file that ends in "
+            f"{', '.join(SUFFIXES)}, or the id of a Hub data set that can be reached"
+        ) from error
+    return {name: list(rows) for name, rows in splits.items()}
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix

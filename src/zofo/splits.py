@@ -1,0 +1,103 @@
+"""Disjoint, seeded, stratified parts of a task's records."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from zofo.errors import ZofoError
+from zofo.tasks import Record
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The four parts, and what to tell the user about them."""
+
+    lower: list[Record]
+    upper: list[Record]
+    dev: list[Record]
+    test: list[Record]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def train(self) -> list[Record]:
+        """Everything that a method without two levels trains on."""
+        return [*self.lower, *self.upper]
+
+
+def split_records(
+    records: dict[str, list[Record]],
+    *,
+    train_size: int | None,
+    dev_size: int,
+    test_size: int,
+    lower_fraction: float,
+    seed: int,
+) -> Splits:
+    """Cuts records into lower, upper, dev and test.
+
+    Test is cut first, then dev, then the training rows, all along one seeded order in which every stretch has
+    nearly the class shares of the whole: so the test rows do not depend on how many rows the others get. A prompt
+    that occurs more than once is kept once, test before dev before train.
+
+    Args:
+        records: {"all": ...}, or {"train": ...} with "dev" or "test" where the source has them.
+        train_size: rows for lower and upper together; None for all that remain.
+        dev_size: rows for model selection.
+        test_size: rows for the final figures.
+        lower_fraction: share of the training rows that goes to the lower level.
+        seed: of the order.
+
+    Raises:
+        ZofoError: if more rows are wanted than there are.
+    """
+    queues = {name: iter(_ordered(rows, seed)) for name, rows in records.items()}
+    pool = queues["all"] if "all" in queues else queues["train"]
+    taken = _Taken(set(), 0)
+    test = taken.take(queues.get("test", pool), test_size, "test_size")
+    dev = taken.take(queues.get("dev", pool), dev_size, "dev_size")
+    train = taken.take(pool, train_size, "train_size")
+    if not train:
+        raise ZofoError(f"no row is left to train on after {len(test)} for test and {len(dev)} for dev: ask for fewer")
+    cut = round(len(train) * lower_fraction)
+    repeats = f"{taken.dropped} rows dropped: their prompt occurs already in another row or split"
+    return Splits(train[:cut], train[cut:], dev, test, (repeats,) if taken.dropped else ())
+
+
+@dataclass
+class _Taken:
+    prompts: set[str]
+    dropped: int
+
+    def take(self, queue: Iterator[Record], wanted: int | None, key: str) -> list[Record]:
+        """The next `wanted` records (None: all) whose prompts are new."""
+        taken: list[Record] = []
+        while wanted is None or len(taken) < wanted:
+            record = next(queue, None)
+            if record is None:
+                break
+            if record.prompt in self.prompts:
+                self.dropped += 1
+            else:
+                self.prompts.add(record.prompt)
+                taken.append(record)
+        if wanted is not None and len(taken) < wanted:
+            raise ZofoError(f"{key} is {wanted}, but only {len(taken)} rows are left for it: ask for fewer")
+        return taken
+
+
+def _ordered(rows: list[Record], seed: int) -> list[Record]:
+    """A seeded order in which the classes are spread evenly: the i-th of n rows of a class stands near i / n."""
+    classes: dict[str, list[Record]] = defaultdict(list)
+    for row in rows:
+        classes[row.completion if row.options else ""].append(row)
+    random = np.random.default_rng(seed)
+    keyed: list[tuple[float, Record]] = []
+    for name in sorted(classes):
+        members = classes[name]
+        offset = random.random()
+        keyed += [((i + offset) / len(members), members[j]) for i, j in enumerate(random.permutation(len(members)))]
+    return [row for _, row in sorted(keyed, key=lambda pair: pair[0])]
