@@ -1,0 +1,13 @@
+"""zofo: fine-tune every weight of a language model in the memory of parameter-efficient fine-tuning."""
+
+from importlib.metadata import version
+
+from zofo import noise as noise
+from zofo.config import ZOFOConfig as ZOFOConfig
+from zofo.errors import ZofoError as ZofoError
+from zofo.perturb import direction as direction
+from zofo.perturb import perturbed as perturbed
+from zofo.trainer import ZOFOTrainer as ZOFOTrainer
+
+__all__ = ["ZOFOConfig", "ZOFOTrainer", "ZofoError", "direction", "noise", "perturbed"]
+__version__ = version("zofo")

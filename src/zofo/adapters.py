@@ -7,6 +7,7 @@ import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -32,6 +33,7 @@ from zofo.models import DType, load_weights
 
 UPPER = "upper"
 LOWER = "lower"
+_UNLIMITED = 1 << 30
 KINDS = ("lora", "prefix", "prompt", "none")
 
 
@@ -84,18 +86,25 @@ class AdaptedModel:
         base: the backbone.
         config: of the adapter; None for a backbone alone.
         twins: add `lower`, with the values of `upper`.
+        stored: instead of `config`, a PEFT folder whose adapter to use.
 
     Raises:
         ZofoError: if peft cannot put this adapter, or two of it, on this model.
     """
 
-    def __init__(self, base: PreTrainedModel, config: PeftConfig | None, twins: bool = False) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: PeftConfig | None = None,
+        twins: bool = False,
+        stored: str | None = None,
+    ) -> None:
         self.base = base
         self.backbone: dict[str, Tensor] = dict(base.named_parameters())
-        self.adapters: tuple[str, ...] = () if config is None else (UPPER, LOWER) if twins else (UPPER,)
+        self.adapters: tuple[str, ...] = (UPPER, LOWER) if twins else (UPPER,) if config or stored else ()
         for parameter in self.backbone.values():
             parameter.requires_grad_(False)
-        self._peft = None if config is None else _wrap(base, config, twins)
+        self._peft = attach(base, stored) if stored else None if config is None else _wrap(base, config, twins)
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -144,13 +153,24 @@ class AdaptedModel:
         # asking the Hub whether the vocabulary grew would need a network
         self._peft.save_pretrained(str(folder), selected_adapters=list(self.adapters), save_embedding_layers=False)
 
+    @property
+    def positions(self) -> int:
+        """How many tokens of text fit."""
+        config = self.base.config.to_dict()
+        most = config.get("max_position_embeddings") or config.get("n_positions") or _UNLIMITED
+        if self._peft is None or not self.prompt_learning:
+            return most
+        prompt: Any = self._peft.peft_config[UPPER]
+        return most - prompt.num_virtual_tokens
+
     @torch.no_grad()
-    def load(self, folder: Path, dtype: DType) -> None:
+    def load(self, folder: Path) -> None:
         """Copies the weights that `save` wrote into this model, bit for bit.
 
         Raises:
             ZofoError: if they are not there or are not of this model.
         """
+        dtype: Any = str(next(iter(self.backbone.values())).dtype).removeprefix("torch.")
         values = dict(load_weights(str(folder / "backbone"), dtype).named_parameters())
         if values.keys() != self.backbone.keys():
             odd = sorted(values.keys() ^ self.backbone.keys())[0]
@@ -194,7 +214,7 @@ def merged(backbone: str, adapter: str, dtype: DType = "float32") -> PreTrainedM
         ZofoError: if the adapter cannot be merged, as prompts and prefixes cannot.
     """
     adapted = attach(load_weights(backbone, dtype), adapter)
-    config = adapted.peft_config["default"]
+    config = adapted.peft_config[UPPER]
     if config.is_prompt_learning:
         raise ZofoError(
             f"{adapter} consists of virtual tokens ({config.peft_type}), which cannot be merged into weights: deploy "
@@ -212,6 +232,6 @@ def attach(model: PreTrainedModel, adapter: str) -> PeftModel:
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ZofoError(f"{adapter} is no adapter: give a folder with adapter_config.json, such as RUN/upper")
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        return PeftModel.from_pretrained(model, adapter, adapter_name=UPPER)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ZofoError(f"the adapter {adapter} does not fit this model: {str(error).splitlines()[0]}") from error

@@ -67,6 +67,15 @@ def split_records(
     return Splits(train[:cut], train[cut:], dev, test, (repeats,) if taken.dropped else ())
 
 
+def halves(rows: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Two disjoint parts of rows, each with the class shares of the whole; the first has `fraction` of them."""
+    ordered = _ordered(rows, seed)
+    cut = round(len(ordered) * fraction)
+    if not 0 < cut < len(ordered):
+        raise ZofoError(f"{len(rows)} rows cannot be divided between two levels at {fraction}: give more rows")
+    return ordered[:cut], ordered[cut:]
+
+
 @dataclass
 class _Taken:
     prompts: set[str]

@@ -181,7 +181,7 @@ def _record_maker(spec: dict[str, Any], path: Path) -> Callable[[Row], Record]:
     options = _options_maker(spec.get("options"), path)
 
     def convert(row: Row) -> Record:
-        return _checked(Record(prompt(row), answer(row), tuple(options(row))))
+        return checked(Record(prompt(row), answer(row), tuple(options(row))))
 
     return convert
 
@@ -213,10 +213,15 @@ def _metaicl_record(row: Row) -> Record:
     missing = [key for key in ("input", "output") if not isinstance(row.get(key), str)]
     if missing:
         raise ZofoError(f"rows of format metaicl need the text fields input and output: {missing[0]} is missing")
-    return _checked(Record(row["input"] + "\n", row["output"], tuple(row.get("options") or ())))
+    return checked(Record(row["input"] + "\n", row["output"], tuple(row.get("options") or ())))
 
 
-def _checked(record: Record) -> Record:
+def checked(record: Record) -> Record:
+    """The record itself, if it makes sense.
+
+    Raises:
+        ZofoError: if a field is empty, the completion is none of the options, or two options are equal.
+    """
     if not record.prompt.strip():
         raise ZofoError("the prompt is empty")
     if not record.completion.strip():

@@ -1,0 +1,80 @@
+"""The model card of a run folder."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from zofo.config import ZOFOConfig
+
+_METHODS = {
+    "bilevel": "Bilevel ZOFO: the backbone moved by forward passes only, beside adapters trained by backpropagation",
+    "zo": "zeroth-order fine-tuning (MeZO): forward passes only",
+    "fo": "first-order fine-tuning (backpropagation)",
+    "two_stage": "two stages: the adapter by backpropagation, then the backbone by forward passes",
+    "none": "no training",
+}
+
+
+def model_card(config: ZOFOConfig, results: dict[str, Any], description: str) -> str:
+    """The card as Markdown, with front matter that the Hub reads.
+
+    Args:
+        config: of the run.
+        results: what `results.json` holds.
+        description: of the task.
+    """
+    rows = [("zero-shot", results["zero_shot"]), *((f"`{a}`", m) for a, m in results["metrics"].items())]
+    names = list(results["zero_shot"])
+    table = [
+        "| adapter | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+        *("| " + label + " | " + " | ".join(_number(m[n]) for n in names) + " |" for label, m in rows),
+    ]
+    cost = results["cost"]
+    return "\n".join(
+        [
+            "---",
+            "library_name: zofo",
+            f"base_model: {json.dumps(config.model)}",
+            f"tags: [zofo, {config.method}, {config.adapter if '/' not in config.adapter else 'peft'}]",
+            "---",
+            f"# {config.model} on {results['task']}",
+            "",
+            f"{_METHODS[config.method]}; adapter: {config.adapter}; seed {config.seed}, {config.max_steps} steps.",
+            "",
+            description,
+            "",
+            "## Test metrics",
+            "",
+            *table,
+            "",
+            "`upper` is the adapter that is deployed with `backbone/` (or, without an adapter, the backbone itself);",
+            "`lower` is its first-order twin. Model selection used a dev split that no level trains on.",
+            "",
+            f"The backbone moved by {results['backbone_change']:.2e} of its norm. Training took "
+            f"{cost['forward_tokens']:,} tokens forward, {cost['backward_tokens']:,} backward, "
+            f"{cost['wall_seconds']:.0f} s and {cost['peak_memory_bytes'] / 2**20:,.0f} MiB at the peak.",
+            "",
+            "## Use",
+            "",
+            "`backbone/` loads with `transformers`, an adapter on top of it with `peft`:",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            'model = AutoModelForCausalLM.from_pretrained("backbone")',
+            *(
+                ["from peft import PeftModel", 'model = PeftModel.from_pretrained(model, "upper")']
+                if config.adapter != "none"
+                else []
+            ),
+            "```",
+            "",
+            "`zofo train --config config.yaml --output_dir NEW` repeats the run.",
+            "",
+        ]
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

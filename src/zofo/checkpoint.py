@@ -1,0 +1,79 @@
+"""Checkpoints that are whole or not there: sealed when complete, checked before use."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from zofo.errors import ZofoError
+
+SEAL = "seal.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def seal(folder: Path, content: dict[str, Any]) -> None:
+    """Declares a checkpoint complete: writes the size of each of its files, and `content`, in one atomic step.
+
+    A process that is killed earlier leaves a folder without a seal, which `last_sealed` passes over.
+    """
+    sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    for name in sizes:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+    half = folder / f"{SEAL}.half"
+    half.write_text(json.dumps({"files": sizes, **content}, indent=1))
+    half.rename(folder / SEAL)
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """What `seal` wrote.
+
+    Raises:
+        ZofoError: if the folder is no checkpoint, was only half written, or a file is missing or truncated.
+    """
+    if not folder.is_dir():
+        raise ZofoError(
+            f"there is no checkpoint {folder}: give the path of a checkpoint-N folder, or true for the last"
+        )
+    if not (folder / SEAL).is_file():
+        raise ZofoError(f"{folder} is no complete checkpoint: it was only half written; resume from an earlier one")
+    content = json.loads((folder / SEAL).read_text())
+    for name, size in content["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise ZofoError(f"{folder} is damaged: {name} {state}; resume from an earlier checkpoint")
+    return content
+
+
+def last_sealed(run: Path) -> Path:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        ZofoError: if there is none.
+    """
+    numbered = {int(m[1]): f for f in run.glob("checkpoint-*") if (m := _NAME.fullmatch(f.name))}
+    for number in sorted(numbered, reverse=True):
+        try:
+            read_seal(numbered[number])
+        except ZofoError:
+            continue
+        return numbered[number]
+    raise ZofoError(f"{run} holds no complete checkpoint to resume from: start without resume_from_checkpoint")
+
+
+def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Refuses to resume a run under another configuration.
+
+    Raises:
+        ZofoError: with the first key that differs and both values.
+    """
+    for key, value in current.items():
+        if stored.get(key) != value:
+            raise ZofoError(
+                f"{folder} was written with {key} = {stored.get(key)!r}, but now it is {value!r}: resume with the "
+                "same configuration, or start a new run in another output_dir"
+            )

@@ -1,0 +1,230 @@
+"""The command line: `zofo train`, `eval`, `merge`, `tasks`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zofo.errors import ZofoError
+
+_TRAIN_HELP = """usage: zofo train --config FILE [--key value ...]
+
+One run: loads a model and a task, trains, evaluates on test rows, and writes a run folder with backbone/, the
+adapters, checkpoints, results.json, curves.png and a model card. Keys come from a flat YAML file; the command line
+wins.
+
+  zofo train --config configs/demo.yaml --method zo --adapter none --zo_learning_rate 3e-5 --output_dir runs/mezo
+  zofo train --config configs/demo.yaml --output_dir runs/demo --resume_from_checkpoint true
+
+keys of zofo:
+{own}
+
+keys of transformers.TrainingArguments work as well, among them:
+{inherited}
+"""
+_INHERITED = (
+    "output_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "warmup_steps",
+    "eval_steps", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model",
+    "resume_from_checkpoint", "report_to", "use_cpu", "disable_tqdm",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except ZofoError as error:
+        return _fail(" ".join(str(error).split()), 2)
+    except (PermissionError, OSError) as error:
+        return _fail(f"{error.strerror or error}: {error.filename or ''} - free space or choose another folder", 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; checkpoints written so far are whole (resume_from_checkpoint: true goes on)", 130)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"zofo: {message}", file=sys.stderr)
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser()
+    if arguments[:1] == ["train"]:
+        return _train(arguments[1:])
+    options = parser.parse_args(arguments or ["--help"])
+    return options.run(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ZofoError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from zofo import __version__
+
+    parser = _Parser(
+        prog="zofo",
+        description="Fine-tune every weight of a language model in the memory of PEFT.",
+        epilog="Start with: zofo tasks; zofo train --help",
+    )
+    parser.add_argument("--version", action="version", version=f"zofo {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    verbs.add_parser("train", help="one run: train, evaluate, write a run folder", add_help=False)
+    _add_eval(verbs)
+    _add_merge(verbs)
+    _add_tasks(verbs)
+    return parser
+
+
+def _add_eval(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "eval",
+        help="score a model, with or without an adapter, on a task",
+        description="Scores a model on the rows that a training run with the same sizes and data seed calls test.",
+        epilog="Example: zofo eval --model runs/demo/backbone --adapter runs/demo/upper --task movie_reviews",
+    )
+    parser.add_argument("--model", required=True, help="Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
+    parser.add_argument("--adapter", help="a PEFT folder, such as RUN/upper; none by default")
+    parser.add_argument("--task", required=True, nargs="+", help="names from `zofo tasks`, or task files")
+    parser.add_argument("--split", default="test", choices=["test", "dev", "train"], help="default: test")
+    parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
+    parser.add_argument("--test_size", type=_positive, default=400, help="rows of test (default 400)")
+    parser.add_argument("--dev_size", type=_positive, default=200, help="rows of dev (default 200)")
+    parser.add_argument("--data_seed", type=int, default=42, help="which rows (default 42, as in training)")
+    parser.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
+    parser.add_argument("--max_length", type=_positive, default=512, help="tokens of prompt and answer (default 512)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--loss", default="options", choices=["options", "lm"], help="which loss to report")
+    parser.set_defaults(run=_eval)
+
+
+def _add_merge(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "merge",
+        help="write backbone and adapter as one plain Hugging Face folder",
+        description="Merges an adapter of a run into its backbone; the result loads with plain transformers.",
+        epilog="Example: zofo merge --run runs/demo --adapter upper --output merged",
+    )
+    parser.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
+    parser.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
+    parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.set_defaults(run=_merge)
+
+
+def _add_tasks(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "tasks",
+        help="what can be trained on out of the box",
+        description="Lists the tasks in the box. A task of your own is a YAML file; see docs/tasks.md.",
+    )
+    parser.set_defaults(run=_tasks)
+
+
+def _train(arguments: list[str]) -> int:
+    from zofo.config import parse_config
+
+    if "--help" in arguments or "-h" in arguments:
+        print(_train_help())
+        return 0
+    file = None
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        if place + 1 == len(arguments):
+            raise ZofoError("--config needs the path of a YAML file")
+        file = Path(arguments[place + 1])
+        arguments = arguments[:place] + arguments[place + 2 :]
+    _settle()
+    from zofo import commands
+
+    config = parse_config(file, arguments)
+    commands.quiet_libraries()
+    commands.train(config, _say)
+    _say(f"run folder: {config.output_dir}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    if options.output and options.output.exists():
+        raise ZofoError(f"{options.output} exists already and is not overwritten: give a new file")
+    _settle()
+    from zofo import commands
+
+    commands.quiet_libraries()
+    scores = commands.evaluate_model(
+        options.model,
+        options.adapter,
+        options.task,
+        options.split,
+        dev_size=options.dev_size,
+        test_size=options.test_size,
+        data_seed=options.data_seed,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        dtype=options.dtype,
+        loss=options.loss,
+    )
+    said = {"model": options.model, "adapter": options.adapter, "split": options.split, "tasks": scores}
+    text = json.dumps(said, indent=2)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    _settle()
+    from zofo import commands
+
+    commands.quiet_libraries()
+    commands.merge(options.folder, options.adapter, options.output, options.dtype, _say)
+    _say(f"merged model: {options.output}")
+    return 0
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    from zofo.tasks import load_task, task_names
+
+    for name in task_names():
+        task = load_task(name)
+        print(f"{name:16} {task.metric:9} {task.description}")
+    return 0
+
+
+def _train_help() -> str:
+    from zofo.config import ZOFOConfig, own_keys
+
+    fields = {f.name: f for f in dataclasses.fields(ZOFOConfig)}
+    own = [*own_keys(), "learning_rate", "lr_scheduler_type", "logging_steps"]
+    lines = [f"  {n:22} {fields[n].metadata['help']} (default {fields[n].default})" for n in own]
+    inherited = [f"  {', '.join(_INHERITED[i : i + 5])}" for i in range(0, len(_INHERITED), 5)]
+    return _TRAIN_HELP.format(own="\n".join(lines), inherited="\n".join(inherited))
+
+
+def _settle() -> None:
+    """Before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, but is {value}")
+    return value
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""What the verbs of the command line do, as functions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from zofo.adapters import UPPER, AdaptedModel, merged
+from zofo.card import model_card
+from zofo.checkpoint import last_sealed
+from zofo.config import ZOFOConfig
+from zofo.data import LossKind, tokenize
+from zofo.errors import ZofoError
+from zofo.metrics import OPTION_METRICS
+from zofo.models import DType, load_model, load_weights
+from zofo.plots import plot_curves
+from zofo.scoring import Scorer, Tokens, evaluate
+from zofo.splits import Splits, split_records
+from zofo.tasks import Task, load_task
+from zofo.trainer import ZOFOTrainer
+
+Say = Callable[[str], None]
+
+_RUN_FILES = (
+    "config.yaml",
+    "results.json",
+    "README.md",
+    "curves.png",
+    "backbone",
+    "upper",
+    "lower",
+    "trainer_state.json",
+)
+
+
+def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
+    """One run: loads, trains, evaluates, and writes the run folder. Returns what `results.json` holds.
+
+    Raises:
+        ZofoError: if anything that was given cannot work; nothing has been overwritten then.
+    """
+    for key in ("model", "task"):
+        if not vars(config)[key]:
+            raise ZofoError(f"{key} is not given: add {key}: ... to the config, or --{key} ... to the command")
+    assert config.model is not None
+    assert config.task is not None
+    run = Path(str(config.output_dir))
+    resume = _resume_point(config, run)
+    task = load_task(config.task)
+    splits = _split(task, config, say)
+    model, tokenizer = load_model(config.model, config.dtype)
+    trainer = ZOFOTrainer(
+        model,
+        config,
+        splits.lower,
+        upper_dataset=splits.upper,
+        eval_dataset=splits.dev,
+        processing_class=tokenizer,
+        metric=task.metric,
+    )
+    test = trainer.examples(splits.test)
+    if trainer.truncated:
+        say(f"{trainer.truncated} rows are longer than {config.max_length} tokens: their prompts lost their beginning")
+    _prepare_folder(run, config, resume)
+    zero_shot = trainer.score_backbone(test)
+    say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
+    if config.method != "none":
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    metrics = trainer.score(test) if config.method != "none" else {UPPER: zero_shot}
+    results: dict[str, Any] = {
+        "method": config.method,
+        "seed": config.seed,
+        "model": config.model,
+        "task": task.name,
+        "metrics": metrics,
+        "zero_shot": zero_shot,
+        "cost": trainer.cost.as_json(),
+        "backbone_change": backbone_change(trainer.adapted, config.model, config.dtype),
+    }
+    trainer.save_model()
+    trainer.save_state()
+    plot_curves(trainer.state.log_history, f"{config.method} ({config.adapter}) on {task.name}", run / "curves.png")
+    (run / "README.md").write_text(model_card(config, results, task.description), encoding="utf-8")
+    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for adapter, scores in metrics.items():
+        say(f"{adapter} on test: {_words(scores)}")
+    return results
+
+
+def evaluate_model(
+    model: str,
+    adapter: str | None,
+    tasks: list[str],
+    split: str,
+    *,
+    dev_size: int,
+    test_size: int,
+    data_seed: int,
+    batch_size: int,
+    max_length: int,
+    dtype: DType,
+    loss: LossKind,
+) -> dict[str, Any]:
+    """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task.
+
+    The rows are those that a training run with the same sizes and data seed calls by that name.
+    """
+    found = [load_task(task) for task in tasks]
+    loaded, tokenizer = load_model(model, dtype)
+    base = AdaptedModel(loaded, stored=adapter)
+    scores: dict[str, Any] = {}
+    for task in found:
+        splits = split_records(
+            task.records(),
+            train_size=None,
+            dev_size=dev_size,
+            test_size=test_size,
+            lower_fraction=0.5,
+            seed=data_seed,
+        )
+        rows = {"test": splits.test, "dev": splits.dev, "train": splits.train}[split]
+        examples, _ = tokenize(rows, tokenizer, min(max_length, base.positions))
+        scores[task.name] = evaluate(
+            Scorer(base, Tokens()),
+            examples,
+            metric=task.metric,
+            kind=loss if task.metric in OPTION_METRICS else "lm",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+        )
+    return scores
+
+
+def merge(run: Path, adapter: str, output: Path, dtype: DType, say: Say) -> None:
+    """Writes the backbone of a run, with one of its adapters merged in, as a plain Hugging Face folder.
+
+    Raises:
+        ZofoError: if there is no such run or adapter, it cannot be merged, or `output` exists.
+    """
+    if not (run / "backbone").is_dir():
+        raise ZofoError(f"{run} is no finished run: it holds no backbone/; give the output_dir of zofo train")
+    if output.exists():
+        raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
+    backbone = str(run / "backbone")
+    _, tokenizer = load_model(backbone, dtype)
+    if (run / adapter).is_dir():
+        model = merged(backbone, str(run / adapter), dtype)
+    elif (run / UPPER).is_dir():
+        raise ZofoError(f"{run} has no adapter {adapter!r}, only upper: this run was trained without twins")
+    else:
+        say(f"{run} has no adapters: its backbone is the whole model")
+        model = load_weights(backbone, dtype)
+    half = output.with_name(output.name + ".half")
+    shutil.rmtree(half, ignore_errors=True)
+    model.save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    half.rename(output)
+
+
+@torch.no_grad()
+def backbone_change(adapted: AdaptedModel, model: str, dtype: DType) -> float:
+    """|θ - θ_0| / |θ_0|, with θ_0 loaded once more."""
+    start = dict(load_weights(model, dtype).named_parameters())
+    moved = sum(float((p.cpu().double() - start[n].double()).square().sum()) for n, p in adapted.backbone.items())
+    norm = sum(float(p.double().square().sum()) for p in start.values())
+    return (moved / norm) ** 0.5
+
+
+def _split(task: Task, config: ZOFOConfig, say: Say) -> Splits:
+    splits = split_records(
+        task.records(),
+        train_size=config.train_size,
+        dev_size=config.dev_size,
+        test_size=config.test_size,
+        lower_fraction=config.lower_fraction,
+        seed=config.seed if config.data_seed is None else config.data_seed,
+    )
+    for note in splits.notes:
+        say(note)
+    parts = {"lower": splits.lower, "upper": splits.upper, "dev": splits.dev, "test": splits.test}
+    say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in parts.items()) + " rows")
+    return splits
+
+
+def _resume_point(config: ZOFOConfig, run: Path) -> Path | None:
+    """The checkpoint to resume from; refuses to write over a run otherwise."""
+    wanted = config.resume_from_checkpoint
+    if wanted and str(wanted).lower() not in ("false", "none"):
+        return last_sealed(run) if str(wanted).lower() == "true" else Path(str(wanted))
+    holds = [name for name in _RUN_FILES if (run / name).exists()] + [f.name for f in run.glob("checkpoint-*")]
+    if holds and not config.overwrite_output_dir:
+        raise ZofoError(
+            f"{run} already holds a run ({holds[0]}): choose another output_dir, resume_from_checkpoint: true to go "
+            "on, or overwrite_output_dir: true to remove it"
+        )
+    return None
+
+
+def _prepare_folder(run: Path, config: ZOFOConfig, resume: Path | None) -> None:
+    if resume is None:
+        for name in [*_RUN_FILES, *(f.name for f in run.glob("checkpoint-*"))]:
+            target = run / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
+
+
+def _words(scores: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in scores.items() if key != "rows")
+
+
+def quiet_libraries() -> None:
+    """Keeps loading bars and notices of the libraries from burying what the run has to say."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("datasets").setLevel(logging.ERROR)

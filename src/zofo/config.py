@@ -1,0 +1,229 @@
+"""`ZOFOConfig`: the keys of a run, on top of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from zofo.bilevel import Schedule
+from zofo.data import LossKind
+from zofo.errors import ZofoError
+from zofo.estimators import EstimatorName
+from zofo.models import DType
+from zofo.noise import Distribution
+
+_INHERITED_IDENTITY = (
+    "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
+)  # fmt: skip
+_FREE = ("overwrite_output_dir", "dev_size", "test_size", "on_nonfinite")
+
+MethodName = Literal["bilevel", "zo", "fo", "two_stage", "none"]
+
+
+def _key(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ZOFOConfig(TrainingArguments):
+    """Everything that decides a run. `max_steps` counts outer iterations; every key of `TrainingArguments` works too.
+
+    Raises:
+        ZofoError: if a value cannot be used, before any work.
+
+    Examples:
+        >>> ZOFOConfig(output_dir="runs/x", method="zo", zo_eps=0.0)
+        Traceback (most recent call last):
+        ...
+        zofo.errors.ZofoError: zo_eps is 0.0, but must be greater than 0
+    """
+
+    model: str | None = _key(None, "backbone: Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
+    task: str | None = _key(None, "task: a name from `zofo tasks`, or the path of a task file")
+    method: MethodName = _key("bilevel", "update rule: bilevel, zo (MeZO), fo (PEFT or full), two_stage, none")
+    adapter: str = _key("lora", "adapter: lora, prefix, prompt, none, or the path of a PEFT config JSON")
+    learning_rate: float = _key(1e-3, "of the lower adapter s, and of the only adapter of fo")
+    upper_learning_rate: float | None = _key(None, "of the upper adapter p; learning_rate if not given")
+    zo_learning_rate: float = _key(1e-6, "of the zeroth-order level; small models want more: 3e-5 at 135M parameters")
+    zo_eps: float = _key(1e-3, "ε, the distance of the two evaluations")
+    num_perturbations: int = _key(1, "q, directions per zeroth-order step")
+    zo_estimator: EstimatorName = _key("two_sided", "two_sided or one_sided differences")
+    zo_optimizer: Literal["sgd"] = _key("sgd", "rule of the zeroth-order level")
+    zo_weight_decay: float = _key(0.0, "decoupled weight decay of the zeroth-order level; not on biases and norms")
+    zo_distribution: Distribution = _key("normal", "of the directions: normal or rademacher")
+    penalty: float = _key(1.0, "λ, how strongly the upper level is held to the lower level's optimum")
+    penalty_schedule: Schedule = _key("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
+    normalize_penalty: bool = _key(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")
+    lower_steps: int = _key(10, "T, first-order steps on s per outer iteration")
+    lower_fraction: float = _key(2 / 3, "share of the training rows that the lower level trains on")
+    two_stage_fraction: float = _key(0.5, "two_stage: share of the steps that train the adapter, before θ moves")
+    train_size: int | None = _key(None, "training rows, for both levels together; all that remain if not given")
+    dev_size: int = _key(200, "rows for model selection, which no level trains on")
+    test_size: int = _key(400, "rows for the final metrics")
+    dtype: DType = _key("float32", "of the backbone; adapters train in float32")
+    loss: LossKind = _key("options", "options: cross-entropy over the candidates; lm: over the answer's tokens")
+    max_length: int = _key(512, "tokens of a prompt with its answer; longer prompts lose their beginning")
+    on_nonfinite: Literal["raise", "skip"] = _key("raise", "at a loss that is not finite: raise, or skip the step")
+    overwrite_output_dir: bool = _key(False, "remove the run that output_dir holds already")
+    lr_scheduler_type: str = _key("constant", "as in TrainingArguments; scales all learning rates alike")
+    logging_steps: float = _key(10, "as in TrainingArguments")
+    logging_nan_inf_filter: bool = _key(False, "off: a loss that is not finite must be seen")
+    remove_unused_columns: bool = _key(False, "off: rows are no model inputs")
+
+    def __post_init__(self) -> None:
+        """Checks the keys, then lets `TrainingArguments` check its own."""
+        for name in ("zo_eps", "num_perturbations", "max_length", "per_device_train_batch_size", "zo_learning_rate"):
+            self._require(name, ">", 0)
+        self._require("learning_rate", ">=", 0)
+        for name in ("penalty", "lower_steps", "zo_weight_decay", "weight_decay"):
+            self._require(name, ">=", 0)
+        for name in ("train_size", "dev_size", "test_size", "per_device_eval_batch_size"):
+            self._require(name, ">", 0)
+        if self.upper_learning_rate is None:
+            self.upper_learning_rate = self.learning_rate
+        self._require("upper_learning_rate", ">=", 0)
+        for name in ("lower_fraction", "two_stage_fraction"):
+            if not 0 < vars(self)[name] < 1:
+                raise ZofoError(f"{name} is {vars(self)[name]}, but must lie between 0 and 1, both excluded")
+        self._check_combinations()
+        if str(self.eval_strategy) == "no" and self.eval_steps:
+            self.eval_strategy = "steps"
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError) as error:
+            raise ZofoError(" ".join(str(error).split())) from error
+
+    def _check_combinations(self) -> None:
+        if self.method in ("bilevel", "two_stage") and self.adapter == "none":
+            raise ZofoError(
+                f"method {self.method} trains an adapter, but adapter is none: choose lora, prefix or prompt, or "
+                "method zo (MeZO) to move the backbone alone"
+            )
+        if self.bf16 or self.fp16:
+            raise ZofoError(
+                "bf16 and fp16 switch autocast on, which zofo does not use: set dtype: bfloat16 or float16"
+            )
+        if self.activation_checkpointing and self.adapter == "prefix" and self.method != "zo":
+            raise ZofoError("prefix tuning does not work with activation checkpointing in peft: switch it off")
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that must not change when a run is resumed, as JSON values."""
+        values = {key: vars(self)[key] for key in (*_INHERITED_IDENTITY, *own_keys())}
+        return {k: str(v) if isinstance(v, Enum) else v for k, v in values.items() if k not in _FREE}
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key that differs from its default, or is one of zofo's own: what reading it back needs."""
+        kept: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = vars(self)[field.name]
+            value = value.value if isinstance(value, Enum) else value
+            if field.init and (field.name in own_keys() or value != field.default) and _plain(value):
+                kept[field.name] = value
+        return kept
+
+    def _require(self, name: str, relation: Literal[">", ">="], bound: float) -> None:
+        value = vars(self)[name]
+        if value is None:
+            return
+        if not (value > bound if relation == ">" else value >= bound):
+            words = "greater than" if relation == ">" else "at least"
+            raise ZofoError(f"{name} is {value}, but must be {words} {bound}")
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) or (isinstance(value, list) and bool(value))
+
+
+def own_keys() -> list[str]:
+    """The names that `ZOFOConfig` adds to `TrainingArguments`.
+
+    Examples:
+        >>> "penalty" in own_keys(), "seed" in own_keys()
+        (True, False)
+    """
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+    return [f.name for f in dataclasses.fields(ZOFOConfig) if f.name not in inherited]
+
+
+def parser() -> HfArgumentParser:
+    """The command-line parser of all keys; an error raises `ZofoError`."""
+    return _Parser(ZOFOConfig, allow_abbrev=False, add_help=False)  # pyright: ignore[reportArgumentType]
+
+
+def parse_config(file: Path | None, arguments: Sequence[str]) -> ZOFOConfig:
+    """A config from a flat YAML file and `--key value` arguments; the arguments win.
+
+    Args:
+        file: the YAML file, or None.
+        arguments: what came on the command line.
+
+    Raises:
+        ZofoError: for an unknown key, with the nearest right one, or a value of the wrong type.
+
+    Examples:
+        >>> parse_config(None, ["--penlty", "1"])
+        Traceback (most recent call last):
+        ...
+        zofo.errors.ZofoError: unknown key 'penlty': did you mean penalty?
+    """
+    tokens = [*_tokens(file), *arguments] if file else list(arguments)
+    config, rest = parser().parse_args_into_dataclasses(tokens, return_remaining_strings=True)
+    if rest:
+        _refuse_unknown(rest[0], "")
+    return config
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ZofoError(message.replace("argument --", ""))
+
+
+def _tokens(file: Path) -> list[str]:
+    """A YAML file as command-line tokens, so that both are checked by the same parser."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ZofoError(f"there is no config file {file}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZofoError(f"cannot read the config file {file}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ZofoError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ZofoError(f"{file} is no config: it must hold lines like `learning_rate: 1e-3`")
+    tokens: list[str] = []
+    for key, value in content.items():
+        if key not in _field_names():
+            _refuse_unknown(str(key), f"{file}: ")
+        if value is None:
+            continue
+        tokens += [f"--{key}", *_words(value)]
+    return tokens
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [str(value)]
+
+
+def _field_names() -> list[str]:
+    return [f.name for f in dataclasses.fields(ZOFOConfig) if f.init]
+
+
+def _refuse_unknown(key: str, where: str) -> None:
+    name = key.lstrip("-").split("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, _field_names(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "see `zofo train --help`"
+    raise ZofoError(f"{where}unknown key {name!r}: {hint}")

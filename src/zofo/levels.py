@@ -1,0 +1,177 @@
+"""The two kinds of level that methods are made of: one moved by backpropagation, one by forward passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from zofo.adapters import LOWER, AdaptedModel
+from zofo.config import ZOFOConfig
+from zofo.data import Batch
+from zofo.errors import ZofoError
+from zofo.estimators import ESTIMATORS, Estimate, Evaluate
+from zofo.optimizers import ZOSGD, ZerothOrderOptimizer
+from zofo.perturb import Scratch, perturbed
+from zofo.scoring import Scorer, count
+
+
+class NonFiniteLossError(ZofoError):
+    """A loss or gradient that is not finite; nothing has moved because of it."""
+
+
+class FirstOrderLevel:
+    """Parameters that backpropagation moves: an adapter, or the whole model where there is none.
+
+    Args:
+        adapted: the model.
+        scorer: runs its batches.
+        adapter: which adapter.
+        learning_rate: of its optimizer.
+        args: `optim` and its settings.
+    """
+
+    def __init__(
+        self, adapted: AdaptedModel, scorer: Scorer, adapter: str, learning_rate: float, args: ZOFOConfig
+    ) -> None:
+        self._adapted = adapted
+        self._scorer = scorer
+        self._adapter = adapter
+        self._args = args
+        named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
+        self._parameters = list(named.values())
+        if not adapted.adapters:
+            for parameter in self._parameters:
+                parameter.requires_grad_(True)
+        self.optimizer = _first_order_optimizer(self._parameters, learning_rate, args)
+
+    def gradient(self, batches: Sequence[Batch], term: str, factor: float = 1.0) -> float:
+        """Adds the gradient of `factor` times the mean loss over all batches to `.grad`; returns the mean loss.
+
+        One batch at a time goes forward and backward, so memory is that of one. Train mode: dropout is on.
+
+        Raises:
+            NonFiniteLossError: if the loss or its gradient is not finite; the gradients are cleared.
+        """
+        self._adapted.use(self._adapter)
+        self._adapted.model.train()
+        total = sum(map(count, batches))
+        loss = 0.0
+        for batch in batches:
+            part = self._scorer.loss(batch) / total
+            loss += float(part.detach())
+            self._require_finite(loss, term)
+            (part * factor).backward()
+            self._scorer.tokens.backward += int(batch["attention_mask"].sum())
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self._require_finite(float(torch.nn.utils.get_total_norm(gradients)), f"{term} (its gradient)")
+        return loss
+
+    def step(self) -> None:
+        """One optimizer step of its own, clipped as the trainer clips, for a level that the trainer does not step."""
+        if self._args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._args.max_grad_norm)
+        self.optimizer.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _require_finite(self, value: float, term: str) -> None:
+        if math.isfinite(value):
+            return
+        self.clear()
+        rate = "learning_rate" if self._adapter == LOWER else "upper_learning_rate or zo_learning_rate"
+        if self._args.method == "fo":
+            rate = "learning_rate"
+        raise NonFiniteLossError(f"{term} is {value}: lower {rate}, or set on_nonfinite: skip")
+
+
+class ZerothOrderLevel:
+    """Parameters that forward passes move.
+
+    Args:
+        adapted: the model.
+        parameters: name -> tensor; they never get a `.grad`.
+        args: learning rate, ε, q, estimator and rule.
+    """
+
+    def __init__(self, adapted: AdaptedModel, parameters: Mapping[str, Tensor], args: ZOFOConfig) -> None:
+        self._model = adapted.model
+        self._parameters = dict(parameters)
+        self._args = args
+        self._scratch = Scratch()
+        self._all_seen = False
+        rule = ZOSGD(args.zo_weight_decay)
+        self.optimizer = ZerothOrderOptimizer(self._parameters, rule, args.zo_learning_rate)
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+
+    def perturbed(self, number: int, scale: float, query: int) -> AbstractContextManager[None]:
+        """The model at θ + scale·z of this step and query. The first one checks that every parameter is read."""
+        if scale == 0:
+            return nullcontext()
+        strict, self._all_seen = not self._all_seen, True
+        return perturbed(
+            self._model,
+            self._parameters,
+            self._args.seed,
+            scale,
+            number,
+            query,
+            distribution=self._args.zo_distribution,
+            scratch=self._scratch,
+            require_all=strict,
+        )
+
+    def project(self, evaluate: Evaluate) -> tuple[float, ...]:
+        """The projected gradients of a loss, by the configured estimator."""
+        estimator = ESTIMATORS[self._args.zo_estimator]
+        return estimator(evaluate, self._args.zo_eps, self._args.num_perturbations, self._args.zo_distribution)
+
+    def accept(self, number: int, projected: tuple[float, ...]) -> float:
+        """Hands the estimate of step `number` to the optimizer; returns its root mean square."""
+        self.optimizer.estimate = Estimate(self._args.seed, number, projected, self._args.zo_distribution)
+        return math.sqrt(sum(g * g for g in projected) / len(projected))
+
+    def clear(self) -> None:
+        """Forgets the estimate."""
+        self.optimizer.estimate = None
+
+
+@torch.no_grad()
+def mean_loss(scorer: Scorer, adapter: str, batches: Sequence[Batch], term: str) -> float:
+    """The mean loss over all batches in eval mode, summed in double precision.
+
+    Raises:
+        NonFiniteLossError: if it is not finite.
+    """
+    scorer.adapted.use(adapter)
+    scorer.adapted.model.eval()
+    loss = sum(float(scorer.loss(batch)) for batch in batches) / sum(map(count, batches))
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"{term} is {loss}: lower zo_learning_rate or zo_eps, or set on_nonfinite: skip")
+    return loss
+
+
+def random_state() -> list[Tensor]:
+    """The global random state of torch, on all devices in use: what dropout advances."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, args: ZOFOConfig) -> Optimizer:
+    """`args.optim` as the trainer would make it; biases and norms are not decayed."""
+    made: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args)
+    kind, settings = made
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})

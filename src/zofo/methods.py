@@ -1,0 +1,219 @@
+"""The methods: one small class each. The trainer asks one for a step and knows nothing of its inside.
+
+A method reads batches, leaves gradients (first order) or an estimate (zeroth order) in its optimizer, and returns
+what to log. The trainer then clips the gradients and steps the optimizer, once per iteration.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from zofo.adapters import LOWER, UPPER, AdaptedModel
+from zofo.batches import Bundle, Plan, Stream
+from zofo.bilevel import Penalty, Terms, bilevel_step, scheduled_penalty
+from zofo.config import ZOFOConfig
+from zofo.data import Batch
+from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_loss, random_state
+from zofo.optimizers import JointOptimizer
+from zofo.scoring import Scorer
+
+Logs = dict[str, float]
+
+
+class Method(ABC):
+    """What the trainer sees of a method.
+
+    Attributes:
+        plan: the batches of one iteration.
+        optimizer: what the trainer steps, schedules and stores.
+    """
+
+    plan: Plan
+    optimizer: Optimizer
+
+    @abstractmethod
+    def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        """Prepares an iteration; "loss" is among what it returns.
+
+        Args:
+            number: of the iteration, from 0.
+            progress: share of the run that is done, in [0, 1).
+            micro: the bundles of its micro-steps.
+
+        Raises:
+            NonFiniteLossError: if a loss is not finite.
+        """
+
+    @abstractmethod
+    def skip(self) -> None:
+        """Forgets what `step` prepared, so that the optimizer's next step moves nothing."""
+
+
+class FirstOrder(Method):
+    """Backpropagation: FO-PEFT with an adapter, full fine-tuning without."""
+
+    def __init__(self, adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> None:
+        self.plan = Plan(lower=1)
+        self._level = FirstOrderLevel(adapted, scorer, UPPER, args.learning_rate, args)
+        self.optimizer = self._level.optimizer
+
+    def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        return {"loss": self._level.gradient(_batches(micro, "lower"), f"step {number}: the training loss")}
+
+    def skip(self) -> None:
+        self._level.clear()
+
+
+class ZerothOrder(Method):
+    """Forward passes only: MeZO on the backbone; MeZO (LoRA) and the like on an adapter.
+
+    Args:
+        adapted: the model.
+        scorer: runs its batches.
+        args: the configuration.
+        backbone: move the backbone even if there is an adapter.
+    """
+
+    def __init__(self, adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig, backbone: bool = False) -> None:
+        self.plan = Plan(upper=1)
+        self._scorer = scorer
+        moved = adapted.adapter_parameters(UPPER) if adapted.adapters and not backbone else adapted.backbone
+        self._level = ZerothOrderLevel(adapted, moved, args)
+        self.optimizer = self._level.optimizer
+
+    def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        batches = _batches(micro, "upper")
+        losses: list[float] = []
+
+        def evaluate(scale: float, query: int) -> float:
+            with self._level.perturbed(number, scale, query):
+                losses.append(mean_loss(self._scorer, UPPER, batches, f"step {number}: the loss near θ"))
+            return losses[-1]
+
+        size = self._level.accept(number, self._level.project(evaluate))
+        return {"loss": sum(losses) / len(losses), "projected_grad": size}
+
+    def skip(self) -> None:
+        self._level.clear()
+
+
+class TwoStage(Method):
+    """First the adapter by backpropagation; then the backbone by forward passes, with the adapter fixed."""
+
+    def __init__(self, adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> None:
+        self.plan = Plan(lower=1, upper=1)
+        self._switch = args.two_stage_fraction
+        self._stages = (FirstOrder(adapted, scorer, args), ZerothOrder(adapted, scorer, args, backbone=True))
+        members = {"lower": self._stages[0].optimizer, "zo": self._stages[1].optimizer}
+        self.optimizer = JointOptimizer(members, stepped=("lower", "zo"))
+
+    def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        return self._stages[progress >= self._switch].step(number, progress, micro)
+
+    def skip(self) -> None:
+        for stage in self._stages:
+            stage.skip()
+
+
+class Bilevel(Method):
+    """Bilevel ZOFO: T first-order steps on s; then p by backpropagation and θ by forward passes, at one point."""
+
+    def __init__(self, adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> None:
+        assert args.upper_learning_rate is not None
+        self.plan = Plan(lower=args.lower_steps, penalty=int(args.penalty > 0), upper=1)
+        self._args = args
+        self.scorer = scorer
+        self.s = FirstOrderLevel(adapted, scorer, LOWER, args.learning_rate, args)
+        self.p = FirstOrderLevel(adapted, scorer, UPPER, args.upper_learning_rate, args)
+        self.theta = ZerothOrderLevel(adapted, adapted.backbone, args)
+        members = {"lower": self.s.optimizer, "upper": self.p.optimizer, "zo": self.theta.optimizer}
+        self.optimizer = JointOptimizer(members, stepped=("upper", "zo"))
+
+    def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        strength = scheduled_penalty(self._args.penalty, self._args.penalty_schedule, progress)
+        iteration = _Iteration(self, number, micro, Penalty(strength, self._args.normalize_penalty))
+        found = bilevel_step(
+            self.plan.lower,
+            iteration.lower_step,
+            iteration.upper_gradient,
+            iteration.evaluate,
+            iteration.penalty,
+            self.theta.project,
+        )
+        logs = {"loss": found.upper.upper, "projected_grad": self.theta.accept(number, found.projected)}
+        if found.lower:
+            logs["lower_loss"] = sum(found.lower) / len(found.lower)
+        if self.plan.penalty:
+            logs["penalty_gap"] = iteration.gap
+        return logs
+
+    def skip(self) -> None:
+        for level in (self.s, self.p, self.theta):
+            level.clear()
+
+
+class _Iteration:
+    """The callables of one bilevel step on a language model."""
+
+    def __init__(self, method: Bilevel, number: int, micro: Sequence[Bundle], penalty: Penalty) -> None:
+        self.penalty = penalty
+        self.gap = 0.0
+        self._method = method
+        self._number = number
+        self._lower = [_batches(micro, "lower", t) for t in range(method.plan.lower)]
+        self._penalty_batches = _batches(micro, "penalty") if method.plan.penalty else []
+        self._upper = _batches(micro, "upper")
+        self._at_theta: Terms | None = None
+
+    def lower_step(self, t: int) -> float:
+        loss = self._method.s.gradient(self._lower[t], f"step {self._number}: G(θ, s) of lower step {t}")
+        self._method.s.step()
+        return loss
+
+    def upper_gradient(self) -> Terms:
+        before = random_state()
+        of_upper, of_coupling = self.penalty.factors
+        upper = self._method.p.gradient(self._upper, f"step {self._number}: F(θ, p)", of_upper)
+        coupled = 0.0
+        if self._penalty_batches:
+            coupled = self._method.p.gradient(self._penalty_batches, f"step {self._number}: G(θ, p)", of_coupling)
+        terms = Terms(upper, coupled)
+        if all(map(torch.equal, before, random_state())):
+            self._at_theta = terms  # no dropout: the same numbers as in eval mode
+        return terms
+
+    def evaluate(self, scale: float, query: int) -> Terms:
+        known = self._at_theta if scale == 0 else None
+        with self._method.theta.perturbed(self._number, scale, query):
+            upper = known.upper if known else self._mean(UPPER, self._upper, "F(θ, p)")
+            if not self._penalty_batches:
+                return Terms(upper)
+            coupled = known.upper_penalty if known else self._mean(UPPER, self._penalty_batches, "G(θ, p)")
+            lower = self._mean(LOWER, self._penalty_batches, "G(θ, s)")
+        self.gap = coupled - lower
+        return Terms(upper, coupled, lower)
+
+    def _mean(self, adapter: str, batches: Sequence[Batch], term: str) -> float:
+        return mean_loss(self._method.scorer, adapter, batches, f"step {self._number}: {term} near θ")
+
+
+def make_method(adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> Method:
+    """The method that the key `method` names."""
+    match args.method:
+        case "bilevel":
+            return Bilevel(adapted, scorer, args)
+        case "two_stage":
+            return TwoStage(adapted, scorer, args)
+        case "zo":
+            return ZerothOrder(adapted, scorer, args)
+        case "fo" | "none":
+            return FirstOrder(adapted, scorer, args)
+
+
+def _batches(micro: Sequence[Bundle], stream: Stream, index: int = 0) -> list[Batch]:
+    """Batch `index` of a stream from every micro-step."""
+    return [bundle[stream][index] for bundle in micro]

@@ -1,0 +1,48 @@
+"""The curves of a run as a PNG, if matplotlib is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+_PANELS = (
+    ("loss", ("loss", "lower_loss", "eval_loss", "eval_lower_loss")),
+    ("projected gradient (rms)", ("projected_grad",)),
+    ("penalty gap G(θ,p) - G(θ,s)", ("penalty_gap",)),
+)
+_LABELS = {
+    "loss": "training loss (deployed)",
+    "lower_loss": "training loss of s",
+    "eval_loss": "dev loss (deployed)",
+    "eval_lower_loss": "dev loss of s",
+}
+
+
+def plot_curves(history: list[dict[str, Any]], title: str, file: Path) -> bool:
+    """Draws a trainer's log history: losses, projected gradient and penalty gap, as far as they occur.
+
+    Returns:
+        Whether there was something to draw and matplotlib to draw it with.
+    """
+    panels = [(name, [key for key in keys if any(key in log for log in history)]) for name, keys in _PANELS]
+    panels = [(name, keys) for name, keys in panels if keys]
+    if not panels or importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for number, (name, keys) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for key in keys:
+            points = [(log["step"], log[key]) for log in history if key in log]
+            axes.plot(*zip(*points, strict=True), marker=".", label=_LABELS.get(key, name))
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend()
+    figure.savefig(file, dpi=120)
+    return True

@@ -1,0 +1,314 @@
+"""`ZOFOTrainer`: transformers' `Trainer` with another step, and with the backbone in what it saves and loads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from zofo import noise
+from zofo.adapters import UPPER, AdaptedModel, adapter_config
+from zofo.batches import Bundle, BundleCollator, IterationSampler
+from zofo.checkpoint import last_sealed, read_seal, require_same, seal
+from zofo.config import ZOFOConfig
+from zofo.cost import Cost, CostCallback
+from zofo.data import Example, collate, tokenize
+from zofo.errors import ZofoError
+from zofo.levels import NonFiniteLossError
+from zofo.methods import make_method
+from zofo.models import load_model, require_fitting_tokenizer
+from zofo.optimizers import JointOptimizer
+from zofo.progress import LossBar
+from zofo.scoring import Scorer, Tokens, evaluate
+from zofo.splits import halves
+from zofo.tasks import Record, checked
+
+Rows = Sequence[Record] | Sequence[dict[str, Any]]
+
+logger = logging.get_logger(__name__)
+
+_COMPILE_FROM = 10_000_000  # parameters: below, compiling the noise takes longer than it saves
+
+
+class ZOFOTrainer(Trainer):
+    """Trains a backbone, its adapters, or both, by the method that `args` names.
+
+    Args:
+        model: the backbone, or what `load_model` takes. It is changed in place.
+        args: the configuration.
+        train_dataset: rows with `prompt`, `completion` and, for a loss over options, `options`: a datasets.Dataset or
+            a list of dicts. With method bilevel and without `upper_dataset`, `args.lower_fraction` of them go to the
+            lower level and the others to the upper one.
+        upper_dataset: rows of the upper level; methods without levels train on both together.
+        eval_dataset: rows for model selection, which no level trains on.
+        processing_class: the tokenizer; loaded with the model if not given.
+        peft_config: of the adapter; by default what `args.adapter` names.
+        metric: of evaluations: accuracy, macro_f1, exact_match or token_f1.
+        callbacks: more transformers callbacks.
+
+    Raises:
+        ZofoError: if these do not go together, before any work.
+
+    Examples:
+        >>> from zofo import ZOFOConfig, ZOFOTrainer  # doctest: +SKIP
+        >>> rows = [{"prompt": "Lovely. It was", "completion": " great", "options": [" terrible", " great"]}, ...]
+        >>> trainer = ZOFOTrainer("Qwen/Qwen3-0.6B", ZOFOConfig(output_dir="run", max_steps=100), rows)
+        >>> trainer.train()
+
+    References:
+        R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604).
+    """
+
+    args: ZOFOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: ZOFOConfig,
+        train_dataset: Rows,
+        upper_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        metric: str = "accuracy",
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        set_seed(args.seed)
+        if isinstance(model, str):
+            model, loaded = load_model(model, args.dtype)
+            processing_class = processing_class or loaded
+        if processing_class is None:
+            raise ZofoError("a loaded model comes without its tokenizer: pass it as processing_class")
+        require_fitting_tokenizer(processing_class, model)
+        config = peft_config or adapter_config(args.adapter, model)
+        self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel")
+        self.metric = metric
+        self.cost = Cost()
+        self.truncated = 0
+        self._tokenizer = processing_class
+        self._room = min(args.max_length, self.adapted.positions)
+        lower, upper = (self.examples(rows) for rows in _levels(args, train_dataset, upper_dataset))
+        self._level_sizes = (len(lower), len(upper))
+        use_cache = model.config.use_cache
+        super().__init__(
+            model=self.adapted.model,
+            args=args,
+            train_dataset=cast(Any, [*lower, *upper]),
+            eval_dataset=cast(Any, self.examples(records(eval_dataset)) if eval_dataset else None),
+            processing_class=processing_class,
+            callbacks=[CostCallback(self.cost), *(callbacks or [])],
+        )
+        model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(LossBar())
+        self.method = make_method(self.adapted, Scorer(self.adapted, self.cost.tokens), args)
+        self._micro: list[Bundle] = []
+        self._logs: dict[str, list[float]] = defaultdict(list)
+
+    def examples(self, rows: Sequence[Record]) -> list[Example]:
+        """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
+        made, cut = tokenize(rows, self._tokenizer, self._room)
+        self.truncated += cut
+        return made
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
+        args = self.args
+        pad_id: Any = self._tokenizer.pad_token_id
+        side = Scorer(self.adapted, Tokens()).padding_side
+        sampler = IterationSampler(
+            *self._level_sizes,
+            self.method.plan,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.seed if args.data_seed is None else args.data_seed,
+        )
+        collator = BundleCollator(
+            self.method.plan,
+            args.per_device_train_batch_size,
+            lambda examples: collate(examples, args.loss, pad_id, side),
+        )
+        loader: DataLoader[Any] = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The method's own."""
+        self.optimizer = self.method.optimizer
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Collects micro-steps; at the last one of an iteration, lets the method prepare the optimizer's step."""
+        self._micro.append(inputs)
+        nothing = torch.zeros((), device=self.args.device)
+        if not self.accelerator.sync_gradients:
+            return nothing
+        micro = [self._prepare_inputs(cast(Any, bundle)) for bundle in self._micro]
+        self._micro.clear()
+        number = self.state.global_step
+        try:
+            logs = self.method.step(number, number / self.state.max_steps, cast(Any, micro))
+        except NonFiniteLossError:
+            if self.args.on_nonfinite == "raise":
+                raise
+            self.method.skip()
+            self._logs["skipped_steps"].append(1.0)
+            return nothing
+        for key, value in logs.items():
+            self._logs[key].append(value)
+        return nothing + logs["loss"]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: a bilevel step has no formula of its own in Trainer. `cost` counts tokens instead."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the method's own values, and every learning rate by its name."""
+        if "loss" in logs:
+            logs.update({key: sum(values) / len(values) for key, values in self._logs.items()})
+            self._logs.clear()
+            if isinstance(self.method.optimizer, JointOptimizer):
+                for name, member in self.method.optimizer.members.items():
+                    if name != "lower":
+                        logs[f"{name}_learning_rate"] = member.param_groups[0]["lr"]
+        super().log(logs, start_time)
+
+    def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metric and loss of every adapter: `eval_loss` is the deployed one's, `eval_lower_loss` its twin's."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ZofoError("there is nothing to evaluate on: pass eval_dataset to ZOFOTrainer")
+        metrics: dict[str, float] = {}
+        for adapter, scores in self.score(rows).items():
+            prefix = metric_key_prefix if adapter == UPPER else f"{metric_key_prefix}_{adapter}"
+            metrics.update({f"{prefix}_{key}": value for key, value in scores.items()})
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score(self, rows: Sequence[Example]) -> dict[str, dict[str, float]]:
+        """{adapter: {metric, loss, rows}}; a model without adapters counts as `upper`, which is what is deployed."""
+        scores: dict[str, dict[str, float]] = {}
+        for adapter in self.adapted.adapters or (UPPER,):
+            self.adapted.use(adapter)
+            scores[adapter] = self._evaluate_rows(rows)
+        return scores
+
+    def score_backbone(self, rows: Sequence[Example]) -> dict[str, float]:
+        """The scores of the backbone alone: before training, the zero-shot ones."""
+        with self.adapted.without_adapter():
+            return self._evaluate_rows(rows)
+
+    def train(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Trains as `Trainer.train` does; only a complete checkpoint of the same configuration is resumed from.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in `output_dir`.
+            trial: as in Trainer.
+            ignore_keys_for_eval: as in Trainer.
+
+        Raises:
+            ZofoError: if there is no such checkpoint, or it is incomplete, damaged or of another configuration; and at
+                a loss that is not finite, unless `on_nonfinite` is skip.
+        """
+        if resume_from_checkpoint:
+            last = resume_from_checkpoint is True
+            folder = last_sealed(Path(str(self.args.output_dir))) if last else Path(str(resume_from_checkpoint))
+            require_same(read_seal(folder)["config"], self.args.identity(), folder)
+            resume_from_checkpoint = str(folder)
+        if self.args.method in ("bilevel", "zo", "two_stage") and self._theta_size() > _COMPILE_FROM:
+            parameter = next(iter(self.adapted.backbone.values()))
+            if not noise.warm_up(parameter.dtype, parameter.device):
+                logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    # ---- saving and loading: the backbone belongs to what a run has learned
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        self.adapted.save(folder)
+        self._tokenizer.save_pretrained(folder / "backbone")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        run = self._get_output_dir(trial)
+        folder = Path(run) / f"checkpoint-{self.state.global_step}"
+        seal(folder, {"config": self.args.identity(), "cost": self.cost.as_json()})
+        # only now that the new one is whole may an old one go
+        rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.adapted.load(Path(resume_from_checkpoint))
+        self.cost.restore(read_seal(Path(resume_from_checkpoint))["cost"])
+
+    def _load_best_model(self) -> None:
+        self.adapted.load(Path(str(self.state.best_model_checkpoint)))
+
+    # ---- parts
+
+    def _evaluate_rows(self, rows: Sequence[Example]) -> dict[str, float]:
+        return evaluate(
+            Scorer(self.adapted, Tokens()),
+            rows,
+            metric=self.metric,
+            kind=self.args.loss,
+            tokenizer=self._tokenizer,
+            batch_size=self.args.per_device_eval_batch_size,
+            place=lambda batch: cast(Any, self._prepare_inputs(cast(Any, batch))),
+        )
+
+    def _theta_size(self) -> int:
+        return sum(p.numel() for p in self.adapted.backbone.values())
+
+
+def records(rows: Rows) -> list[Record]:
+    """Rows as records.
+
+    Raises:
+        ZofoError: if a row lacks `prompt` or `completion`.
+    """
+    made: list[Record] = []
+    for number, row in enumerate(rows):
+        if isinstance(row, Record):
+            made.append(row)
+            continue
+        for key in ("prompt", "completion"):
+            if not isinstance(row.get(key), str):
+                raise ZofoError(f"row {number} has no text {key!r}: rows need prompt, completion and perhaps options")
+        made.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
+    if not made:
+        raise ZofoError("a data set is empty: give it at least one row")
+    return made
+
+
+def _levels(args: ZOFOConfig, train: Rows, upper: Rows | None) -> tuple[list[Record], list[Record]]:
+    """The rows of the lower and of the upper level."""
+    if args.method != "bilevel":
+        both = [*records(train), *(records(upper) if upper else [])]
+        return both, both
+    if upper:
+        return records(train), records(upper)
+    return halves(records(train), args.lower_fraction, args.seed if args.data_seed is None else args.data_seed)
