@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from zofo.errors import ZofoError
 
@@ -26,6 +30,22 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
     half = folder / f"{SEAL}.half"
     half.write_text(json.dumps({"files": sizes, **content}, indent=1))
     half.rename(folder / SEAL)
+
+
+@contextmanager
+def writing(folder: Path) -> Generator[None]:
+    """Turns what the libraries raise when a disk is full or forbidden into one line.
+
+    Raises:
+        ZofoError: if the block could not write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ZofoError(
+            f"cannot write {folder} ({cause}): free space or choose another output_dir; earlier checkpoints are whole"
+        ) from error
 
 
 def read_seal(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 
 from zofo.adapters import UPPER, AdaptedModel, merged
 from zofo.card import model_card
-from zofo.checkpoint import last_sealed
+from zofo.checkpoint import last_sealed, read_seal, require_same
 from zofo.config import ZOFOConfig
 from zofo.data import LossKind, tokenize
 from zofo.errors import ZofoError
@@ -193,7 +193,9 @@ def _resume_point(config: ZOFOConfig, run: Path) -> Path | None:
     """The checkpoint to resume from; refuses to write over a run otherwise."""
     wanted = config.resume_from_checkpoint
     if wanted and str(wanted).lower() not in ("false", "none"):
-        return last_sealed(run) if str(wanted).lower() == "true" else Path(str(wanted))
+        folder = last_sealed(run) if str(wanted).lower() == "true" else Path(str(wanted))
+        require_same(read_seal(folder)["config"], config.identity(), folder)
+        return folder
     holds = [name for name in _RUN_FILES if (run / name).exists()] + [f.name for f in run.glob("checkpoint-*")]
     if holds and not config.overwrite_output_dir:
         raise ZofoError(

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from zofo import noise
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
 from zofo.batches import Bundle, BundleCollator, IterationSampler
-from zofo.checkpoint import last_sealed, read_seal, require_same, seal
+from zofo.checkpoint import last_sealed, read_seal, require_same, seal, writing
 from zofo.config import ZOFOConfig
 from zofo.cost import Cost, CostCallback
 from zofo.data import Example, collate, tokenize
@@ -53,7 +53,7 @@ class ZOFOTrainer(Trainer):
         eval_dataset: rows for model selection, which no level trains on.
         processing_class: the tokenizer; loaded with the model if not given.
         peft_config: of the adapter; by default what `args.adapter` names.
-        metric: of evaluations: accuracy, macro_f1, exact_match or token_f1.
+        metric: of evaluations; by default accuracy for rows with options, else exact_match.
         callbacks: more transformers callbacks.
 
     Raises:
@@ -80,7 +80,7 @@ class ZOFOTrainer(Trainer):
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
-        metric: str = "accuracy",
+        metric: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         set_seed(args.seed)
@@ -92,12 +92,13 @@ class ZOFOTrainer(Trainer):
         require_fitting_tokenizer(processing_class, model)
         config = peft_config or adapter_config(args.adapter, model)
         self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel")
-        self.metric = metric
+        rows = _levels(args, train_dataset, upper_dataset)
+        self.metric = metric or ("accuracy" if rows[0][0].options else "exact_match")
         self.cost = Cost()
         self.truncated = 0
         self._tokenizer = processing_class
         self._room = min(args.max_length, self.adapted.positions)
-        lower, upper = (self.examples(rows) for rows in _levels(args, train_dataset, upper_dataset))
+        lower, upper = map(self.examples, rows)
         self._level_sizes = (len(lower), len(upper))
         use_cache = model.config.use_cache
         super().__init__(
@@ -245,18 +246,20 @@ class ZOFOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        self.adapted.save(folder)
-        self._tokenizer.save_pretrained(folder / "backbone")
+        with writing(folder):
+            self.adapted.save(folder)
+            self._tokenizer.save_pretrained(folder / "backbone")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
         run = self._get_output_dir(trial)
         folder = Path(run) / f"checkpoint-{self.state.global_step}"
-        seal(folder, {"config": self.args.identity(), "cost": self.cost.as_json()})
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                seal(folder, {"config": self.args.identity(), "cost": self.cost.as_json()})
+        finally:
+            self.args.save_total_limit = limit
         # only now that the new one is whole may an old one go
         rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
 
@@ -299,16 +302,19 @@ def records(rows: Rows) -> list[Record]:
             if not isinstance(row.get(key), str):
                 raise ZofoError(f"row {number} has no text {key!r}: rows need prompt, completion and perhaps options")
         made.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
-    if not made:
-        raise ZofoError("a data set is empty: give it at least one row")
     return made
 
 
 def _levels(args: ZOFOConfig, train: Rows, upper: Rows | None) -> tuple[list[Record], list[Record]]:
     """The rows of the lower and of the upper level."""
+    first, second = records(train), records(upper or [])
+    both = [*first, *second]
+    if not first:
+        raise ZofoError("train_dataset is empty: give it at least one row")
+    if args.loss == "options" and any(len(record.options) < 2 for record in both):
+        raise ZofoError("loss is options, but a row has fewer than two of them: set loss: lm, or give options")
     if args.method != "bilevel":
-        both = [*records(train), *(records(upper) if upper else [])]
         return both, both
-    if upper:
-        return records(train), records(upper)
-    return halves(records(train), args.lower_fraction, args.seed if args.data_seed is None else args.data_seed)
+    if second:
+        return first, second
+    return halves(first, args.lower_fraction, args.seed if args.data_seed is None else args.data_seed)
