@@ -43,6 +43,8 @@ def writing(folder: Path) -> Generator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         cause = str(error).strip().splitlines()[0]
+        if isinstance(error, RuntimeError) and "inline_container" not in cause and "PytorchStreamWriter" not in cause:
+            raise  # not torch's zip writer: a real bug must stay visible
         raise ZofoError(
             f"cannot write {folder} ({cause}): free space or choose another output_dir; earlier checkpoints are whole"
         ) from error
