@@ -96,13 +96,14 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument("--task", required=True, nargs="+", help="names from `zofo tasks`, or task files")
     parser.add_argument("--split", default="test", choices=["test", "dev", "train"], help="default: test")
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
-    parser.add_argument("--test_size", type=_positive, default=400, help="rows of test (default 400)")
-    parser.add_argument("--dev_size", type=_positive, default=200, help="rows of dev (default 200)")
-    parser.add_argument("--data_seed", type=int, default=42, help="which rows (default 42, as in training)")
     parser.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
-    parser.add_argument("--max_length", type=_positive, default=512, help="tokens of prompt and answer (default 512)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--loss", default="options", choices=["options", "lm"], help="which loss to report")
+    group = parser.add_argument_group("which rows; by default those of the run that the model is the backbone of")
+    group.add_argument("--test_size", type=_positive, help="rows of test (otherwise 400)")
+    group.add_argument("--dev_size", type=_positive, help="rows of dev (otherwise 200)")
+    group.add_argument("--data_seed", type=int, help="order of the rows (otherwise 42, as in training)")
+    group.add_argument("--max_length", type=_positive, help="tokens of prompt and answer (otherwise 512)")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(otherwise float32)")
+    group.add_argument("--loss", choices=["options", "lm"], help="which loss to report (otherwise options)")
     parser.set_defaults(run=_eval)
 
 
@@ -159,20 +160,17 @@ def _eval(options: argparse.Namespace) -> int:
     from zofo import commands
 
     commands.quiet_libraries()
+    settings = commands.eval_settings(options.model, vars(options))
     scores = commands.evaluate_model(
-        options.model,
-        options.adapter,
-        options.task,
-        options.split,
-        dev_size=options.dev_size,
-        test_size=options.test_size,
-        data_seed=options.data_seed,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        dtype=options.dtype,
-        loss=options.loss,
+        options.model, options.adapter, options.task, options.split, options.batch_size, settings
     )
-    said = {"model": options.model, "adapter": options.adapter, "split": options.split, "tasks": scores}
+    said = {
+        "model": options.model,
+        "adapter": options.adapter,
+        "split": options.split,
+        "settings": dataclasses.asdict(settings),
+        "tasks": scores,
+    }
     text = json.dumps(said, indent=2)
     print(text)
     if options.output:

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,44 +95,55 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     return results
 
 
-def evaluate_model(
-    model: str,
-    adapter: str | None,
-    tasks: list[str],
-    split: str,
-    *,
-    dev_size: int,
-    test_size: int,
-    data_seed: int,
-    batch_size: int,
-    max_length: int,
-    dtype: DType,
-    loss: LossKind,
-) -> dict[str, Any]:
-    """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task.
+@dataclass(frozen=True)
+class EvalSettings:
+    """Which rows `zofo eval` reads, and how; the defaults are those of a training run."""
 
-    The rows are those that a training run with the same sizes and data seed calls by that name.
+    test_size: int = 400
+    dev_size: int = 200
+    data_seed: int = 42
+    max_length: int = 512
+    loss: LossKind = "options"
+    dtype: DType = "float32"
+
+
+def eval_settings(model: str, given: dict[str, Any]) -> EvalSettings:
+    """The settings of the run that `model` is the backbone of, if it is one, and over them what is given.
+
+    So that the rows called test are those that the run held out, and never some that it trained on.
     """
+    config = Path(model).parent / "config.yaml"
+    stored: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if stored and stored.get("data_seed") is None:
+        stored["data_seed"] = stored.get("seed", EvalSettings.data_seed)
+    names = [field.name for field in fields(EvalSettings)]
+    return EvalSettings(**{n: v for n, v in {**stored, **given}.items() if n in names and v is not None})
+
+
+def evaluate_model(
+    model: str, adapter: str | None, tasks: list[str], split: str, batch_size: int, settings: EvalSettings
+) -> dict[str, Any]:
+    """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task."""
     found = [load_task(task) for task in tasks]
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, settings.dtype)
     base = AdaptedModel(loaded, stored=adapter)
     scores: dict[str, Any] = {}
     for task in found:
         splits = split_records(
             task.records(),
             train_size=None,
-            dev_size=dev_size,
-            test_size=test_size,
+            dev_size=settings.dev_size,
+            test_size=settings.test_size,
             lower_fraction=0.5,
-            seed=data_seed,
+            seed=settings.data_seed,
         )
         rows = {"test": splits.test, "dev": splits.dev, "train": splits.train}[split]
-        examples, _ = tokenize(rows, tokenizer, min(max_length, base.positions))
+        examples, _ = tokenize(rows, tokenizer, min(settings.max_length, base.positions))
         scores[task.name] = evaluate(
             Scorer(base, Tokens()),
             examples,
             metric=task.metric,
-            kind=loss if task.metric in OPTION_METRICS else "lm",
+            kind=settings.loss if task.metric in OPTION_METRICS else "lm",
             tokenizer=tokenizer,
             batch_size=batch_size,
         )
