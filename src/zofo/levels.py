@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,9 @@ from zofo.estimators import ESTIMATORS, Estimate, Evaluate
 from zofo.optimizers import ZOSGD, ZerothOrderOptimizer
 from zofo.perturb import Scratch, perturbed
 from zofo.scoring import Scorer, count
+
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(ZofoError):
@@ -109,6 +113,7 @@ class ZerothOrderLevel:
         self._args = args
         self._scratch = Scratch()
         self._all_seen = False
+        self._accepted = False
         rule = ZOSGD(args.zo_weight_decay)
         self.optimizer = ZerothOrderOptimizer(self._parameters, rule, args.zo_learning_rate)
         for parameter in self._parameters.values():
@@ -139,11 +144,37 @@ class ZerothOrderLevel:
     def accept(self, number: int, projected: tuple[float, ...]) -> float:
         """Hands the estimate of step `number` to the optimizer; returns its root mean square."""
         self.optimizer.estimate = Estimate(self._args.seed, number, projected, self._args.zo_distribution)
-        return math.sqrt(sum(g * g for g in projected) / len(projected))
+        size = math.sqrt(sum(g * g for g in projected) / len(projected))
+        if not self._accepted:
+            self._warn_of_coarse_weights(size)
+        self._accepted = True
+        return size
 
     def clear(self) -> None:
         """Forgets the estimate."""
         self.optimizer.estimate = None
+
+    def _warn_of_coarse_weights(self, projected_grad: float) -> None:
+        """Says so if ε or an update is lost between two neighbours of a 16-bit dtype."""
+        largest = max(self._parameters.values(), key=Tensor.numel)
+        if largest.dtype == torch.float32:
+            return
+        typical = float(torch.linalg.vector_norm(largest, dtype=torch.float32)) / math.sqrt(largest.numel())
+        gap = typical * torch.finfo(largest.dtype).eps
+        update = self._args.zo_learning_rate * projected_grad / math.sqrt(self._args.num_perturbations)
+        dtype = str(largest.dtype).removeprefix("torch.")
+        if self._args.zo_eps < gap / 2:
+            logger.warning(
+                "zo_eps %.1e is less than half the gap of %s at a typical weight (%.1e): most weights are not perturbed; "
+                "use at least %.0e, or dtype: float32",
+                self._args.zo_eps, dtype, gap, gap,
+            )  # fmt: skip
+        if update < gap / 2:
+            logger.warning(
+                "a zeroth-order update of %.1e is less than half the gap of %s at a typical weight (%.1e): stochastic "
+                "rounding keeps it on average only; dtype: float32 keeps it exactly",
+                update, dtype, gap,
+            )  # fmt: skip
 
 
 @torch.no_grad()

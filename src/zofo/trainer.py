@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import logging
 
 from zofo import noise
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
@@ -35,7 +35,7 @@ from zofo.tasks import Record, checked
 
 Rows = Sequence[Record] | Sequence[dict[str, Any]]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _COMPILE_FROM = 10_000_000  # parameters: below, compiling the noise takes longer than it saves
 
