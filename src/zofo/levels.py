@@ -22,7 +22,6 @@ from zofo.optimizers import ZOSGD, ZerothOrderOptimizer
 from zofo.perturb import Scratch, perturbed
 from zofo.scoring import Scorer, count
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -165,7 +164,7 @@ class ZerothOrderLevel:
         dtype = str(largest.dtype).removeprefix("torch.")
         if self._args.zo_eps < gap / 2:
             logger.warning(
-                "zo_eps %.1e is less than half the gap of %s at a typical weight (%.1e): most weights are not perturbed; "
+                "zo_eps %.1e is less than half the gap of %s at a typical weight (%.1e): most are not perturbed; "
                 "use at least %.0e, or dtype: float32",
                 self._args.zo_eps, dtype, gap, gap,
             )  # fmt: skip
