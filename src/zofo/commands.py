@@ -99,8 +99,8 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
 class EvalSettings:
     """Which rows `zofo eval` reads, and how; the defaults are those of a training run."""
 
-    test_size: int = 400
-    dev_size: int = 200
+    test_size: int | None = None
+    dev_size: int | None = None
     data_seed: int = 42
     max_length: int = 512
     loss: LossKind = "options"

@@ -12,6 +12,10 @@ from zofo.errors import ZofoError
 from zofo.tasks import Record
 
 
+DEV_ROWS = 200
+TEST_ROWS = 400
+
+
 @dataclass(frozen=True)
 class Splits:
     """The four parts, and what to tell the user about them."""
@@ -32,8 +36,8 @@ def split_records(
     records: dict[str, list[Record]],
     *,
     train_size: int | None,
-    dev_size: int,
-    test_size: int,
+    dev_size: int | None,
+    test_size: int | None,
     lower_fraction: float,
     seed: int,
 ) -> Splits:
@@ -46,20 +50,31 @@ def split_records(
     Args:
         records: {"all": ...}, or {"train": ...} with "dev" or "test" where the source has them.
         train_size: rows for lower and upper together; None for all that remain.
-        dev_size: rows for model selection.
-        test_size: rows for the final figures.
+        dev_size: rows for model selection; None for a fifth of the rows, at most 200.
+        test_size: rows for the final figures; None for a fifth of the rows, at most 400. Of a file of their own, None
+            takes all rows up to that many.
         lower_fraction: share of the training rows that goes to the lower level.
         seed: of the order.
 
     Raises:
         ZofoError: if more rows are wanted than there are.
     """
+    if not records.keys() & {"all", "train"}:
+        raise ZofoError(
+            f"the source has the splits {', '.join(records) or 'none'}, but no train: name one in `source`"
+        )
     queues = {name: iter(_ordered(rows, seed)) for name, rows in records.items()}
     pool = queues["all"] if "all" in queues else queues["train"]
     taken = _Taken(set(), 0)
-    test = taken.take(queues.get("test", pool), test_size, "test_size")
-    dev = taken.take(queues.get("dev", pool), dev_size, "dev_size")
-    train = taken.take(pool, train_size, "train_size")
+    total = len(records["all"] if "all" in records else records["train"])
+
+    def take(name: str, wanted: int | None, most: int) -> list[Record]:
+        default = most if name in queues else min(most, total // 5)
+        return taken.take(queues.get(name, pool), wanted, f"{name}_size", default)
+
+    test = take("test", test_size, TEST_ROWS)
+    dev = take("dev", dev_size, DEV_ROWS)
+    train = taken.take(pool, train_size, "train_size", total)
     if not train:
         raise ZofoError(f"no row is left to train on after {len(test)} for test and {len(dev)} for dev: ask for fewer")
     cut = round(len(train) * lower_fraction)
@@ -81,10 +96,10 @@ class _Taken:
     prompts: set[str]
     dropped: int
 
-    def take(self, queue: Iterator[Record], wanted: int | None, key: str) -> list[Record]:
-        """The next `wanted` records (None: all) whose prompts are new."""
+    def take(self, queue: Iterator[Record], wanted: int | None, key: str, default: int) -> list[Record]:
+        """The next `wanted` records whose prompts are new; if that is None, `default` of them or fewer."""
         taken: list[Record] = []
-        while wanted is None or len(taken) < wanted:
+        while len(taken) < (default if wanted is None else wanted):
             record = next(queue, None)
             if record is None:
                 break
