@@ -11,7 +11,6 @@ import numpy as np
 from zofo.errors import ZofoError
 from zofo.tasks import Record
 
-
 DEV_ROWS = 200
 TEST_ROWS = 400
 
