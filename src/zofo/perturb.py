@@ -37,6 +37,12 @@ _METHODS: tuple[Any, ...] = (
 _METADATA: frozenset[Any] = frozenset((*(p.__get__ for p in _PROPERTIES), *_METHODS))
 
 
+_IN_PLACE = frozenset(
+    ["__set__", "__setitem__"]
+    + [f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()]
+)
+
+
 class Scratch:
     """Buffers for W + scale·z, used again by every parameter of the same dtype and device.
 
@@ -265,8 +271,7 @@ class _Reader(TorchFunctionMode):
 
     def _refuse_writes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = func.__name__
-        in_place = name in ("__set__", "__setitem__") or (name.startswith("__i") and name != "__invert__")
-        in_place = in_place or (name.endswith("_") and not name.endswith("__"))
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         target = args[0] if in_place and args else kwargs.get("out")
         if id(target) in self._targets:
             written = next(block.names[id(target)] for block in self._blocks if id(target) in block.names)

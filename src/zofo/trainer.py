@@ -193,7 +193,9 @@ class ZOFOTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metric and loss of every adapter: `eval_loss` is the deployed one's, `eval_lower_loss` its twin's."""
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset
+        if eval_dataset is not None:
+            rows = self.examples(records(eval_dataset))
         if rows is None:
             raise ZofoError("there is nothing to evaluate on: pass eval_dataset to ZOFOTrainer")
         metrics: dict[str, float] = {}
