@@ -4,12 +4,13 @@ There is no generator and no state: element `i` of the stream `key` is computed 
 alone, by integer arithmetic, so the bits do not depend on chunking, order, threads, device or
 compilation, and the global random state of torch is never touched.
 
-    h = mix(mix(i XOR k0) + k1)                  two rounds of a 32-bit integer mixer
+    k0, k1 = the halves of BLAKE2b(key, i // 2**32)
+    h = mix(mix((i mod 2**32) XOR k0) + k1)      two rounds of a 32-bit integer mixer
     n = byte0(h) + byte1(h) + byte2(h) + byte3(h) - 510          an integer in [-510, 510]
     z = n / sqrt(21845)                          mean 0, variance 1, kurtosis 2.7, |z| <= 3.451
 
-`i` is the low half of the 64-bit element index; the high half is hashed into `k0` and `k1`, so the
-stream does not repeat after 2**32 elements. The multiplier of `n` is rounded to 15 significant bits and
+The high half of the 64-bit index `i` goes into `k0` and `k1`, so the stream does not repeat after 2**32
+elements. The multiplier of `n` is rounded to 15 significant bits and
 `n` has 9, so their product is exact in float32 and `w + scale * z` is rounded once, with or without
 fused multiply-add. The mixer's constants are those of C. Wellons, "Prospecting for Hash Functions"
 (2018), `lowbias32`.
@@ -18,7 +19,9 @@ fused multiply-add. The mixer's constants are those of C. Wellons, "Prospecting 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, cast
 
@@ -29,6 +32,8 @@ from zofo.errors import ZofoError
 
 Distribution = Literal["normal", "rademacher"]
 Kernel = Callable[..., None]
+
+logger = logging.getLogger(__name__)
 
 _EAGER_CHUNK = 1 << 17  # elements: the temporaries of the eager form stay in a core's cache
 _QUERY_CHUNK = 1 << 19  # elements: one block of θ stays in cache while all q queries are added to it
@@ -65,10 +70,10 @@ def representable(scale: float, distribution: Distribution = "normal") -> float:
     """The scale that is really applied when `scale` is asked for.
 
     The multiplier of the integer n is rounded to 15 significant bits; the relative difference to
-    `scale` is at most 2**-16. Estimators divide by this value and not by the one that was asked for.
+    `scale` is at most 2**-15. Estimators divide by this value and not by the one that was asked for.
 
     Examples:
-        >>> abs(representable(1e-3) / 1e-3 - 1) <= 2**-16
+        >>> abs(representable(1e-3) / 1e-3 - 1) <= 2**-15
         True
     """
     return _multiplier(scale, distribution) / _unit(distribution)
@@ -133,7 +138,7 @@ def write_sum(
     """
     _require_float(tensor)
     source, target = tensor.contiguous().view(-1), _flat(out)
-    exact = target.dtype == torch.float32 and source.dtype == torch.float32
+    exact = target.dtype == torch.float32 and source.dtype == torch.float32 and len(terms) > 0
     size = source.numel() if len(terms) == 1 else _QUERY_CHUNK
     for low, high in _pieces(start, source.numel(), size):
         read, write = source[low:high], target[low:high]
@@ -142,7 +147,7 @@ def write_sum(
                 _add(read, write, term, start + low, distribution)
                 read = write
         else:
-            total = read.float()
+            total = read.to(torch.float32, copy=True)
             for term in terms:
                 _add(total, total, term, start + low, distribution)
             write.copy_(total)
@@ -151,19 +156,23 @@ def write_sum(
 
 
 @torch.no_grad()
-def update_(tensor: Tensor, terms: Sequence[Term], rounding_key: int, distribution: Distribution = "normal") -> None:
-    """Tensor <- tensor + sum of the terms; bfloat16 and float16 are rounded stochastically.
+def update_(
+    tensor: Tensor, terms: Sequence[Term], rounding_key: int, distribution: Distribution = "normal", keep: float = 1.0
+) -> None:
+    """W <- keep * W + sum of the terms; bfloat16 and float16 are rounded stochastically.
 
     Stochastic rounding goes up or down with the probability that makes the result right on average, so
     that steps far below the distance of two neighbours still move the weights by their sum. Its random
     bits are a counter-based stream too, of the key `rounding_key`.
     """
     if tensor.dtype == torch.float32:
+        if keep != 1.0:
+            tensor.mul_(keep)
         return write_sum(tensor, terms, tensor, 0, distribution)
     _require_float(tensor)
     target = _flat(tensor)
     for low, high in _pieces(0, target.numel(), _QUERY_CHUNK):
-        total = target[low:high].float()
+        total = target[low:high].float() * keep
         for term in terms:
             _add(total, total, term, low, distribution)
         k0, k1 = _halves(rounding_key, 0)
@@ -183,28 +192,33 @@ def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cp
     Returns:
         Whether the compiled kernels are in use.
     """
-    kernel = cast(Kernel, torch.compile(_normal_kernel, dynamic=True, fullgraph=True))
-    probe, expected = torch.zeros(2, 1031, dtype=dtype, device=device)
+    probe = torch.zeros(1031, dtype=dtype, device=device)
+    moved = torch.empty_like(probe)
     try:
-        _KERNELS["normal"] = kernel
-        write_sum(probe, [Term(1, 1e-3)], torch.empty_like(probe))
-        add_(probe, 1, 1e-3)
-    except Exception:  # no compiler, or one that fails: torch raises several unrelated types here
-        _KERNELS["normal"] = _normal_kernel
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler about itself
+            _COMPILED["in_place"] = cast(Kernel, torch.compile(_normal_in_place, dynamic=True, fullgraph=True))
+            _COMPILED["apart"] = cast(Kernel, torch.compile(_normal, dynamic=True, fullgraph=True))
+            write_sum(probe, [Term(1, 1e-3)], moved)
+            add_(probe, 1, 1e-3)
+    except Exception as error:  # no compiler, or one that fails: torch raises several unrelated types here
+        _COMPILED.clear()
+        logger.info("the noise kernels could not be compiled: %s", error)
         return False
-    assert _same_as_eager(probe, expected), "the compiled noise differs from the eager noise"
+    assert torch.equal(probe, moved), "compiled in place and apart, the noise has different bits"
+    assert _same_as_eager(probe), "the compiled noise differs from the eager noise"
     return True
 
 
-def _same_as_eager(probe: Tensor, expected: Tensor) -> bool:
+def _same_as_eager(probe: Tensor) -> bool:
+    expected = torch.zeros_like(probe)
     k0, k1 = _halves(1, 0)
-    factor = _scalar(_multiplier(1e-3, "normal"), torch.float32)
-    _normal_kernel(expected, expected, _scalar(0, torch.int32), k0, k1, factor)
+    _normal(expected, expected, _scalar(0, torch.int32), k0, k1, _scalar(_multiplier(1e-3, "normal"), torch.float32))
     return torch.equal(probe, expected)
 
 
 def _materialise(seed: int, start: int, count: int, distribution: Distribution) -> Tensor:
-    out = torch.zeros(count)
+    out = torch.zeros(count, dtype=torch.float32)
     write_sum(out, [Term(seed, 1.0)], out, start, distribution)
     return out
 
@@ -231,17 +245,23 @@ def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _add(read: Tensor, write: Tensor, term: Term, start: int, distribution: Distribution) -> None:
-    kernel = _KERNELS[distribution]
+    """Adds a term: write <- read + term, for pieces that are the same memory or do not overlap at all."""
     k0, k1 = _halves(term.key, start // _BLOCK)
     factor = _scalar(_multiplier(term.scale, distribution), torch.float32)
-    compiled = kernel not in (_normal_kernel, _rademacher_kernel) and read.numel() > 1
-    chunk = read.numel() if compiled else _EAGER_CHUNK
-    for low in range(0, read.numel(), chunk):
+    if _COMPILED and distribution == "normal" and read.numel() > 1:
+        offset = _scalar(_signed(start % _BLOCK), torch.int32)
+        if read.data_ptr() == write.data_ptr():
+            _COMPILED["in_place"](write.detach(), offset, k0, k1, factor)
+        else:
+            _COMPILED["apart"](read.detach(), write.detach(), offset, k0, k1, factor)
+        return
+    kernel = _normal if distribution == "normal" else _rademacher
+    for low in range(0, read.numel(), _EAGER_CHUNK):
         offset = _scalar(_signed((start + low) % _BLOCK), torch.int32)
-        kernel(read[low : low + chunk], write[low : low + chunk], offset, k0, k1, factor)
+        kernel(read[low : low + _EAGER_CHUNK], write[low : low + _EAGER_CHUNK], offset, k0, k1, factor)
 
 
-def _normal_kernel(read: Tensor, write: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
+def _normal(read: Tensor, write: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
     index = torch.arange(read.numel(), dtype=torch.int32, device=read.device) + offset
     h = _mix(_mix(index ^ k0) + k1)
     pairs = (h & _BYTES) + ((h >> 8) & _BYTES)
@@ -249,13 +269,19 @@ def _normal_kernel(read: Tensor, write: Tensor, offset: Tensor, k0: Tensor, k1: 
     write.copy_(read.float() + n.float() * factor)
 
 
-def _rademacher_kernel(read: Tensor, write: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
+def _normal_in_place(tensor: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
+    _normal(tensor, tensor, offset, k0, k1, factor)
+
+
+def _rademacher(read: Tensor, write: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
     index = torch.arange(read.numel(), dtype=torch.int32, device=read.device) + offset
     sign = ((_mix(_mix(index ^ k0) + k1) >> 31) & 1) * 2 - 1
     write.copy_(read.float() + sign.float() * factor)
 
 
-_KERNELS: dict[Distribution, Kernel] = {"normal": _normal_kernel, "rademacher": _rademacher_kernel}
+# Two functions and not one: compiled for two views of one memory, a graph may be used again for views of two memories,
+# and then writes to the wrong one (seen with torch 2.13).
+_COMPILED: dict[Literal["in_place", "apart"], Kernel] = {}
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -281,8 +307,7 @@ def _indices(like: Tensor, start: int) -> Tensor:
 
 
 def _halves(key: int, block: int) -> tuple[Tensor, Tensor]:
-    if block:
-        key = stream_key(key, name=f"block {block}")
+    key = stream_key(key % (1 << 64), name=f"block {block}")
     return _scalar(_signed(key), torch.int32), _scalar(_signed(key >> 32), torch.int32)
 
 

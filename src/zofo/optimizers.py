@@ -63,10 +63,10 @@ class ZOSGD:
         self, parameters: Mapping[str, Tensor], estimate: Estimate, learning_rate: float, state: State
     ) -> State:
         for name, parameter in parameters.items():
-            if self.weight_decay and parameter.ndim >= 2:
-                parameter.mul_(1 - learning_rate * self.weight_decay)
+            keep = 1 - learning_rate * self.weight_decay if parameter.ndim >= 2 else 1.0
             rounding_key = noise.stream_key(estimate.seed, estimate.step, -1, name)
-            noise.update_(parameter, estimate.terms(name, -learning_rate), rounding_key, estimate.distribution)
+            terms = estimate.terms(name, -learning_rate)
+            noise.update_(parameter, terms, rounding_key, estimate.distribution, keep)
         return state
 
 

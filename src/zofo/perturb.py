@@ -8,9 +8,9 @@ out-of-memory error or Ctrl-C inside the block has nothing to undo.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,10 +37,8 @@ _METHODS: tuple[Any, ...] = (
 _METADATA: frozenset[Any] = frozenset((*(p.__get__ for p in _PROPERTIES), *_METHODS))
 
 
-_IN_PLACE = frozenset(
-    ["__set__", "__setitem__"]
-    + [f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()]
-)
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_IN_PLACE = frozenset(["__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)])
 
 
 class Scratch:
@@ -64,7 +62,8 @@ class Scratch:
             self._free = [b for b in self._free if b is not best]
             return best
         self._free.clear()
-        return torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside of it
+            return torch.empty(like.numel(), dtype=like.dtype, device=like.device)
 
     def give_back(self, buffer: Tensor) -> None:
         """The buffer may be overwritten from now on."""
@@ -116,10 +115,9 @@ def perturbed(
     _require_members(model, parameters)
     block = _Block.of(parameters, (seed, step, query), scale, distribution)
     with _reader(scratch) as reader, reader.joined_by(block):
-        reader.ran = False
         yield
     missed = [name for name in parameters if name not in block.seen]
-    if require_all and reader.ran and missed:
+    if require_all and block.ran and missed:
         raise ZofoError(
             f"the forward never read {', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''} through torch: such a "
             f"parameter cannot be moved by forward passes; leave it out of `parameters` ({len(missed)} of "
@@ -185,7 +183,8 @@ class _Block:
     names: dict[int, str]
     terms: dict[int, Term]
     distribution: Distribution
-    seen: set[str]
+    seen: set[str] = field(default_factory=set)
+    ran: bool = False  # whether anything that could read was called
 
     @staticmethod
     def of(
@@ -196,7 +195,6 @@ class _Block:
             names={id(p): name for name, p in parameters.items()},
             terms={id(p): Term(noise.stream_key(*direction, name), scale) for name, p in parameters.items()},
             distribution=distribution,
-            seen=set(),
         )
 
 
@@ -208,7 +206,6 @@ class _Reader(TorchFunctionMode):
         self._scratch = scratch
         self._blocks: list[_Block] = []  # the outer one first
         self._targets: set[int] = set()
-        self.ran = False
 
     @contextmanager
     def joined_by(self, block: _Block) -> Generator[None]:
@@ -226,18 +223,20 @@ class _Reader(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.ran = True
+        for block in self._blocks:
+            block.ran = True
         kwargs = kwargs or {}
         if not (self._any_target(args) or (kwargs and self._any_target(tuple(kwargs.values())))):
             return func(*args, **kwargs)
         if func in _METADATA:
             return func(*args, **kwargs)
         self._refuse_writes(func, args, kwargs)
-        lent: list[Tensor] = []
-        result = func(*self._replace(args, lent), **self._replace(kwargs, lent))
-        storages = {buffer.untyped_storage().data_ptr(): buffer for buffer in lent}
-        for pointer, buffer in storages.items():
-            if not _may_keep(result, pointer):
+        # the largest first: a small one must not occupy the buffer that fits a large one
+        found = {id(p): p for p in self._targets_in([args, kwargs])}
+        copies = {id(p): self._perturbed_copy(p) for p in sorted(found.values(), key=Tensor.numel, reverse=True)}
+        result = func(*_replaced(args, copies), **_replaced(kwargs, copies))
+        for buffer, _ in copies.values():
+            if not _may_keep(result, buffer.untyped_storage().data_ptr()):
                 self._scratch.give_back(buffer)
         return result
 
@@ -248,36 +247,43 @@ class _Reader(TorchFunctionMode):
             for v in values
         )
 
-    def _replace(self, value: Any, lent: list[Tensor]) -> Any:
+    def _targets_in(self, value: Any) -> Iterator[Tensor]:
         if id(value) in self._targets:
-            return self._perturbed_copy(value, lent)
-        if isinstance(value, list | tuple):
-            items: list[Any] = [self._replace(v, lent) for v in value]  # pyright: ignore[reportUnknownVariableType]
-            return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict):
-            return {k: self._replace(v, lent) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
-        return value
+            yield value
+        elif isinstance(value, list | tuple | dict):
+            items: Any = value.values() if isinstance(value, dict) else value
+            for item in items:
+                yield from self._targets_in(item)
 
-    def _perturbed_copy(self, parameter: Tensor, lent: list[Tensor]) -> Tensor:
+    def _perturbed_copy(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """(the buffer, its view as W + scale·z)."""
         blocks = [block for block in self._blocks if id(parameter) in block.terms]
         for block in blocks:
             block.seen.add(block.names[id(parameter)])
         buffer = self._scratch.take(parameter)
-        lent.append(buffer)
         copy = buffer[: parameter.numel()].view(parameter.shape)
         terms = [block.terms[id(parameter)] for block in blocks]
         noise.write_sum(parameter.detach(), terms, copy, 0, blocks[0].distribution)
-        return copy
+        return buffer, copy
 
     def _refuse_writes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = func.__name__
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        target = args[0] if in_place and args else kwargs.get("out")
-        if id(target) in self._targets:
+        places = [args[:1], *(kwargs.get(key) for key in ("input", "self", "tensor"))] if in_place else []
+        for target in self._targets_in([*places, kwargs.get("out")]):
             written = next(block.names[id(target)] for block in self._blocks if id(target) in block.names)
-            raise ZofoError(
-                f"{name} writes {written} inside a perturbed block, where θ is read-only: do it after the block"
-            )
+            raise ZofoError(f"{name} writes {written} inside a perturbed block, where θ is read-only: do it after it")
+
+
+def _replaced(value: Any, copies: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
+    if id(value) in copies:
+        return copies[id(value)][1]
+    if isinstance(value, list | tuple):
+        items: list[Any] = [_replaced(item, copies) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {key: _replaced(item, copies) for key, item in value.items()}
+    return value
 
 
 def _may_keep(result: Any, pointer: int) -> bool:

@@ -1,0 +1,37 @@
+"""The environment of every test: no network, few threads, and tiny models on demand."""
+
+import os
+
+# before transformers is imported, by whichever test comes first
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
+
+torch.set_num_threads(1)  # models are tiny, and tests may run side by side
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """The name of each architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    """A tiny random model of each architecture in turn."""
+    return tiny_model(family)
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A folder with a tiny Llama and its tokenizer, as `save_pretrained` leaves it."""
+    return save_tiny_model(tmp_path / "tiny")

@@ -1,0 +1,273 @@
+"""Bad input through the real command: status 2, one line that says what, why and how to mend it, nothing written."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from shell import QUICK, ROWS, arguments, refused, write_task
+from tiny import save_tiny_model, tiny_model, tiny_tokenizer
+
+KEYS = {
+    "a misspelt key": ({"penlty": 1}, "unknown key 'penlty': did you mean penalty?"),
+    "a key like no other": ({"qqqq": 1}, "unknown key 'qqqq': see `zofo train --help`"),
+    "a number that is none": ({"max_steps": "three"}, "invalid int value: 'three'"),
+    "a whole number that is none": ({"lower_steps": 2.5}, "invalid int value: '2.5'"),
+    "a float that is none": ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+    "a truth value that is none": ({"normalize_penalty": "perhaps"}, "perhaps"),
+    "an unknown method": ({"method": "bilvel"}, "method: invalid choice: 'bilvel' (choose from 'bilevel', 'zo'"),
+    "an unknown dtype": ({"dtype": "float8"}, "dtype: invalid choice: 'float8' (choose from"),
+    "an unknown loss": ({"loss": "mse"}, "loss: invalid choice: 'mse' (choose from"),
+    "an unknown estimator": (
+        {"zo_estimator": "three_sided"},
+        "invalid choice: 'three_sided' (choose",
+    ),
+    "an unknown schedule": ({"lr_scheduler_type": "nosuch"}, "nosuch is not a valid SchedulerType"),
+    "an unknown optimizer": ({"optim": "nosuch"}, "nosuch"),
+    "an unknown adapter": ({"adapter": "loar"}, "adapter is 'loar': give one of lora, prefix, prompt, none, or"),
+    "bilevel without an adapter": (
+        {"method": "bilevel", "adapter": "none"},
+        "method bilevel trains an adapter, but adapter is none: choose lora, prefix or prompt, or method zo",
+    ),
+    "two stages without an adapter": (
+        {"method": "two_stage", "adapter": "none"},
+        "but adapter is none: choose lora",
+    ),
+    "autocast": ({"bf16": "true"}, "set dtype: bfloat16"),
+    "no model": ({"model": None}, "model is not given: add model: ... to the config, or --model ... to the command"),
+    "no task": ({"task": None}, "task is not given"),
+    "an unknown task": ({"task": "movie_review"}, "there is no task 'movie_review': did you mean movie_reviews?"),
+    "a task file that is not there": ({"task": "none.yaml"}, "there is no task file none.yaml"),
+    "more training rows than exist": ({"train_size": 41}, "train_size is 41, but only 40 rows are left for it"),
+    "more test rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it: ask for"),
+    "more dev rows than exist": ({"dev_size": 51}, "dev_size is 51, but only 50 rows are left for it"),
+    "no training row left": ({"dev_size": 50}, "no row is left to train on"),
+    "a length with no room": ({"max_length": 2}, "max_length 2: raise max_length, or shorten the answers"),
+}
+MUST_BE_POSITIVE = (
+    "zo_eps", "num_perturbations", "zo_learning_rate", "max_length", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "train_size", "dev_size", "test_size", "max_steps",
+    "lower_fraction", "two_stage_fraction", "logging_steps", "save_steps", "eval_steps",
+)  # fmt: skip
+MUST_NOT_BE_NEGATIVE = (
+    "learning_rate", "upper_learning_rate", "penalty", "lower_steps", "zo_weight_decay", "weight_decay", "seed",
+    "data_seed", "warmup_steps", "max_grad_norm",
+)  # fmt: skip
+WRONG_NUMBERS = [
+    *((key, value) for key in MUST_BE_POSITIVE for value in ("0", "-3")),
+    *((key, "-3") for key in MUST_NOT_BE_NEGATIVE),
+    *((key, value) for key in ("learning_rate", "zo_learning_rate", "zo_eps", "penalty") for value in ("nan", "inf")),
+    ("lower_fraction", "1"),
+    ("two_stage_fraction", "1.5"),
+    ("lower_fraction", "nan"),
+]
+TASKS = {
+    "an unknown key": ({"anwser": "x"}, "task.yaml: unknown key 'anwser'; did you mean 'answer'?"),
+    "no answer": ({"answer": None}, "task.yaml: the key 'answer' is missing"),
+    "options that are no list": ({"options": 2}, "task.yaml: options must be a list of texts, or a template"),
+    "an answer that is no option": (
+        {"answer": " fine"},
+        "60 of 60 rows cannot be used (rows 1, 2, 3, ...)",
+    ),
+    "a column that is not there": ({"prompt": "{{ body }}"}, "task.yaml, prompt: 'body'"),
+    "a sandbox escape": ({"prompt": "{{ text.__class__ }}"}, "task.yaml, prompt tries what templates may not do"),
+    "an endless template": ({"prompt": "{{ 'x' * 10 ** 12 }}"}, "task.yaml, prompt tries what templates may not do"),
+    "a file that is not there": ({"source": "none.jsonl"}, "none.jsonl: correct `source`; paths are relative"),
+    "an unknown metric": ({"metric": "acuracy"}, "task.yaml: unknown metric 'acuracy'; did you mean accuracy?"),
+    "no options for a loss over them": ({"options": None}, "set loss: lm, or give options"),
+}
+LINES = [json.dumps(row) + "\n" for row in ROWS]
+DATA = {
+    "broken JSON": ("".join(LINES[:6]).encode() + b'{"text": "x", \n', "rows.jsonl, line 7: broken JSON"),
+    "an empty file": (b"", "rows.jsonl is empty: give a file with at least one row"),
+    "another encoding": ('{"text": "ä", "label": 1}\n'.encode("latin-1"), "is not UTF-8 (byte 10): save it in UTF-8"),
+    "compressed bytes": (gzip.compress(b"x"), "is not UTF-8"),
+    "a missing label": ("".join([*LINES, '{"text": "x"}\n']).encode(), "1 of 61 rows cannot be used (rows 61)"),
+    "a null label": ("".join([*LINES, '{"text": "x", "label": null}']).encode(), "1 of 61 rows cannot be used"),
+    "a nested label": ("".join([*LINES, '{"text": "x", "label": [1]}']).encode(), "1 of 61 rows cannot be used"),
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture
+def keys(model, tmp_path):
+    """The keys of a run that works."""
+    return {"model": model, "task": write_task(tmp_path / "task"), "output_dir": tmp_path / "run", **QUICK}
+
+
+@pytest.mark.parametrize(("changes", "message"), KEYS.values(), ids=KEYS)
+def test_keys(capsys, tmp_path, keys, changes, message):
+    assert message in refused(capsys, arguments(**{**keys, **changes}), tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "message"), KEYS.values(), ids=KEYS)
+def test_keys_in_a_file(capsys, tmp_path, keys, changes, message):
+    merged = {k: v if isinstance(v, int | float) else str(v) for k, v in {**keys, **changes}.items() if v is not None}
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(merged))
+    line = refused(capsys, ["train", "--config", str(file)], tmp_path)
+    assert message in line
+    assert "unknown key" not in line or str(file) in line  # where to correct it
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG_NUMBERS)
+def test_numbers_that_cannot_be(capsys, tmp_path, keys, key, value):
+    changes = {"save_strategy": "steps"} if key == "save_steps" else {}
+    line = refused(capsys, arguments(**{**keys, **changes, key: value}), tmp_path)
+    assert key in line
+
+
+@pytest.mark.parametrize(("changes", "message"), TASKS.values(), ids=TASKS)
+def test_task_files(capsys, tmp_path, keys, changes, message):
+    task = write_task(tmp_path / "bad", **changes)
+    assert message in refused(capsys, arguments(**{**keys, "task": task}), tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), DATA.values(), ids=DATA)
+def test_data_files(capsys, tmp_path, keys, content, message):
+    (tmp_path / "task" / "rows.jsonl").write_bytes(content)
+    assert message in refused(capsys, arguments(**keys), tmp_path)
+
+
+CONFIGS = {
+    "broken YAML": (b"model: [", "is no valid YAML"),
+    "a list": (b"- a\n", "is no config: it must hold lines like"),
+    "empty": (b"", "is no config"),
+    "another encoding": ("model: ä".encode("latin-1"), "cannot read the config file"),
+    "a nested value": (b"lower_steps: {a: 1}", "invalid int value"),
+    "a list for a number": (b"lower_steps: [1, 2]", "lower_steps"),
+    "a list for a text": (b"output_dir: [a, b]", "output_dir"),
+    "a key that is a number": (b"3: 4", "unknown key '3'"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_config_files(capsys, tmp_path, content, message):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    assert message in refused(capsys, ["train", "--config", str(file)], tmp_path)
+
+
+def test_config_files_that_are_not_there(capsys, tmp_path):
+    assert "there is no config file none.yaml" in refused(capsys, ["train", "--config", "none.yaml"], tmp_path)
+    assert "cannot read the config file" in refused(capsys, ["train", "--config", str(tmp_path)], tmp_path)
+    assert "--config needs the path of a YAML file" in refused(capsys, ["train", "--config"], tmp_path)
+
+
+def test_a_config_may_be_given_with_an_equals_sign(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("penlty: 1")
+    assert "did you mean penalty?" in refused(capsys, ["train", f"--config={tmp_path / 'c.yaml'}"], tmp_path)
+
+
+def no_causal_model(folder):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
+def no_tokenizer(folder):
+    tiny_model(vocab_size=320).save_pretrained(folder)
+
+
+def needs_its_own_code(folder):
+    folder.mkdir()
+    config = {"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoConfig": "code.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('the code ran')")
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def pickled(folder):
+    no_tokenizer(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def truncated(folder):
+    save_tiny_model(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def another_tokenizer(folder):
+    save_tiny_model(folder)
+    tiny_model(vocab_size=300).save_pretrained(folder)
+
+
+MODELS = {
+    "not there": (lambda folder: None, "there is no model at {model}: give a Hub id"),
+    "no model folder": (lambda folder: folder.mkdir(), "{model} is no model folder: it has no config.json"),
+    "no causal language model": (no_causal_model, "{model} is a t5 model, which is no causal language model"),
+    "no tokenizer": (no_tokenizer, "{model} has no tokenizer that can be loaded"),
+    "code of its own": (needs_its_own_code, "cannot load {model}: it needs trust_remote_code"),
+    "a pickle": (pickled, "{model} holds no safetensors files; pytorch_model.bin is a pickle"),
+    "truncated weights": (truncated, "cannot load the weights of {model}"),
+    "another model's tokenizer": (another_tokenizer, "320 tokens and the model 300 embeddings"),
+}
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+@pytest.mark.parametrize(("make", "message"), MODELS.values(), ids=MODELS)
+def test_models(capsys, tmp_path, keys, make, message, verb):
+    make(tmp_path / "model")
+    given = {**keys, "model": tmp_path / "model"}
+    if verb == "eval":
+        given = {"model": tmp_path / "model", "task": keys["task"], "output": tmp_path / "scores.json"}
+    assert message.format(model=tmp_path / "model") in refused(capsys, arguments(verb, **given), tmp_path)
+
+
+EVAL = {
+    "an adapter that is not there": (
+        {"adapter": "none"},
+        "none is no adapter: give a folder with",
+    ),
+    "an unknown split": ({"split": "valid"}, "invalid choice: 'valid' (choose from"),
+    "no rows": ({"test_size": 0}, "test_size: must be greater than 0, but is 0"),
+    "a size that is no number": ({"test_size": "all"}, "test_size: invalid"),
+    "more rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it"),
+    "an unknown task": ({"task": "tweet"}, "there is no task 'tweet': did you mean tweets?"),
+    "an unknown option": ({"taks": "tweets"}, "--taks"),
+    "no task": ({"task": None}, "required: --task"),
+    "an output below a file": ({"output": "{file}/scores.json"}, "scores.json"),
+    "an output that exists": ({"output": "{file}"}, "exists already and is not overwritten: give a new file"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), EVAL.values(), ids=EVAL)
+def test_eval(capsys, tmp_path, keys, changes, message):
+    (tmp_path / "file").write_text("mine")
+    given = {key: value if key != "output" else value.format(file=tmp_path / "file") for key, value in changes.items()}
+    words = arguments("eval", **{"model": keys["model"], "task": keys["task"], "test_size": 5, **given})
+    assert message in refused(capsys, words, tmp_path)
+
+
+def test_verbs(capsys, tmp_path):
+    assert "invalid choice: 'trian'" in refused(capsys, ["trian"], tmp_path)
+    assert "required: --run, --output" in refused(capsys, ["merge"], tmp_path)
+
+
+def test_the_installed_command_ends_the_same_way(tmp_path, keys):
+    words = arguments(**{**keys, "penalty": -1})
+    found = subprocess.run([sys.executable, "-m", "zofo.cli", *words], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "zofo: penalty is -1.0, but must be at least 0\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_run_that_all_these_are_changes_of_works(capsys, tmp_path, keys):
+    from zofo.cli import main
+
+    assert main(arguments(**keys)) == 0
+    assert capsys.readouterr().err == ""
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["upper"]["rows"] == 10
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,201 @@
+"""The limits of Bilevel ZOFO are the plain methods, bit for bit; each step is the one that the paper writes."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from plain import (
+    MORE_TOKENS,
+    Watch,
+    assert_close,
+    make_rows,
+    make_trainer,
+    moved,
+    plain_bilevel,
+    plain_loss,
+    same,
+    trained,
+    weights,
+)
+from zofo import direction, noise
+
+LOWER_ROWS = make_rows(12)
+UPPER_ROWS = make_rows(10, first=100)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_bilevel_with_frozen_backbone_is_first_order_peft_on_s_bitwise(tmp_path, accumulation):
+    keys = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 1}
+    bilevel = make_trainer(tmp_path, LOWER_ROWS, UPPER_ROWS, lower_steps=3, max_steps=4, **keys)
+    bilevel.method.theta.optimizer.step = lambda: None
+    bilevel.train()
+    found, first_order = trained(tmp_path, LOWER_ROWS, method="fo", max_steps=12, **keys)
+    start = make_trainer(tmp_path, LOWER_ROWS, UPPER_ROWS)
+    assert same(weights(bilevel.adapted, "backbone"), weights(start.adapted, "backbone"))
+    s = {name.replace("lower", "upper"): value for name, value in weights(bilevel.adapted, "lower").items()}
+    assert same(s, found["upper"])
+    assert moved(weights(start.adapted, "upper"), found["upper"]) == found["upper"].keys()
+    of_bilevel = [log["lower_loss"] for log in bilevel.state.log_history if "lower_loss" in log]
+    of_first_order = [log["loss"] for log in first_order.state.log_history if "loss" in log]
+    for iteration, loss in enumerate(of_bilevel):
+        assert loss == pytest.approx(sum(of_first_order[3 * iteration : 3 * iteration + 3]) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_bilevel_without_adapter_terms_is_mezo_bitwise(tmp_path, estimator, queries):
+    keys = {"num_perturbations": queries, "zo_estimator": estimator, "max_steps": 7}
+    bilevel, _ = trained(tmp_path, LOWER_ROWS, UPPER_ROWS, lower_steps=0, penalty=0.0, upper_learning_rate=0.0, **keys)
+    mezo, _ = trained(tmp_path, UPPER_ROWS, method="zo", adapter="none", **keys)
+    assert same(bilevel["backbone"], mezo["backbone"])
+    start = weights(make_trainer(tmp_path).adapted, "backbone")
+    assert moved(start, mezo["backbone"]) == start.keys()
+
+
+def test_without_penalty_and_lower_steps_fo_and_zo_stand_side_by_side_bitwise(tmp_path):
+    keys = {"lower_steps": 0, "penalty": 0.0, "upper_learning_rate": 3e-2, "max_steps": 5, "num_perturbations": 2}
+    found, _ = trained(tmp_path, LOWER_ROWS, UPPER_ROWS, **keys)
+    hand = make_trainer(tmp_path, LOWER_ROWS, UPPER_ROWS, **keys)
+    adapted, scorer = hand.adapted, hand.method.scorer
+    theta, p = adapted.backbone, list(adapted.adapter_parameters("upper").values())
+    adam = torch.optim.AdamW(p, lr=3e-2, weight_decay=0.0, fused=True)
+    eps = noise.representable(hand.args.zo_eps)
+
+    def loss(batch):
+        return scorer.loss(batch) / len(batch["gold"])
+
+    def shifted(number, query, scale, batch):
+        kept = {name: w.clone() for name, w in theta.items()}
+        for name, w in theta.items():
+            noise.add_(w.data, noise.stream_key(hand.args.seed, number, query, name), scale)
+        value = float(loss(batch).detach())
+        for name, w in theta.items():
+            w.data.copy_(kept[name])
+        return value
+
+    for number, bundle in zip(range(5), hand.get_train_dataloader(), strict=False):
+        (batch,) = bundle["upper"]
+        loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(p, 1.0)
+        slopes = [(shifted(number, q, eps, batch) - shifted(number, q, -eps, batch)) / (2 * eps) for q in range(2)]
+        adam.step()
+        adam.zero_grad()
+        for name, w in theta.items():
+            for query, slope in enumerate(slopes):
+                noise.add_(w.data, noise.stream_key(hand.args.seed, number, query, name), -1e-2 / 2 * slope)
+    assert same(found["upper"], weights(adapted, "upper"))
+    assert same(found["backbone"], weights(adapted, "backbone"))
+    assert moved(found["upper"], weights(make_trainer(tmp_path).adapted, "upper")) == found["upper"].keys()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"penalty": 3.0},
+        {"penalty": 3.0, "normalize_penalty": False},
+        {"penalty": 8.0, "penalty_schedule": "linear"},
+        {"penalty": 8.0, "penalty_schedule": "linear", "normalize_penalty": False},
+        {"zo_estimator": "one_sided", "num_perturbations": 2},
+        {"num_perturbations": 3},
+        {"loss": "lm"},
+    ],
+    ids=lambda keys: ", ".join(f"{k}={v}" for k, v in keys.items()) or "defaults",
+)
+def test_bilevel_steps_are_those_of_the_paper(tmp_path, keys):
+    # a wide ε, for rounding is divided by it; SGD, for Adam turns rounding near 0 into whole steps
+    wide = {"zo_eps": 0.03, "zo_learning_rate": 3e-3, "optim": "sgd", "learning_rate": 0.3}
+    keys = {"max_steps": 4, "penalty": 1.0, **wide, **keys}
+    rows = (make_rows(12, options=MORE_TOKENS), make_rows(10, first=100, options=MORE_TOKENS))
+    found, _ = trained(tmp_path, *rows, **keys)
+    hand = make_trainer(tmp_path, *rows, **keys)
+    linear = keys.get("penalty_schedule") == "linear"
+    plain_bilevel(hand, 4, lambda number: keys["penalty"] * (number / 4 if linear else 1))
+    start = make_trainer(tmp_path, *rows, **keys)
+    for part in ("backbone", "upper", "lower"):
+        assert moved(weights(start.adapted, part), found[part]) == found[part].keys()
+        assert_close(found[part], weights(hand.adapted, part), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("keys", [{}, {"loss": "lm"}, {"zo_estimator": "one_sided", "num_perturbations": 2}])
+def test_mezo_steps_are_those_of_a_plainly_perturbed_copy(tmp_path, family, keys):
+    keys = {"method": "zo", "adapter": "none", "zo_eps": 0.03, "max_steps": 3, "family": family, **keys}
+    found, _ = trained(tmp_path, **keys)
+    hand = make_trainer(tmp_path, **keys)
+    theta, args = hand.adapted.backbone, hand.args
+    for number, bundle in zip(range(3), hand.get_train_dataloader(), strict=False):
+        update = {name: torch.zeros_like(w) for name, w in theta.items()}
+        for query in range(args.num_perturbations):
+            z = direction(theta, args.seed, number, query)
+            losses = []
+            for scale in (0.03, 0.0 if args.zo_estimator == "one_sided" else -0.03):
+                other = copy.deepcopy(hand.adapted.base)
+                with torch.no_grad():
+                    for name, w in other.named_parameters():
+                        w += scale * z[name]
+                    losses.append(float(plain_loss(other, bundle["upper"][0])))
+            slope = (losses[0] - losses[1]) / (0.03 if args.zo_estimator == "one_sided" else 0.06)
+            for name, change in update.items():
+                change -= args.zo_learning_rate * slope * z[name] / args.num_perturbations
+        with torch.no_grad():
+            for name, w in theta.items():
+                w += update[name]
+    assert_close(found["backbone"], weights(hand.adapted, "backbone"), atol=1e-5)
+    start = weights(make_trainer(tmp_path, **keys).adapted, "backbone")
+    assert moved(start, found["backbone"]) == start.keys()
+
+
+def test_queries_applied_in_one_pass_equal_one_pass_for_each(tmp_path):
+    keys = {"method": "zo", "adapter": "none", "max_steps": 1, "num_perturbations": 4}
+    trainer = make_trainer(tmp_path, **keys)
+    estimates = []
+    trainer.add_callback(Watch(lambda: estimates.append(trainer.method.optimizer.estimate)))
+    trainer.train()
+    hand = make_trainer(tmp_path, **keys).adapted.backbone
+    (estimate,) = estimates
+    assert len(set(estimate.projected)) == 4
+    for query, slope in enumerate(estimate.projected):
+        for name, w in hand.items():
+            noise.add_(w.data, noise.stream_key(trainer.args.seed, 0, query, name), -1e-2 / 4 * slope)
+    for name, w in trainer.adapted.backbone.items():
+        torch.testing.assert_close(w, hand[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["options", "lm"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "fo"},
+        {"method": "fo", "adapter": "none"},
+        {"method": "zo", "adapter": "none"},
+        {"method": "bilevel"},
+    ],
+    ids=lambda keys: " ".join(keys.values()),
+)
+def test_accumulating_small_batches_equals_one_large_batch(tmp_path, keys, loss):
+    keys = {**keys, "loss": loss, "zo_eps": 0.03, "zo_learning_rate": 3e-3, "optim": "sgd", "learning_rate": 0.1}
+    keys["max_steps"] = 5
+    small, of_small = trained(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=3, **keys)
+    large, of_large = trained(tmp_path, per_device_train_batch_size=3, **keys)
+    start = make_trainer(tmp_path, **keys).adapted
+    for part in large:
+        assert_close(small[part], large[part], atol=1e-5)
+    assert any(moved(weights(start, part), large[part]) for part in large)
+    logs = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (of_small, of_large)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    assert len(logs[0]) == 5
+    assert of_small.cost.tokens.forward == of_large.cost.tokens.forward > 0
+
+
+@pytest.mark.parametrize("method", ["bilevel", "zo", "fo", "two_stage"])
+def test_a_seed_gives_one_run_and_another_seed_another(tmp_path, method):
+    dropout = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.3, target_modules=["q_proj", "v_proj"])
+    keys = {"method": method, "peft": dropout, "max_steps": 4}
+    first, second = (trained(tmp_path, **keys)[0] for _ in range(2))
+    other, _ = trained(tmp_path, seed=43, **keys)
+    for part in first:
+        assert same(first[part], second[part])
+    assert any(moved(first[part], other[part]) for part in first)

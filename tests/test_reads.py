@@ -1,0 +1,137 @@
+"""A parameter is perturbed whoever reads it and however: views, lists, fused kernels, foreign modules."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tiny import moved_copy, same_bits, snapshot, theta_of
+from zofo.perturb import perturbed
+
+SEED = 3
+
+
+class Reads(nn.Module):
+    """Two parameters, read by a function."""
+
+    def __init__(self, function, shape=(4, 4)):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.w, self.v = (nn.Parameter(torch.randn(*shape, generator=generator)) for _ in range(2))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x, self.w, self.v)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.t() @ x
+
+
+def keep(view):
+    """A view of w, held while v is read: the scratch under it must not be used again meanwhile."""
+
+    def function(x, w, v):
+        kept = view(w)
+        return x @ (v * 1) @ (v + 1) + x @ kept
+
+    return function
+
+
+ODD_READS = {
+    "another module's weight": lambda x, w, v: functional.linear(functional.linear(x, w), v),
+    "kept transpose": keep(lambda w: w.t()),
+    "kept property": keep(lambda w: w.T),
+    "kept view": keep(lambda w: w.view(16).view(4, 4)),
+    "kept chunk": keep(lambda w: w.chunk(2)[1].t() @ torch.ones(2, 4)),
+    "kept chunks": lambda x, w, v: (lambda parts: x @ (v * 1) @ (v + 1) + x[:, :2] @ parts[0] + x[:, 2:] @ parts[1])(
+        w.chunk(2)
+    ),
+    "kept detached": keep(lambda w: w.detach()),
+    "kept data": keep(lambda w: w.data),
+    "kept row": lambda x, w, v: (lambda row: x @ (v * 1) @ (v + 1) + row)(w[1]),
+    "cat": lambda x, w, v: x @ torch.cat([w, v], dim=1),
+    "stack": lambda x, w, v: x @ torch.stack((w, v)).sum(0),
+    "keywords": lambda x, w, v: functional.linear(input=x, weight=w, bias=v[0]),
+    "einsum": lambda x, w, v: torch.einsum("bi,ij,jk->bk", x, w, v),
+    "list of operands": lambda x, w, v: torch.einsum("bi,ij,jk->bk", [x, w, v]),
+    "operators": lambda x, w, v: x @ (1 - w) / (2 + v.abs()).sum(),
+    "iteration": lambda x, w, v: torch.stack([x @ row for row in w]) + sum(row.sum() for row in v),
+    "numbers": lambda x, w, v: x * w.tolist()[0][0] + float(v[0, 0]) + v[1, 1].item(),
+    "numpy": lambda x, w, v: x @ torch.from_numpy(w.detach().numpy() + v.detach().numpy()),
+    "custom function": lambda x, w, v: Product.apply(x, w) + Product.apply(x, v),
+    "aten": lambda x, w, v: torch.ops.aten.linear(x, w) + torch.ops.aten.mm.default(x, v),
+    "in place into another tensor": lambda x, w, v: x.clone().add_(w[0]).mul_(v[0]),
+    "out": lambda x, w, v: torch.mm(x, w, out=torch.empty(2, 4)) @ v,
+    "expert by index": lambda x, w, v: torch.stack([x * w[e] + v[e] for e in (0, 2)]),
+    "the same twice": lambda x, w, v: torch.bmm(torch.stack([w, w]), torch.stack([v, w])) + x.sum(),
+    "module called functionally": lambda x, w, v: torch.func.functional_call(
+        nn.Linear(4, 4), {"weight": w, "bias": v[0]}, (x,)
+    ),
+    "checkpoint": lambda x, w, v: torch.utils.checkpoint.checkpoint(lambda a: a @ w @ v, x, use_reentrant=False),
+    "truth and integers": lambda x, w, v: x * int(w[0, 0] > 0) + int(w[:1, :1] * 100) + int(v.sum() * 100),
+}
+
+
+@pytest.mark.parametrize("how", ODD_READS)
+@torch.no_grad()
+def test_a_parameter_is_perturbed_however_it_is_read(how):
+    model, x = Reads(ODD_READS[how]), torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    before, base, expected = snapshot(model), model(x), moved_copy(model, (SEED, 0.5))(x)
+    with perturbed(model, theta_of(model), SEED, 0.5):
+        moved = model(x)
+    torch.testing.assert_close(moved, expected)
+    assert not torch.allclose(moved, base)
+    assert same_bits(model, before)
+
+
+@torch.no_grad()
+def test_a_parameter_of_one_number_can_be_read_as_an_integer():
+    model = Reads(lambda x, w, v: x * int(w) + int(v), shape=(1,))
+    for parameter in model.parameters():
+        parameter.fill_(1000.0)
+    expected = moved_copy(model, (SEED, 50.0))(torch.ones(3))
+    with perturbed(model, theta_of(model), SEED, 50.0):
+        torch.testing.assert_close(model(torch.ones(3)), expected)
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        chosen = [torch.where(x.sum(-1).floor() % 3 == e)[0] for e in range(3)]
+        return sum(torch.zeros_like(x).index_add(0, rows, x[rows] @ self.experts[e]) for e, rows in enumerate(chosen))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Mixture(), lambda: nn.LSTM(4, 4, num_layers=2), lambda: nn.GRUCell(4, 4), lambda: nn.Bilinear(4, 4, 2),
+    lambda: nn.MultiheadAttention(4, 2), lambda: nn.TransformerEncoderLayer(4, 2, 8), lambda: nn.Conv1d(6, 2, 3),
+    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), lambda: nn.PReLU(4), lambda: nn.RMSNorm(4),
+])  # fmt: skip
+@torch.no_grad()
+def test_modules_that_read_their_parameters_in_unusual_ways(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = make().eval(), torch.randn(6, 4)
+    inputs = {nn.MultiheadAttention: (x, x, x), nn.Bilinear: (x, x)}.get(type(model), (x,))
+
+    def output(module):
+        result = module(*inputs)
+        return result[0] if isinstance(result, tuple) else result
+
+    before, base, expected = snapshot(model), output(model), output(moved_copy(model, (SEED, 0.2)))
+    with perturbed(model, theta_of(model), SEED, 0.2):
+        moved = output(model)
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(moved, base, atol=1e-3)
+    assert same_bits(model, before)

