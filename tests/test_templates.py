@@ -153,7 +153,7 @@ def test_an_expression_cannot_grow_without_end(source):
 
 
 def test_a_field_of_a_million_characters_is_too_long():
-    assert "1000001 characters" in refused("{{ text }}", row={"text": "x" * 1_000_001})
+    assert "more than 1000000 characters" in refused("{{ text }}", row={"text": "x" * 1_000_001})
 
 
 @pytest.mark.parametrize(

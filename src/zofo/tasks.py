@@ -213,7 +213,10 @@ def _metaicl_record(row: Row) -> Record:
     missing = [key for key in ("input", "output") if not isinstance(row.get(key), str)]
     if missing:
         raise ZofoError(f"rows of format metaicl need the text fields input and output: {missing[0]} is missing")
-    return checked(Record(row["input"] + "\n", row["output"], tuple(row.get("options") or ())))
+    options = row.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ZofoError(f"options of a metaicl row must be a list of texts, but are {options!r}")
+    return checked(Record(row["input"] + "\n", row["output"], tuple(options)))
 
 
 def checked(record: Record) -> Record:

@@ -1,54 +1,77 @@
 """Jinja2 templates from task files: sandboxed, and sure to end.
 
-A task file may come from anybody. The sandbox keeps templates away from Python's internals; what could
-run or grow without end (macros, nested or recursive loops, huge ranges, powers and repetitions) is refused when
-the template is read.
+A task file may come from anybody. The sandbox keeps templates away from Python's internals. What could run or
+grow without end cannot be written at all: only the constructs, filters and methods named here are allowed, one loop at
+most, and what is multiplied, replaced or rendered has a largest size.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined, UndefinedError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zofo.errors import ZofoError
 
-_LONGEST = 1_000_000  # characters of one rendered field
-_REPEATS = 10_000
-_POWER = 64
+Render = Callable[[dict[str, Any]], Any]
+
+_LONGEST = 1_000_000  # characters of a rendered field, and of anything made on the way
+_LARGEST = 10**18  # numbers beyond it are no data
+_LARGEST_BASE = 10**6
+_LARGEST_POWER = 64
 _RANGE = 1_000
-_ENDLESS = (nodes.Macro, nodes.CallBlock, nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 _EXPRESSION = re.compile(r"^\s*\{\{(.*)\}\}\s*$", re.DOTALL)
 
-Render = Callable[[dict[str, Any]], Any]
+_NODES = (
+    nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.List, nodes.Tuple, nodes.Dict,
+    nodes.Pair, nodes.Getattr, nodes.Getitem, nodes.Slice, nodes.Call, nodes.Keyword, nodes.Filter, nodes.Test,
+    nodes.CondExpr, nodes.If, nodes.For, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Neg,
+    nodes.Pos, nodes.Add, nodes.Sub, nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Mod, nodes.Pow, nodes.Concat,
+)  # fmt: skip
+_FILTERS = (
+    "abs", "capitalize", "count", "d", "default", "first", "float", "int", "join", "last", "length", "list", "lower",
+    "max", "min", "replace", "reverse", "round", "sort", "string", "sum", "title", "trim", "unique", "upper",
+    "wordcount",
+)  # fmt: skip
+_METHODS = (
+    "capitalize", "count", "endswith", "find", "get", "index", "isdigit", "items", "join", "keys", "lower", "lstrip",
+    "partition", "removeprefix", "removesuffix", "replace", "rfind", "rpartition", "rsplit", "rstrip", "split",
+    "splitlines", "startswith", "strip", "title", "upper", "values",
+)  # fmt: skip
+_LOOP = ("first", "index", "index0", "last", "length")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["*", "%", "**"])
+
+    def __init__(self) -> None:
+        super().__init__(
+            undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_plain, optimized=False
+        )
+        known: dict[str, Any] = self.filters
+        self.filters: dict[str, Any] = {**{name: known[name] for name in _FILTERS}, "replace": _replace}
+        self.globals: dict[str, Any] = {"range": _short_range}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        allowed = _LOOP if type(obj).__name__ == "LoopContext" else _METHODS
+        return attr in allowed and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and abs(right) > _POWER:
-            raise SecurityError(f"a power of {right} is too large")
-        for value, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(value, str | list | tuple) and times > _REPEATS:
-                raise SecurityError(f"a repetition of {times} times is too large")
+        if not all(isinstance(value, int | float) for value in (left, right)):
+            raise SecurityError(f"{operator} is for numbers only")
+        limits = (_LARGEST_BASE, _LARGEST_POWER) if operator == "**" else (_LARGEST, _LARGEST)
+        if abs(left) > limits[0] or abs(right) > limits[1]:
+            raise SecurityError("a number is too large")
         return super().call_binop(context, operator, left, right)
 
-
-def _short_range(*limits: int) -> range:
-    numbers = range(*limits)
-    if len(numbers) > _RANGE:
-        raise SecurityError(f"a range of {len(numbers)} is too long (at most {_RANGE})")
-    return numbers
-
-
-_ENVIRONMENT = _Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-_GLOBALS: dict[str, Any] = _ENVIRONMENT.globals
-_GLOBALS["range"] = _short_range
+    def call(self, _context: Any, _function: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if isinstance(_bound_to(_function), str) and _function.__name__ == "replace":
+            return _replace(_bound_to(_function), *args, **kwargs)
+        return super().call(_context, _function, *args, **kwargs)
 
 
 def text_template(source: str, where: str) -> Render:
@@ -65,16 +88,9 @@ def text_template(source: str, where: str) -> Render:
         >>> text_template("{{ text }} It was", "here")({"text": "Good."})
         'Good. It was'
     """
-    _check(source, where)
-    template = _ENVIRONMENT.from_string(source)
-
-    def render(row: dict[str, Any]) -> str:
-        text = _guarded(lambda: template.render(row), where)
-        if len(text) > _LONGEST:
-            raise ZofoError(f"{where} renders to {len(text)} characters: more than {_LONGEST} cannot be meant")
-        return text
-
-    return render
+    names = _check(source, where)
+    template: Template = _guarded(lambda: _ENVIRONMENT.from_string(source), where)
+    return lambda row: _guarded(lambda: _text(template, row), where, names - row.keys())
 
 
 def expression(source: str, where: str) -> Render:
@@ -86,31 +102,82 @@ def expression(source: str, where: str) -> Render:
     """
     match = _EXPRESSION.match(source)
     inner = match.group(1) if match else source
-    _check("{{ " + inner + " }}", where)
-    evaluate = _ENVIRONMENT.compile_expression(inner, undefined_to_none=False)
-    return lambda row: _guarded(lambda: evaluate(row), where)
+    names = _check("{{ " + inner + " }}", where)
+    evaluate = _guarded(lambda: _ENVIRONMENT.compile_expression(inner, undefined_to_none=False), where)
+
+    def value(row: dict[str, Any]) -> Any:
+        found = evaluate(row)
+        if isinstance(found, Undefined):
+            str(found)  # raises, and says which name is missing
+        return found
+
+    return lambda row: _guarded(lambda: value(row), where, names - row.keys())
 
 
-def _check(source: str, where: str) -> None:
-    try:
-        tree = _ENVIRONMENT.parse(source)
-    except TemplateError as error:
-        raise ZofoError(f"{where} is no valid template: {error}") from error
-    for node in tree.find_all(_ENDLESS):
-        raise ZofoError(f"{where} uses {type(node).__name__.lower()}, which templates here may not: write plain text")
+def _check(source: str, where: str) -> Set[str]:
+    """The columns that a template names, if it may be used at all."""
+    tree: nodes.Template = _guarded(lambda: _ENVIRONMENT.parse(source), where)
+    for node in tree.find_all(nodes.Node):
+        if not isinstance(node, (*_NODES, nodes.Helper, nodes.EvalContextModifier)):
+            raise ZofoError(
+                f"{where} uses {type(node).__name__.lower()}, which templates here may not: use plain ones"
+            )
     for loop in tree.find_all(nodes.For):
-        if loop.recursive or any(True for inner in loop.body for _ in _loops(inner)):
+        if loop.recursive or any(isinstance(inner, nodes.For) or inner.find(nodes.For) for inner in loop.body):
             raise ZofoError(f"{where} has a loop inside a loop, which might never end: use one loop at most")
+    names: Set[str] = _guarded(lambda: meta.find_undeclared_variables(tree), where)
+    return names - _ENVIRONMENT.globals.keys()
 
 
-def _loops(node: nodes.Node) -> list[nodes.Node]:
-    return [node] if isinstance(node, nodes.For) else list(node.find_all(nodes.For))
+def _text(template: Template, row: dict[str, Any]) -> str:
+    pieces: list[str] = []
+    length = 0
+    for piece in template.generate(row):
+        pieces.append(piece)
+        length += len(piece)
+        if length > _LONGEST:
+            raise SecurityError(f"it renders to more than {_LONGEST} characters")
+    return "".join(pieces)
 
 
-def _guarded(render: Callable[[], Any], where: str) -> Any:
+def _guarded(render: Callable[[], Any], where: str, missing: Set[str] = frozenset()) -> Any:
+    lacks = f"; the row has no column {', '.join(map(repr, sorted(missing)))}" if missing else ""
     try:
         return render()
-    except SecurityError as error:
+    except (SecurityError, MemoryError) as error:
         raise ZofoError(f"{where} tries what templates may not do: {error}") from error
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
-        raise ZofoError(f"{where}: {error}") from error
+    except UndefinedError as error:
+        raise ZofoError(f"{where}: {error}{lacks}") from error
+    except TemplateError as error:
+        raise ZofoError(f"{where} is no valid template: {error}") from error
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ZofoError(f"{where}: {error} ({type(error).__name__}){lacks}") from error
+
+
+def _plain(value: Any) -> Any:
+    """What is put into text must be text or a number: an empty or nested field would become Python's repr."""
+    if value is None or isinstance(value, dict | list | tuple):
+        kind = "empty (null)" if value is None else f"a nested {type(value).__name__}"
+        raise ValueError(f"a field is {kind}, and cannot be put into text")
+    return value
+
+
+def _replace(text: Any, old: Any, new: Any) -> str:
+    text, old, new = str(text), str(old), str(new)
+    if len(text) + (text.count(old) if old else len(text) + 1) * len(new) > _LONGEST:
+        raise SecurityError(f"a replacement makes more than {_LONGEST} characters")
+    return text.replace(old, new)
+
+
+def _short_range(*limits: int) -> range:
+    numbers = range(*limits)
+    if len(numbers) > _RANGE:
+        raise SecurityError(f"a range of {len(numbers)} is too long (at most {_RANGE})")
+    return numbers
+
+
+def _bound_to(function: Any) -> Any:
+    return function.__self__ if type(function).__name__ == "builtin_function_or_method" else None
+
+
+_ENVIRONMENT = _Environment()
