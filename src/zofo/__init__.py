@@ -1,6 +1,6 @@
 """zofo: fine-tune every weight of a language model in the memory of parameter-efficient fine-tuning."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from zofo import noise as noise
 from zofo.config import ZOFOConfig as ZOFOConfig
@@ -10,4 +10,4 @@ from zofo.perturb import perturbed as perturbed
 from zofo.trainer import ZOFOTrainer as ZOFOTrainer
 
 __all__ = ["ZOFOConfig", "ZOFOTrainer", "ZofoError", "direction", "noise", "perturbed"]
-__version__ = version("zofo")
+__version__ = _version("zofo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,10 @@ from peft import (
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.save_and_load import get_base_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from zofo.errors import ZofoError
 from zofo.models import DType, load_weights
@@ -53,7 +56,11 @@ def adapter_config(adapter: str, model: PreTrainedModel) -> PeftConfig | None:
     if adapter == "lora":
         known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         return LoraConfig(
-            task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=None if known else "all-linear"
+            task_type=TaskType.CAUSAL_LM,
+            r=8,
+            lora_alpha=16,
+            target_modules=None if known else "all-linear",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layout
         )
     if adapter == "prefix":
         return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5)
@@ -69,7 +76,8 @@ def _read_config(path: Path) -> PeftConfig:
     if not file.is_file():
         raise ZofoError(f"adapter is {str(path)!r}: give one of {', '.join(KINDS)}, or the path of a PEFT config JSON")
     try:
-        config = PeftConfig.from_peft_type(**json.loads(file.read_text(encoding="utf-8")))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = PeftConfig.from_peft_type(**{"peft_type": content["peft_type"], **content})
     except (ValueError, TypeError, KeyError) as error:
         raise ZofoError(
             f"{file} is no PEFT config ({error}): write one with config.save_pretrained in peft"
@@ -231,7 +239,18 @@ def attach(model: PreTrainedModel, adapter: str) -> PeftModel:
     """
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ZofoError(f"{adapter} is no adapter: give a folder with adapter_config.json, such as RUN/upper")
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise ZofoError(
+            f"{adapter} has no adapter_model.safetensors: pickles (.bin) are never read; save it again in peft"
+        )
     try:
-        return PeftModel.from_pretrained(model, adapter, adapter_name=UPPER)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing keys are an error below, and not a warning
+            attached = PeftModel.from_pretrained(model, adapter, adapter_name=UPPER)
+        stored = load_peft_weights(adapter, device="cpu").keys()
+    except (ValueError, RuntimeError, OSError, KeyError, SafetensorError) as error:
         raise ZofoError(f"the adapter {adapter} does not fit this model: {str(error).splitlines()[0]}") from error
+    lost = get_peft_model_state_dict(attached, adapter_name=UPPER, save_embedding_layers=False).keys() - stored
+    if lost:
+        raise ZofoError(f"the adapter {adapter} is not complete: {min(lost)} is missing; save it again in peft")
+    return attached

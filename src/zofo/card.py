@@ -16,13 +16,14 @@ _METHODS = {
 }
 
 
-def model_card(config: ZOFOConfig, results: dict[str, Any], description: str) -> str:
+def model_card(config: ZOFOConfig, results: dict[str, Any], description: str, steps: int) -> str:
     """The card as Markdown, with front matter that the Hub reads.
 
     Args:
         config: of the run.
         results: what `results.json` holds.
         description: of the task.
+        steps: that were trained.
     """
     rows = [("zero-shot", results["zero_shot"]), *((f"`{a}`", m) for a, m in results["metrics"].items())]
     names = list(results["zero_shot"])
@@ -41,7 +42,7 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], description: str) ->
             "---",
             f"# {config.model} on {results['task']}",
             "",
-            f"{_METHODS[config.method]}; adapter: {config.adapter}; seed {config.seed}, {config.max_steps} steps.",
+            f"{_METHODS[config.method]}; adapter: {config.adapter}; seed {config.seed}, {steps} steps.",
             "",
             description,
             "",

@@ -32,6 +32,11 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
     half.rename(folder / SEAL)
 
 
+def unseal(folder: Path) -> None:
+    """Marks a checkpoint that is about to be written over as incomplete."""
+    (folder / SEAL).unlink(missing_ok=True)
+
+
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
     """Turns what the libraries raise when a disk is full or forbidden into one line.
@@ -62,8 +67,12 @@ def read_seal(folder: Path) -> dict[str, Any]:
         )
     if not (folder / SEAL).is_file():
         raise ZofoError(f"{folder} is no complete checkpoint: it was only half written; resume from an earlier one")
-    content = json.loads((folder / SEAL).read_text())
-    for name, size in content["files"].items():
+    try:
+        content: dict[str, Any] = json.loads((folder / SEAL).read_text())
+        files: dict[str, int] = content["files"]
+    except (ValueError, KeyError) as error:
+        raise ZofoError(f"{folder} is damaged: {SEAL} cannot be read; resume from an earlier checkpoint") from error
+    for name, size in files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"

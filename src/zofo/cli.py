@@ -126,6 +126,7 @@ def _add_tasks(verbs: Any) -> None:
         "tasks",
         help="what can be trained on out of the box",
         description="Lists the tasks in the box. A task of your own is a YAML file; see docs/tasks.md.",
+        epilog="Example: zofo tasks; then zofo train --model ... --task tweets",
     )
     parser.set_defaults(run=_tasks)
 
@@ -137,6 +138,9 @@ def _train(arguments: list[str]) -> int:
         print(_train_help())
         return 0
     file = None
+    arguments = [
+        part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
     if "--config" in arguments:
         place = arguments.index("--config")
         if place + 1 == len(arguments):

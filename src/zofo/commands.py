@@ -15,7 +15,7 @@ import yaml
 
 from zofo.adapters import UPPER, AdaptedModel, merged
 from zofo.card import model_card
-from zofo.checkpoint import last_sealed, read_seal, require_same
+from zofo.checkpoint import last_sealed, read_seal, require_same, writing
 from zofo.config import ZOFOConfig
 from zofo.data import LossKind, tokenize
 from zofo.errors import ZofoError
@@ -88,7 +88,9 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     trainer.save_model()
     trainer.save_state()
     plot_curves(trainer.state.log_history, f"{config.method} ({config.adapter}) on {task.name}", run / "curves.png")
-    (run / "README.md").write_text(model_card(config, results, task.description), encoding="utf-8")
+    (run / "README.md").write_text(
+        model_card(config, results, task.description, trainer.state.global_step), encoding="utf-8"
+    )
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for adapter, scores in metrics.items():
         say(f"{adapter} on test: {_words(scores)}")
@@ -116,8 +118,9 @@ def eval_settings(model: str, given: dict[str, Any]) -> EvalSettings:
     stored: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if stored and stored.get("data_seed") is None:
         stored["data_seed"] = stored.get("seed", EvalSettings.data_seed)
+    chosen = {**stored, **{name: value for name, value in given.items() if value is not None}}
     names = [field.name for field in fields(EvalSettings)]
-    return EvalSettings(**{n: v for n, v in {**stored, **given}.items() if n in names and v is not None})
+    return EvalSettings(**{name: value for name, value in chosen.items() if name in names})
 
 
 def evaluate_model(
@@ -171,9 +174,10 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType, say: Say) -> None
         model = load_weights(backbone, dtype)
     half = output.with_name(output.name + ".half")
     shutil.rmtree(half, ignore_errors=True)
-    model.save_pretrained(half)
-    tokenizer.save_pretrained(half)
-    half.rename(output)
+    with writing(output):
+        model.save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        half.rename(output)
 
 
 @torch.no_grad()
@@ -225,8 +229,9 @@ def _prepare_folder(run: Path, config: ZOFOConfig, resume: Path | None) -> None:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
 
 
 def _words(scores: dict[str, float]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -25,7 +27,17 @@ _INHERITED_IDENTITY = (
     "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
 )  # fmt: skip
-_FREE = ("overwrite_output_dir", "dev_size", "test_size", "on_nonfinite")
+_POSITIVE = (
+    "zo_eps", "num_perturbations", "max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "zo_learning_rate", "train_size", "dev_size", "test_size", "gradient_accumulation_steps", "logging_steps",
+    "save_steps", "eval_steps", "num_train_epochs",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "learning_rate", "upper_learning_rate", "penalty", "lower_steps", "zo_weight_decay", "weight_decay", "seed",
+    "data_seed", "max_grad_norm",
+)  # fmt: skip
+_MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
+_FREE = ("overwrite_output_dir", "on_nonfinite")
 
 MethodName = Literal["bilevel", "zo", "fo", "two_stage", "none"]
 
@@ -82,16 +94,14 @@ class ZOFOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Checks the keys, then lets `TrainingArguments` check its own."""
-        for name in ("zo_eps", "num_perturbations", "max_length", "per_device_train_batch_size", "zo_learning_rate"):
-            self._require(name, ">", 0)
-        self._require("learning_rate", ">=", 0)
-        for name in ("penalty", "lower_steps", "zo_weight_decay", "weight_decay"):
-            self._require(name, ">=", 0)
-        for name in ("train_size", "dev_size", "test_size", "per_device_eval_batch_size"):
-            self._require(name, ">", 0)
         if self.upper_learning_rate is None:
             self.upper_learning_rate = self.learning_rate
-        self._require("upper_learning_rate", ">=", 0)
+        for name in _POSITIVE:
+            self._require(name, ">", 0)
+        for name in _NOT_NEGATIVE:
+            self._require(name, ">=", 0)
+        if self.max_steps != -1:
+            self._require("max_steps", ">", 0)
         for name in ("lower_fraction", "two_stage_fraction"):
             if not 0 < vars(self)[name] < 1:
                 raise ZofoError(f"{name} is {vars(self)[name]}, but must lie between 0 and 1, both excluded")
@@ -127,7 +137,9 @@ class ZOFOConfig(TrainingArguments):
         for field in dataclasses.fields(self):
             value = vars(self)[field.name]
             value = value.value if isinstance(value, Enum) else value
-            if field.init and (field.name in own_keys() or value != field.default) and _plain(value):
+            if field.name in _MANNER or not field.init:
+                continue
+            if (field.name in own_keys() or value != field.default) and _plain(value):
                 kept[field.name] = value
         return kept
 
@@ -135,13 +147,15 @@ class ZOFOConfig(TrainingArguments):
         value = vars(self)[name]
         if value is None:
             return
+        if not math.isfinite(value):
+            raise ZofoError(f"{name} is {value}, but must be a finite number")
         if not (value > bound if relation == ">" else value >= bound):
             words = "greater than" if relation == ">" else "at least"
             raise ZofoError(f"{name} is {value}, but must be {words} {bound}")
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str) or (isinstance(value, list) and bool(value))
+    return isinstance(value, bool | int | float | str) or (isinstance(value, list | dict) and bool(value))
 
 
 def own_keys() -> list[str]:
@@ -183,9 +197,12 @@ def parse_config(file: Path | None, arguments: Sequence[str]) -> ZOFOConfig:
     return config
 
 
+_ARGUMENT = re.compile(r"argument --(\w+)(?:/--[\w-]+)?: ")
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
-        raise ZofoError(message.replace("argument --", ""))
+        raise ZofoError(_ARGUMENT.sub(r"\1: ", message))
 
 
 def _tokens(file: Path) -> list[str]:
@@ -206,6 +223,8 @@ def _tokens(file: Path) -> list[str]:
             _refuse_unknown(str(key), f"{file}: ")
         if value is None:
             continue
+        if isinstance(value, list) and not _takes_lists(key):
+            raise ZofoError(f"{file}: {key} is {value}, but takes one value")
         tokens += [f"--{key}", *_words(value)]
     return tokens
 
@@ -216,6 +235,11 @@ def _words(value: Any) -> list[str]:
     if isinstance(value, list):
         return [str(item) for item in value]
     return [str(value)]
+
+
+def _takes_lists(key: str) -> bool:
+    field = next(f for f in dataclasses.fields(ZOFOConfig) if f.name == key)
+    return "list" in str(field.type) or "Any" in str(field.type)
 
 
 def _field_names() -> list[str]:

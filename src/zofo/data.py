@@ -105,6 +105,11 @@ def _join(record: Record, pieces: list[tuple[list[int], list[int]]]) -> Example:
     shared = min(len(prompt) for prompt, _ in pieces)
     while any(prompt[:shared] != pieces[0][0][:shared] for prompt, _ in pieces):
         shared -= 1
+    if shared == 0:
+        raise ZofoError(
+            f"the prompt {record.prompt!r} melts into the first token of an answer: end it with a line break, or start the "
+            "answers with a space"
+        )
     answers = tuple(tuple((prompt + answer)[shared:]) for prompt, answer in pieces)
     if len(set(answers)) < len(answers):
         raise ZofoError(f"two of the options {list(record.options)} become the same tokens: choose other words")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -87,12 +88,23 @@ class FirstOrderLevel:
         """Forgets the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def snapshot(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """A copy of the parameters and of the optimizer's state."""
+        return [p.detach().clone() for p in self._parameters], copy.deepcopy(self.optimizer.state_dict())
+
+    @torch.no_grad()
+    def restore(self, snapshot: tuple[list[Tensor], dict[str, Any]]) -> None:
+        """Back to a snapshot, bit for bit."""
+        for parameter, value in zip(self._parameters, snapshot[0], strict=True):
+            parameter.copy_(value)
+        self.optimizer.load_state_dict(snapshot[1])
+
     def _require_finite(self, value: float, term: str) -> None:
         if math.isfinite(value):
             return
         self.clear()
         rate = "learning_rate" if self._adapter == LOWER else "upper_learning_rate or zo_learning_rate"
-        if self._args.method == "fo":
+        if self._args.method != "bilevel":
             rate = "learning_rate"
         raise NonFiniteLossError(f"{term} is {value}: lower {rate}, or set on_nonfinite: skip")
 

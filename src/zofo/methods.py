@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from zofo.adapters import LOWER, UPPER, AdaptedModel
@@ -129,12 +131,15 @@ class Bilevel(Method):
         self.scorer = scorer
         self.s = FirstOrderLevel(adapted, scorer, LOWER, args.learning_rate, args)
         self.p = FirstOrderLevel(adapted, scorer, UPPER, args.upper_learning_rate, args)
+        self._before: tuple[list[Tensor], dict[str, Any]] | None = None
         self.theta = ZerothOrderLevel(adapted, adapted.backbone, args)
         members = {"lower": self.s.optimizer, "upper": self.p.optimizer, "zo": self.theta.optimizer}
         self.optimizer = JointOptimizer(members, stepped=("upper", "zo"))
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         strength = scheduled_penalty(self._args.penalty, self._args.penalty_schedule, progress)
+        if self._args.on_nonfinite == "skip":
+            self._before = self.s.snapshot()
         iteration = _Iteration(self, number, micro, Penalty(strength, self._args.normalize_penalty))
         found = bilevel_step(
             self.plan.lower,
@@ -154,6 +159,8 @@ class Bilevel(Method):
     def skip(self) -> None:
         for level in (self.s, self.p, self.theta):
             level.clear()
+        if self._before is not None:
+            self.s.restore(self._before)  # the lower steps of a skipped iteration are taken back as well
 
 
 class _Iteration:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +32,7 @@ DTYPES: dict[DType, torch.dtype] = {
     "float16": torch.float16,
 }
 PACKAGE_SCHEME = "pkg://"
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # left out, transformers asks on standard input
 
 
 def load_model(name: str, dtype: DType = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,10 +65,10 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     _require_causal(source, name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **_NO_CODE
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ZofoError(f"cannot load the weights of {name}: {_first_line(error)}{_pickle_hint(source)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ZofoError(f"cannot load the weights of {name}: {_explained(error)}{_pickle_hint(source)}") from error
     model, report = loaded
     lost = [*report["missing_keys"], *report["mismatched_keys"]]
     if lost:
@@ -144,11 +145,11 @@ def _converted(file: Path) -> Path:
 def _convert(file: Path, folder: Path) -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where, **_NO_CODE)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **_NO_CODE
         )
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, SafetensorError) as error:
         raise ZofoError(
             f"cannot read {file}: {_first_line(error)}; is it a complete GGUF of a causal model?"
         ) from error
@@ -182,9 +183,9 @@ def _pickle_hint(source: str) -> str:
 
 def _require_causal(source: str, name: str) -> None:
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ZofoError(f"cannot load {name}: {_explained(_first_line(error))}") from error
+        config = AutoConfig.from_pretrained(source, **_NO_CODE)
+    except Exception as error:  # a config.json can be wrong in any way
+        raise ZofoError(f"cannot load {name}: {_explained(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ZofoError(
             f"{name} is a {config.model_type} model, which is no causal language model: choose one that "
@@ -192,18 +193,19 @@ def _require_causal(source: str, name: str) -> None:
         )
 
 
-def _explained(message: str) -> str:
-    if "trust_remote_code" in message:
+def _explained(error: BaseException) -> str:
+    text, message = str(error), _first_line(error)
+    if "trust_remote_code" in text:
         return "it needs trust_remote_code, that is code from the model's own folder, which zofo never runs"
-    if "connect" in message.lower() or "offline" in message.lower() or "cached" in message.lower():
+    if any(word in text.lower() for word in ("connect", "offline", "cached")):
         return f"it is neither a folder here nor in the Hub cache, and the Hub cannot be reached ({message})"
     return message
 
 
 def _load_tokenizer(source: str, name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **_NO_CODE)
+    except Exception as error:  # a tokenizer.json can be wrong in any way
         raise ZofoError(
             f"{name} has no tokenizer that can be loaded ({_first_line(error)}): add tokenizer.json"
         ) from error

@@ -146,7 +146,8 @@ def _answers(
     # a dummy answer of one token: what is left to read is the prompt
     batch = place(pad([(e.prompt, (0,)) for e in group], _pad_id(tokenizer), "left"))
     ids = batch["input_ids"]
-    config = GenerationConfig(max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=_pad_id(tokenizer))
+    room = max(1, min(_NEW_TOKENS, scorer.adapted.positions - ids.shape[1]))
+    config = GenerationConfig(max_new_tokens=room, do_sample=False, pad_token_id=_pad_id(tokenizer))
     config.eos_token_id = tokenizer.eos_token_id
     model: Any = scorer.adapted.model
     output = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config)

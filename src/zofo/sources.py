@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,10 @@ def _read_file(path: Path) -> list[Row]:
         text = _read_text(path)
     except UnicodeDecodeError as error:
         raise ZofoError(f"{path} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
-    except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
+    except (pyarrow.ArrowInvalid, OSError, EOFError, zlib.error) as error:
         raise ZofoError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     if suffix == ".txt":
-        return [{"text": line} for line in text.splitlines() if line.strip()]
+        return [{"text": line.rstrip("\r")} for line in text.split("\n") if line.strip()]
     return _parse_json(path, text) if suffix == ".json" else _parse_json_lines(path, text)
 
 
@@ -80,7 +81,7 @@ def _read_csv(path: Path, delimiter: str) -> list[Row]:
 
 def _parse_json_lines(path: Path, text: str) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028 within a text
         if not line.strip():
             continue
         try:

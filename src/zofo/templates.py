@@ -149,7 +149,7 @@ def _guarded(render: Callable[[], Any], where: str, missing: Set[str] = frozense
     except UndefinedError as error:
         raise ZofoError(f"{where}: {error}{lacks}") from error
     except TemplateError as error:
-        raise ZofoError(f"{where} is no valid template: {error}") from error
+        raise ZofoError(f"{where} is no valid template: {str(error).splitlines()[0]}") from error
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ZofoError(f"{where}: {error} ({type(error).__name__}){lacks}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,21 @@ from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from zofo import noise
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
 from zofo.batches import Bundle, BundleCollator, IterationSampler
-from zofo.checkpoint import last_sealed, read_seal, require_same, seal, writing
+from zofo.checkpoint import last_sealed, read_seal, require_same, seal, unseal, writing
 from zofo.config import ZOFOConfig
 from zofo.cost import Cost, CostCallback
 from zofo.data import Example, collate, tokenize
 from zofo.errors import ZofoError
 from zofo.levels import NonFiniteLossError
 from zofo.methods import make_method
+from zofo.metrics import TEXT_METRICS
 from zofo.models import load_model, require_fitting_tokenizer
 from zofo.optimizers import JointOptimizer
 from zofo.progress import LossBar
@@ -94,6 +97,11 @@ class ZOFOTrainer(Trainer):
         self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel")
         rows = _levels(args, train_dataset, upper_dataset)
         self.metric = metric or ("accuracy" if rows[0][0].options else "exact_match")
+        if self.metric in TEXT_METRICS and self.adapted.prompt_learning:
+            raise ZofoError(
+                f"{self.metric} needs generated text, which peft gets wrong behind virtual tokens on several models: choose "
+                "lora, or give options"
+            )
         self.cost = Cost()
         self.truncated = 0
         self._tokenizer = processing_class
@@ -242,7 +250,27 @@ class ZOFOTrainer(Trainer):
             parameter = next(iter(self.adapted.backbone.values()))
             if not noise.warm_up(parameter.dtype, parameter.device):
                 logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
+        if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
+            return None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _is_finished(self, folder: str) -> bool:
+        """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
+        state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
+        if state.global_step < self._planned_steps():
+            return False
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(folder)
+        if best is not None:
+            self._load_best_model()
+        return True
+
+    def _planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
+        return math.ceil(self.args.num_train_epochs * per_epoch)
 
     # ---- saving and loading: the backbone belongs to what a run has learned
 
@@ -258,6 +286,7 @@ class ZOFOTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with writing(folder):
+                unseal(folder)
                 super()._save_checkpoint(model, trial)
                 seal(folder, {"config": self.args.identity(), "cost": self.cost.as_json()})
         finally:
