@@ -22,7 +22,7 @@ from typing import Any
 
 RUNS = Path("runs/demo")
 METHODS = {
-    "FO-LoRA": ["--method", "fo", "--max_steps", "80"],
+    "FO-LoRA": ["--method", "fo", "--max_steps", "80", "--per_device_train_batch_size", "8"],
     "MeZO": ["--method", "zo", "--adapter", "none", "--max_steps", "40", "--per_device_train_batch_size", "16"],
     "Bilevel ZOFO": [],
 }

@@ -11,10 +11,6 @@ from transformers import TrainerCallback
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from zofo import ZOFOConfig, ZOFOTrainer, direction, noise
 
-torch.set_num_threads(
-    1
-)  # on tensors this small, threads that wait for each other on a busy machine cost 20 times more
-
 ONE_TOKEN = [" a", " the"]
 MORE_TOKENS = [" great", " terrible"]
 _WORDS = ("the film", "a story", "the music of this long evening", "my phone")

@@ -370,24 +370,28 @@ def test_an_update_of_zero_changes_no_bit(dtype):
 
 @pytest.fixture(scope="module")
 def compiled():
-    before = dict(noise._KERNELS)
     try:
         if not noise.warm_up():
             pytest.skip("no working compiler: the eager form is in use")
-        yield noise._KERNELS["normal"]
+        yield dict(noise._COMPILED)
     finally:
-        noise._KERNELS.update(before)
+        noise._COMPILED.clear()
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    monkeypatch.setattr(noise, "_COMPILED", {})
 
 
 # inductor imports what torch itself deprecates
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_kernels_write_the_same_bits_and_nothing_else(compiled, monkeypatch, dtype):
+def test_compiled_kernels_write_the_same_bits_and_nothing_else(compiled, eager, monkeypatch, dtype):
     for shape in ((2, 1031), (1,), (2,), (17,), (8, 125), (3, 5, 7), (140_001,)):
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         eager = noise.add_(w.clone(), 5, 1e-3, start=2**32 - 100)
         with monkeypatch.context() as patch:
-            patch.setitem(noise._KERNELS, "normal", compiled)
+            patch.setattr(noise, "_COMPILED", compiled)
             for _ in range(2):  # a kernel compiled for one of the two must not be taken for the other afterwards
                 source, out = w.clone(), torch.zeros_like(w)
                 assert torch.equal(bits(noise.add_(w.clone(), 5, 1e-3, start=2**32 - 100)), bits(eager))

@@ -275,7 +275,15 @@ def generated(made, rows, monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["none", "lora", "prefix", "prompt"])
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_generation_behind_virtual_tokens_is_refused(kind):
+    made = adapted("llama", kind)
+    rows = tokenize([Record(p, " great", ()) for p in PROMPTS], TOKENIZER, 90)[0]
+    with pytest.raises(ZofoError, match="exact_match needs generated text"):
+        evaluated(made, rows, "exact_match", "lm")
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gemma2"])
 def test_generation_says_the_greedy_text_of_each_row_alone(monkeypatch, family, kind):
     made = adapted(family, kind)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tiny import SENTENCES, tiny_tokenizer
@@ -50,7 +50,11 @@ def test_prompt_and_answer_together_are_the_tokens_of_the_whole_text(prompt, fir
 @settings(deadline=None)
 @given(TEXT, TEXT)
 def test_the_prompt_ends_before_the_first_token_that_touches_the_answer(prompt, answer):
-    example, _ = one(prompt, answer)
+    try:
+        example, _ = one(prompt, answer)
+    except ZofoError as error:  # said, and tested on its own, where no token of the prompt is left
+        assume("melts" not in str(error))
+        raise
     kept = TOKENIZER.decode(example.prompt)
     assert prompt.startswith(kept.rstrip("\ufffd"))
     whole = TOKENIZER(prompt + answer, return_offsets_mapping=True)

@@ -137,20 +137,13 @@ def _train(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(_train_help())
         return 0
-    file = None
-    arguments = [
-        part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-    if "--config" in arguments:
-        place = arguments.index("--config")
-        if place + 1 == len(arguments):
-            raise ZofoError("--config needs the path of a YAML file")
-        file = Path(arguments[place + 1])
-        arguments = arguments[:place] + arguments[place + 2 :]
+    parser = _Parser(prog="zofo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    options, keys = parser.parse_known_args(arguments)
     _settle()
     from zofo import commands
 
-    config = parse_config(file, arguments)
+    config = parse_config(options.config, keys)
     commands.quiet_libraries()
     commands.train(config, _say)
     _say(f"run folder: {config.output_dir}")

@@ -107,8 +107,8 @@ def _join(record: Record, pieces: list[tuple[list[int], list[int]]]) -> Example:
         shared -= 1
     if shared == 0:
         raise ZofoError(
-            f"the prompt {record.prompt!r} melts into the first token of an answer: end it with a line break, or start the "
-            "answers with a space"
+            f"the prompt {record.prompt!r} melts into the first token of an answer: end it with a line break, or "
+            "start the answers with a space"
         )
     answers = tuple(tuple((prompt + answer)[shared:]) for prompt, answer in pieces)
     if len(set(answers)) < len(answers):

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from zofo import metrics
 from zofo.adapters import AdaptedModel
 from zofo.data import IGNORED, NO_CANDIDATE, Batch, Example, LossKind, collate, pad
+from zofo.errors import ZofoError
 
 _NEW_TOKENS = 32
 
@@ -86,6 +87,19 @@ def count(batch: Batch) -> int:
     return len(batch["gold"]) if "gold" in batch else int((batch["targets"] != IGNORED).sum())
 
 
+def require_scorable(adapted: AdaptedModel, metric: str) -> None:
+    """Refuses what cannot be scored right.
+
+    Raises:
+        ZofoError: for generated text behind virtual tokens, where peft's `generate` differs from its own forward.
+    """
+    if metric in metrics.TEXT_METRICS and adapted.prompt_learning:
+        raise ZofoError(
+            f"{metric} needs generated text, which peft gets wrong behind virtual tokens on several models: choose "
+            "lora, or give options"
+        )
+
+
 @torch.no_grad()
 def evaluate(
     scorer: Scorer,
@@ -111,6 +125,7 @@ def evaluate(
     Returns:
         {metric: value, "loss": value, "rows": number of examples}.
     """
+    require_scorable(scorer.adapted, metric)
     scorer.adapted.model.eval()
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     total, parts, chosen = 0.0, 0, dict[int, str]()

@@ -28,11 +28,10 @@ from zofo.data import Example, collate, tokenize
 from zofo.errors import ZofoError
 from zofo.levels import NonFiniteLossError
 from zofo.methods import make_method
-from zofo.metrics import TEXT_METRICS
 from zofo.models import load_model, require_fitting_tokenizer
 from zofo.optimizers import JointOptimizer
 from zofo.progress import LossBar
-from zofo.scoring import Scorer, Tokens, evaluate
+from zofo.scoring import Scorer, Tokens, evaluate, require_scorable
 from zofo.splits import halves
 from zofo.tasks import Record, checked
 
@@ -63,10 +62,7 @@ class ZOFOTrainer(Trainer):
         ZofoError: if these do not go together, before any work.
 
     Examples:
-        >>> from zofo import ZOFOConfig, ZOFOTrainer  # doctest: +SKIP
-        >>> rows = [{"prompt": "Lovely. It was", "completion": " great", "options": [" terrible", " great"]}, ...]
-        >>> trainer = ZOFOTrainer("Qwen/Qwen3-0.6B", ZOFOConfig(output_dir="run", max_steps=100), rows)
-        >>> trainer.train()
+        In the README; a runnable one is `zofo.commands.train`.
 
     References:
         R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604).
@@ -97,11 +93,7 @@ class ZOFOTrainer(Trainer):
         self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel")
         rows = _levels(args, train_dataset, upper_dataset)
         self.metric = metric or ("accuracy" if rows[0][0].options else "exact_match")
-        if self.metric in TEXT_METRICS and self.adapted.prompt_learning:
-            raise ZofoError(
-                f"{self.metric} needs generated text, which peft gets wrong behind virtual tokens on several models: choose "
-                "lora, or give options"
-            )
+        require_scorable(self.adapted, self.metric)
         self.cost = Cost()
         self.truncated = 0
         self._tokenizer = processing_class
