@@ -251,14 +251,19 @@ def _add(read: Tensor, write: Tensor, term: Term, start: int, distribution: Dist
     if _COMPILED and distribution == "normal" and read.numel() > 1:
         offset = _scalar(_signed(start % _BLOCK), torch.int32)
         if read.data_ptr() == write.data_ptr():
-            _COMPILED["in_place"](write.detach(), offset, k0, k1, factor)
+            _COMPILED["in_place"](_unrelated(write), offset, k0, k1, factor)
         else:
-            _COMPILED["apart"](read.detach(), write.detach(), offset, k0, k1, factor)
+            _COMPILED["apart"](_unrelated(read), _unrelated(write), offset, k0, k1, factor)
         return
     kernel = _normal if distribution == "normal" else _rademacher
     for low in range(0, read.numel(), _EAGER_CHUNK):
         offset = _scalar(_signed((start + low) % _BLOCK), torch.int32)
         kernel(read[low : low + _EAGER_CHUNK], write[low : low + _EAGER_CHUNK], offset, k0, k1, factor)
+
+
+def _unrelated(piece: Tensor) -> Tensor:
+    """The same memory as a tensor that is nobody's view: for views, the compiler specialises on their bases."""
+    return piece.new_empty(0).set_(piece.untyped_storage(), piece.storage_offset(), piece.shape, (1,))
 
 
 def _normal(read: Tensor, write: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
