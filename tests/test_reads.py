@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from tiny import moved_copy, same_bits, snapshot, theta_of
+from zofo.errors import ZofoError
 from zofo.perturb import perturbed
 
 SEED = 3
@@ -135,3 +136,12 @@ def test_modules_that_read_their_parameters_in_unusual_ways(make):
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(moved, base, atol=1e-3)
     assert same_bits(model, before)
+
+
+def test_a_read_through_the_address_is_refused():
+    model = nn.Linear(4, 4)
+    with (
+        pytest.raises(ZofoError, match="weight is read through its address"),
+        perturbed(model, theta_of(model), 0, 0.1),
+    ):
+        model.weight.data_ptr()

@@ -230,7 +230,7 @@ class _Reader(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _METADATA:
             return func(*args, **kwargs)
-        self._refuse_writes(func, args, kwargs)
+        self._refuse(func, args, kwargs)
         # the largest first: a small one must not occupy the buffer that fits a large one
         found = {id(p): p for p in self._targets_in([args, kwargs])}
         copies = {id(p): self._perturbed_copy(p) for p in sorted(found.values(), key=Tensor.numel, reverse=True)}
@@ -266,13 +266,22 @@ class _Reader(TorchFunctionMode):
         noise.write_sum(parameter.detach(), terms, copy, 0, blocks[0].distribution)
         return buffer, copy
 
-    def _refuse_writes(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises for what cannot be answered with a copy: a write, or the address of the weights."""
         name = func.__name__
+        if func is Tensor.data_ptr:
+            raise ZofoError(
+                f"{self._name_of(args[0])} is read through its address, as by a custom kernel, where θ + scale·z "
+                "cannot be handed out: use the model's plain torch implementation"
+            )
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         places = [args[:1], *(kwargs.get(key) for key in ("input", "self", "tensor"))] if in_place else []
         for target in self._targets_in([*places, kwargs.get("out")]):
-            written = next(block.names[id(target)] for block in self._blocks if id(target) in block.names)
+            written = self._name_of(target)
             raise ZofoError(f"{name} writes {written} inside a perturbed block, where θ is read-only: do it after it")
+
+    def _name_of(self, target: Tensor) -> str:
+        return next(block.names[id(target)] for block in self._blocks if id(target) in block.names)
 
 
 def _replaced(value: Any, copies: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
