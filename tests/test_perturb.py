@@ -277,12 +277,10 @@ def test_writes_inside_a_block_are_refused(how):
     model = nn.Linear(4, 4)
     model.weight.grad = torch.ones(4, 4)
     before = snapshot(model)
-    with (
-        torch.no_grad(),
-        pytest.raises(ZofoError, match=r"writes weight .* read-only|weight is read through its address"),
-    ):  # noqa: SIM117
-        with perturbed(model, theta_of(model), SEED, EPS, require_all=False):
-            WRITES[how](model.weight)
+    block = perturbed(model, theta_of(model), SEED, EPS, require_all=False)
+    refusal = r"writes weight .* read-only|weight is read through its address"
+    with torch.no_grad(), pytest.raises(ZofoError, match=refusal), block:
+        WRITES[how](model.weight)
     assert same_bits(model, before)
 
 
