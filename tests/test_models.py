@@ -70,9 +70,14 @@ def test_loading_leaves_the_random_state_alone(whole):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["none", "./none/at/all", "/none", "~/none/none", "a/b/c"])
+@pytest.mark.parametrize("name", ["./none/at/all", "/none", "~/none/none", "a/b/c"])
 def test_a_folder_that_is_not_there(name):
     assert "give a Hub id (ORGANISATION/NAME), a folder" in refused(name)
+
+
+@pytest.mark.parametrize("name", ["none", "nobody/none"])
+def test_what_may_be_a_hub_id_is_looked_for_there(name):
+    assert "neither a folder here nor in the Hub cache" in refused(name)
 
 
 def test_a_file_that_is_no_model(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from zofo.adapters import KINDS
 from zofo.config import ZOFOConfig
 
 _METHODS = {
@@ -38,7 +39,7 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], description: str, st
             "---",
             "library_name: zofo",
             f"base_model: {json.dumps(config.model)}",
-            f"tags: [zofo, {config.method}, {config.adapter if '/' not in config.adapter else 'peft'}]",
+            f"tags: [zofo, {config.method}, {config.adapter if config.adapter in KINDS else 'peft'}]",
             "---",
             f"# {config.model} on {results['task']}",
             "",
@@ -51,7 +52,8 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], description: str, st
             *table,
             "",
             "`upper` is the adapter that is deployed with `backbone/` (or, without an adapter, the backbone itself);",
-            "`lower` is its first-order twin. Model selection used a dev split that no level trains on.",
+            "`lower` is its first-order twin."
+            + " The checkpoint was chosen on a dev split that no level trains on." * config.load_best_model_at_end,
             "",
             f"The backbone moved by {results['backbone_change']:.2e} of its norm. Training took "
             f"{cost['forward_tokens']:,} tokens forward, {cost['backward_tokens']:,} backward, "

@@ -43,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except ZofoError as error:
         return _fail(" ".join(str(error).split()), 2)
-    except (PermissionError, OSError) as error:
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or ''} - free space or choose another folder", 2)
     except KeyboardInterrupt:
         return _fail("interrupted; checkpoints written so far are whole (resume_from_checkpoint: true goes on)", 130)
@@ -157,7 +160,7 @@ def _eval(options: argparse.Namespace) -> int:
     from zofo import commands
 
     commands.quiet_libraries()
-    settings = commands.eval_settings(options.model, vars(options))
+    settings = commands.eval_settings(options.model, options.task, vars(options))
     scores = commands.evaluate_model(
         options.model, options.adapter, options.task, options.split, options.batch_size, settings
     )

@@ -109,16 +109,18 @@ class EvalSettings:
     dtype: DType = "float32"
 
 
-def eval_settings(model: str, given: dict[str, Any]) -> EvalSettings:
+def eval_settings(model: str, tasks: list[str], given: dict[str, Any]) -> EvalSettings:
     """The settings of the run that `model` is the backbone of, if it is one, and over them what is given.
 
     So that the rows called test are those that the run held out, and never some that it trained on.
     """
     config = Path(model).parent / "config.yaml"
     stored: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if stored and stored.get("data_seed") is None:
+    if stored and Path(str(stored.get("task"))).stem not in [Path(task).stem for task in tasks]:
+        stored = {key: stored.get(key) for key in ("loss", "dtype", "max_length")}  # its sizes are of another task
+    elif stored and stored.get("data_seed") is None:
         stored["data_seed"] = stored.get("seed", EvalSettings.data_seed)
-    chosen = {**stored, **{name: value for name, value in given.items() if value is not None}}
+    chosen = {name: value for name, value in [*stored.items(), *given.items()] if value is not None}
     names = [field.name for field in fields(EvalSettings)]
     return EvalSettings(**{name: value for name, value in chosen.items() if name in names})
 
@@ -200,7 +202,8 @@ def _split(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     )
     for note in splits.notes:
         say(note)
-    parts = {"lower": splits.lower, "upper": splits.upper, "dev": splits.dev, "test": splits.test}
+    levels = {"lower": splits.lower, "upper": splits.upper} if config.method == "bilevel" else {"train": splits.train}
+    parts = {**levels, "dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in parts.items()) + " rows")
     return splits
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -105,9 +105,14 @@ class ZOFOConfig(TrainingArguments):
         for name in ("lower_fraction", "two_stage_fraction"):
             if not 0 < vars(self)[name] < 1:
                 raise ZofoError(f"{name} is {vars(self)[name]}, but must lie between 0 and 1, both excluded")
-        self._check_combinations()
+        for name, kind in get_type_hints(ZOFOConfig).items():
+            if get_origin(kind) is Literal and vars(self)[name] not in get_args(kind):
+                raise ZofoError(f"{name} is {vars(self)[name]!r}, but must be one of {', '.join(get_args(kind))}")
+        if self.method == "none":
+            self.adapter = "none"  # an adapter that is never trained would only be in the way
         if str(self.eval_strategy) == "no" and self.eval_steps:
             self.eval_strategy = "steps"
+        self._check_combinations()
         try:
             super().__post_init__()
         except (ValueError, TypeError) as error:
@@ -119,6 +124,10 @@ class ZOFOConfig(TrainingArguments):
                 f"method {self.method} trains an adapter, but adapter is none: choose lora, prefix or prompt, or "
                 "method zo (MeZO) to move the backbone alone"
             )
+        if self.load_best_model_at_end and str(self.eval_strategy) == "no":
+            raise ZofoError(
+                "load_best_model_at_end needs evaluations to choose by: give eval_steps, and save_steps alike"
+            )
         if self.bf16 or self.fp16:
             raise ZofoError(
                 "bf16 and fp16 switch autocast on, which zofo does not use: set dtype: bfloat16 or float16"
@@ -128,8 +137,11 @@ class ZOFOConfig(TrainingArguments):
 
     def identity(self) -> dict[str, Any]:
         """The keys that must not change when a run is resumed, as JSON values."""
-        values = {key: vars(self)[key] for key in (*_INHERITED_IDENTITY, *own_keys())}
-        return {k: str(v) if isinstance(v, Enum) else v for k, v in values.items() if k not in _FREE}
+        keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in _FREE)]
+        if self.method == "two_stage" or self.penalty_schedule != "constant":
+            keys += ["max_steps", "num_train_epochs"]  # what a step does depends on how many there will be
+        values = {key: _anywhere(key, vars(self)[key]) for key in keys}
+        return {key: str(value) if isinstance(value, Enum) else value for key, value in values.items()}
 
     def resolved(self) -> dict[str, Any]:
         """Every key that differs from its default, or is one of zofo's own: what reading it back needs."""
@@ -140,7 +152,7 @@ class ZOFOConfig(TrainingArguments):
             if field.name in _MANNER or not field.init:
                 continue
             if (field.name in own_keys() or value != field.default) and _plain(value):
-                kept[field.name] = value
+                kept[field.name] = _anywhere(field.name, value)
         return kept
 
     def _require(self, name: str, relation: Literal[">", ">="], bound: float) -> None:
@@ -152,6 +164,15 @@ class ZOFOConfig(TrainingArguments):
         if not (value > bound if relation == ">" else value >= bound):
             words = "greater than" if relation == ">" else "at least"
             raise ZofoError(f"{name} is {value}, but must be {words} {bound}")
+
+
+def _anywhere(key: str, value: Any) -> Any:
+    """A path in `model`, `task` or `adapter` as an absolute one, so that a run can be repeated from any folder."""
+    if key not in ("model", "task", "adapter") or not isinstance(value, str):
+        return value
+    path = Path(value).expanduser()
+    is_path = path.suffix in (".yaml", ".yml", ".json", ".gguf") or (key == "model" and path.is_dir())
+    return str(path.resolve()) if is_path and path.exists() else value
 
 
 def _plain(value: Any) -> bool:

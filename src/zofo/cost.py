@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
@@ -72,7 +72,8 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR_PEAK.exists():
-        _CLEAR_PEAK.write_text("5")  # Linux: sets the peak of this process to what it uses now
+        with contextlib.suppress(OSError):  # some containers forbid it; the peak then includes what came before
+            _CLEAR_PEAK.write_text("5")  # Linux: sets the peak of this process to what it uses now
 
 
 def peak_memory() -> int:
@@ -82,5 +83,7 @@ def peak_memory() -> int:
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    import resource  # which Windows does not have
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

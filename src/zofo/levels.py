@@ -103,7 +103,7 @@ class FirstOrderLevel:
         if math.isfinite(value):
             return
         self.clear()
-        rate = "learning_rate" if self._adapter == LOWER else "upper_learning_rate or zo_learning_rate"
+        rate = f"{'learning_rate' if self._adapter == LOWER else 'upper_learning_rate'} or zo_learning_rate"
         if self._args.method != "bilevel":
             rate = "learning_rate"
         raise NonFiniteLossError(f"{term} is {value}: lower {rate}, or set on_nonfinite: skip")

@@ -89,7 +89,7 @@ def local_source(name: str) -> str:
     if path.is_dir():
         _require_model_folder(path)
         return str(path)
-    if path.is_file() or name.startswith((PACKAGE_SCHEME, ".", "/", "~")) or name.count("/") != 1:
+    if path.is_file() or name.startswith((PACKAGE_SCHEME, ".", "/", "~")) or name.count("/") > 1:
         raise ZofoError(
             f"there is no model at {name}: give a Hub id (ORGANISATION/NAME), a folder that holds config.json and "
             f"safetensors files, a .gguf file, or {PACKAGE_SCHEME}PACKAGE/PATH"
@@ -164,6 +164,8 @@ def _convert(file: Path, folder: Path) -> None:
 
 def _require_model_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
+        if (path / "backbone").is_dir():
+            raise ZofoError(f"{path} is a run, not a model: give {path}/backbone (and --adapter {path}/upper)")
         raise ZofoError(
             f"{path} is no model folder: it has no config.json; give the folder that save_pretrained wrote"
         )

@@ -83,7 +83,7 @@ def normal(seed: int, start: int, count: int) -> Tensor:
     """Elements `start .. start + count` of the Gaussian-like stream `seed`, float32 of shape (count,).
 
     Args:
-        seed: the stream's key, any integer (taken modulo 2**64).
+        seed: the stream's key, any integer (taken modulo 2**64): for a model's weight, what `stream_key` gives.
         start: index of the first element, from 0 to 2**64 - count.
         count: how many elements.
 
@@ -220,6 +220,10 @@ def _same_as_eager(probe: Tensor) -> bool:
 
 
 def _materialise(seed: int, start: int, count: int, distribution: Distribution) -> Tensor:
+    if start < 0 or count < 0 or start + count > 1 << 64:
+        raise ZofoError(
+            f"elements {start} .. {start + count} lie outside of the stream: its indices go from 0 to 2**64 - 1"
+        )
     out = torch.zeros(count, dtype=torch.float32)
     write_sum(out, [Term(seed, 1.0)], out, start, distribution)
     return out

@@ -126,7 +126,7 @@ def perturbed(
 
 
 def direction(
-    parameters: Mapping[str, Tensor], seed: int, step: int, query: int = 0, distribution: Distribution = "normal"
+    parameters: Mapping[str, Tensor], seed: int, step: int = 0, query: int = 0, distribution: Distribution = "normal"
 ) -> dict[str, Tensor]:
     """The direction z of each parameter, materialised in float32: for tests and study.
 
@@ -171,7 +171,7 @@ def _require_members(model: nn.Module, parameters: Mapping[str, Tensor]) -> None
     if strange:
         raise ZofoError(
             f"{strange[0]} is not a parameter of this {type(model).__name__}: pass the tensors themselves, as from "
-            "dict(model.named_parameters()), not copies of them"
+            "dict(model.named_parameters()) or trainer.adapted.backbone, not copies of them"
         )
 
 

@@ -105,7 +105,7 @@ def load_task(name: str) -> Task:
     if path.suffix not in (".yaml", ".yml"):
         if name not in task_names():
             near = difflib.get_close_matches(name, task_names(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(task_names())}"
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(task_names())}."
             raise ZofoError(f"there is no task {name!r}: {hint} A task of your own is the path of a .yaml file")
         path = Path(str(files("zofo").joinpath("task_files", f"{name}.yaml")))
     if not path.is_file():
@@ -168,7 +168,7 @@ def _metric(spec: dict[str, Any], path: Path) -> str:
     if metric not in METRICS:
         near = difflib.get_close_matches(str(metric), METRICS, n=1)
         raise ZofoError(f"{path}: unknown metric {metric!r}; {f'did you mean {near[0]}?' if near else METRICS}")
-    if (metric in OPTION_METRICS) != has_options:
+    if spec.get("format") != "metaicl" and (metric in OPTION_METRICS) != has_options:
         kind = "options" if has_options else "no options"
         fitting = [m for m in METRICS if (m in OPTION_METRICS) == has_options]
         raise ZofoError(f"{path}: metric {metric} does not go with {kind}: choose {' or '.join(fitting)}")
