@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -42,6 +44,8 @@ def main() -> None:
     rows = table_rows(results)
     print("\n" + render(rows))
     print("\n" + verdict(rows))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    (RUNS / "demo.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     picture = draw(rows)
     print(f"\nPicture: {picture}\nRun folders: {', '.join(str(f) for f in sorted(RUNS.iterdir()) if f.is_dir())}")
     print(f"Total: {time.perf_counter() - started:.0f} s")
