@@ -1,0 +1,65 @@
+"""The configuration itself: what it refuses in Python too, what it stores, and what a resumed run must share."""
+
+import pytest
+
+from zofo import ZOFOConfig
+from zofo.config import parse_config
+from zofo.errors import ZofoError
+
+
+def config(**keys):
+    return ZOFOConfig(output_dir="run", use_cpu=True, **keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("method", "zoo"), ("zo_estimator", "both"), ("loss", "x"), ("dtype", "fp64"), ("on_nonfinite", "")],
+)
+def test_a_value_that_is_none_of_the_choices_is_refused(key, value):
+    with pytest.raises(ZofoError, match=f"{key} is {value!r}, but must be one of"):
+        config(**{key: value})
+
+
+def test_the_best_model_needs_evaluations():
+    with pytest.raises(ZofoError, match="load_best_model_at_end needs evaluations"):
+        config(load_best_model_at_end=True)
+    assert str(config(load_best_model_at_end=True, eval_steps=5, save_steps=5).eval_strategy.value) == "steps"
+
+
+def test_no_training_has_no_adapter():
+    assert config(method="none", adapter="lora").adapter == "none"
+
+
+@pytest.mark.parametrize(
+    ("keys", "shared"),
+    [
+        ({"method": "two_stage"}, False),
+        ({"method": "bilevel", "penalty_schedule": "linear"}, False),
+        ({"method": "bilevel"}, True),
+        ({"method": "zo"}, True),
+    ],
+)
+def test_a_longer_run_may_go_on_unless_its_steps_depend_on_its_length(keys, shared):
+    assert (config(max_steps=4, **keys).identity() == config(max_steps=8, **keys).identity()) is shared
+
+
+def test_paths_are_stored_so_that_they_hold_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "lora.json").write_text("{}")
+    (tmp_path / "tweets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    stored = config(task="mine.yaml", adapter="lora.json", model="tweets").resolved()
+    assert stored["task"] == str(tmp_path / "mine.yaml")
+    assert stored["adapter"] == str(tmp_path / "lora.json")
+    assert stored["model"] == str(tmp_path / "tweets")
+    assert config(task="tweets", adapter="lora").resolved()["task"] == "tweets"
+
+
+def test_a_stored_configuration_reads_back_as_itself(tmp_path):
+    import yaml
+
+    first = config(method="bilevel", penalty=3.0, zo_learning_rate=3e-5, max_steps=7, lr_scheduler_type="linear")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.resolved()))
+    second = parse_config(tmp_path / "config.yaml", [])
+    assert second.identity() == first.identity()
+    assert second.resolved() == first.resolved()
