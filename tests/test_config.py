@@ -63,3 +63,12 @@ def test_a_stored_configuration_reads_back_as_itself(tmp_path):
     second = parse_config(tmp_path / "config.yaml", [])
     assert second.identity() == first.identity()
     assert second.resolved() == first.resolved()
+
+
+def test_a_list_of_one_task_is_that_task_and_more_are_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("task: [tweets]\noutput_dir: run")
+    assert parse_config(file, []).task == "tweets"
+    file.write_text("task: [tweets, sms_spam]\noutput_dir: run")
+    with pytest.raises(ZofoError, match="takes one value"):
+        parse_config(file, [])

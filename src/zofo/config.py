@@ -244,7 +244,7 @@ def _tokens(file: Path) -> list[str]:
             _refuse_unknown(str(key), f"{file}: ")
         if value is None:
             continue
-        if isinstance(value, list) and not _takes_lists(key):
+        if isinstance(value, list) and len(value) != 1 and not _takes_lists(key):
             raise ZofoError(f"{file}: {key} is {value}, but takes one value")
         tokens += [f"--{key}", *_words(value)]
     return tokens
