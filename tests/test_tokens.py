@@ -36,12 +36,21 @@ def with_special_tokens(begin="<s>", end=""):
     return tokenizer
 
 
+def one_or_skip(*texts):
+    """`one`, but passes over texts of which no prompt token is left, which are refused by name."""
+    try:
+        return one(*texts)
+    except ZofoError as error:
+        assume("melts" not in str(error))
+        raise
+
+
 @settings(deadline=None)
 @given(TEXT, TEXT, TEXT)
 def test_prompt_and_answer_together_are_the_tokens_of_the_whole_text(prompt, first, second):
     if ids(prompt + first) == ids(prompt + second):
         return
-    example, _ = one(prompt, first, (first, second))
+    example, _ = one_or_skip(prompt, first, (first, second))
     assert example.prompt + example.answers[0] == ids(prompt + first)
     assert example.prompt + example.answers[1] == ids(prompt + second)
     assert (example.gold, example.texts) == (0, (first, second))
@@ -50,11 +59,7 @@ def test_prompt_and_answer_together_are_the_tokens_of_the_whole_text(prompt, fir
 @settings(deadline=None)
 @given(TEXT, TEXT)
 def test_the_prompt_ends_before_the_first_token_that_touches_the_answer(prompt, answer):
-    try:
-        example, _ = one(prompt, answer)
-    except ZofoError as error:  # said, and tested on its own, where no token of the prompt is left
-        assume("melts" not in str(error))
-        raise
+    example, _ = one_or_skip(prompt, answer)
     kept = TOKENIZER.decode(example.prompt)
     assert prompt.startswith(kept.rstrip("\ufffd"))
     whole = TOKENIZER(prompt + answer, return_offsets_mapping=True)
