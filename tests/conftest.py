@@ -8,9 +8,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")  # the same examples in every run
 torch.set_num_threads(1)  # models are tiny, and tests may run side by side
 
 
