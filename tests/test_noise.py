@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zofo import noise
+from zofo import kernels, noise
 from zofo.errors import ZofoError
 from zofo.noise import Term
 
@@ -194,7 +194,7 @@ def test_bits_do_not_depend_on_the_size_of_the_internal_chunks(monkeypatch):
     whole, cut = torch.empty(1000), torch.empty(1000)
     noise.write_sum(w, terms, whole, start=2**32 - 500)
     monkeypatch.setattr(noise, "_EAGER_CHUNK", 7)
-    monkeypatch.setattr(noise, "_QUERY_CHUNK", 64)
+    monkeypatch.setattr(noise, "c_kernel", lambda: None)
     noise.write_sum(w, terms, cut, start=2**32 - 500)
     assert torch.equal(whole, cut)
 
@@ -368,33 +368,122 @@ def test_an_update_of_zero_changes_no_bit(dtype):
     assert torch.equal(w, before)
 
 
+# every form must write the bits of the eager one: terms, Rademacher?, keep, rounding
+FORMS = [
+    ([(1, 2, 1e-3)], False, 1.0, None),
+    ([(1, 2, 1e-3)], True, 1.0, None),
+    ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], False, 1.0, (7, 8, 0.0)),
+    ([(2**32 - 1, 2**31, 1e-3)], False, 0.999, (7, 8, 0.0)),
+    ([], False, 0.999, (7, 8, 0.0)),
+    ([], False, 1.0, None),
+]
+SIZES = [0, 1, 2, 17, 2047, 2048, 2049, 140_001]  # around a block, and enough for several threads
+
+
+def both_ways(kernel, w, form):
+    """What a kernel writes in place, and apart from what it reads."""
+    apart = torch.full_like(w, math.nan)
+    kernel(w, apart, 2**32 - 100, *form)
+    before = w.clone()
+    kernel(w, w, 2**32 - 100, *form)
+    return before, w, apart
+
+
+def assert_equal_to_eager(kernel, dtype, size, form):
+    w = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    _, expected, _ = both_ways(noise._eager, w.clone(), form)
+    for _ in range(2):  # a kernel compiled for one of the two must not be taken for the other afterwards
+        source, in_place, apart = both_ways(kernel, w.clone(), form)
+        assert torch.equal(bits(in_place), bits(expected))
+        assert torch.equal(bits(apart), bits(expected))
+        assert torch.equal(source, w)
+
+
 @pytest.fixture(scope="module")
-def compiled():
+def c_kernel():
+    return kernels.c_kernel() or pytest.skip("no working C compiler: the eager form is in use")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_c_kernel_writes_the_same_bits_and_nothing_else(c_kernel, dtype, form, threads):
+    before = torch.get_num_threads()
     try:
-        if not noise.warm_up():
-            pytest.skip("no working compiler: the eager form is in use")
-        yield dict(noise._COMPILED)
+        torch.set_num_threads(threads)
+        for size in SIZES:
+            assert_equal_to_eager(c_kernel, dtype, size, form)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_c_reads_every_sixteen_bit_number(c_kernel):
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    for dtype in DTYPES[1:]:
+        out = torch.empty(2**16)
+        c_kernel(patterns.view(dtype), out, 0, [], False, 1.0, None)
+        expected = patterns.view(dtype).float()
+        assert torch.equal(bits(out)[~expected.isnan()], bits(expected)[~expected.isnan()])
+        assert out[expected.isnan()].isnan().all()
+
+
+def test_c_rounds_to_sixteen_bits_as_torch_does(c_kernel):
+    patterns = torch.randint(-(2**31), 2**31, (2_000_000,), generator=torch.Generator().manual_seed(0))
+    near_half = torch.arange(0x32000000, 0x48000000, 257)  # from below float16's smallest number to above its largest
+    ties = torch.arange(0x33000000, 0x47800000, 0x1000)
+    floats = (
+        torch.cat([patterns, near_half, near_half - 2**31, ties, ties - 2**31]).to(torch.int32).view(torch.float32)
+    )
+    for dtype in DTYPES[1:]:
+        out = torch.empty(len(floats), dtype=dtype)
+        c_kernel(floats, out, 0, [], False, 1.0, None)
+        expected = floats.to(dtype)
+        assert torch.equal(bits(out)[~floats.isnan()], bits(expected)[~floats.isnan()])
+        assert out[floats.isnan()].isnan().all()
+
+
+@pytest.fixture
+def fresh_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ZOFO_CACHE", str(tmp_path / "cache"))
+    kernels.c_kernel.cache_clear()
+    yield tmp_path / "cache"
+    kernels.c_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_c_compiler_the_eager_form_gives_the_same_bits(compiler, fresh_cache, monkeypatch):
+    expected = noise.normal(5, 0, 1000)
+    kernels.c_kernel.cache_clear()
+    monkeypatch.setenv("CC", compiler)
+    assert kernels.c_kernel() is None
+    assert not noise.warm_up()
+    assert torch.equal(noise.normal(5, 0, 1000), expected)
+
+
+def test_a_compiler_without_openmp_will_do(c_kernel, fresh_cache, monkeypatch, tmp_path):
+    compiler = tmp_path / "plain-cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert noise.warm_up()
+    assert_equal_to_eager(kernels.c_kernel(), torch.float32, 140_001, FORMS[0])
+    assert len(list(fresh_cache.glob("noise-*.so"))) == len(list(fresh_cache.iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def accelerator_kernel():
+    """What an accelerator runs, compiled for this machine's CPU."""
+    try:
+        if not noise._compile(torch.float32, torch.device("cpu")):
+            pytest.skip("no working compiler")
+        yield noise._compiled
     finally:
         noise._COMPILED.clear()
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    monkeypatch.setattr(noise, "_COMPILED", {})
-
-
 # inductor imports what torch itself deprecates
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_kernels_write_the_same_bits_and_nothing_else(compiled, eager, monkeypatch, dtype):
-    for shape in ((2, 1031), (1,), (2,), (17,), (8, 125), (3, 5, 7), (140_001,)):
-        w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-        eager = noise.add_(w.clone(), 5, 1e-3, start=2**32 - 100)
-        with monkeypatch.context() as patch:
-            patch.setattr(noise, "_COMPILED", compiled)
-            for _ in range(2):  # a kernel compiled for one of the two must not be taken for the other afterwards
-                source, out = w.clone(), torch.zeros_like(w)
-                assert torch.equal(bits(noise.add_(w.clone(), 5, 1e-3, start=2**32 - 100)), bits(eager))
-                noise.write_sum(source, [Term(5, 1e-3)], out, start=2**32 - 100)
-                assert torch.equal(bits(out), bits(eager))
-                assert torch.equal(source, w)
+@pytest.mark.parametrize("form", FORMS[:4])
+def test_the_compiled_kernel_of_accelerators_writes_the_same_bits(accelerator_kernel, form):
+    for size in (1, 2, 17, 2049):
+        assert_equal_to_eager(accelerator_kernel, torch.float32, size, form)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from zofo.cache import cache_folder
 from zofo.errors import ZofoError
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -113,12 +113,6 @@ def package_file(name: str) -> Path:
     if not path.exists() or ".." in Path(inner).parts:
         raise ZofoError(f"{name}: the installed package {package} has no file {inner!r}")
     return path
-
-
-def cache_folder() -> Path:
-    """Where converted models lie: `$ZOFO_CACHE`, else `zofo` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("ZOFO_CACHE") or Path(base) / "zofo").expanduser()
 
 
 def _converted(file: Path) -> Path:

@@ -23,20 +23,19 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zofo.errors import ZofoError
+from zofo.kernels import Hashed, Kernel, c_kernel
 
 Distribution = Literal["normal", "rademacher"]
-Kernel = Callable[..., None]
 
 logger = logging.getLogger(__name__)
 
 _EAGER_CHUNK = 1 << 17  # elements: the temporaries of the eager form stay in a core's cache
-_QUERY_CHUNK = 1 << 19  # elements: one block of θ stays in cache while all q queries are added to it
 _BLOCK = 1 << 32  # elements that share one pair of 32-bit keys
 _BYTES = 0x00FF00FF
 _VARIANCE = 21845  # of the sum of four independent bytes: 4 (256**2 - 1) / 12
@@ -137,20 +136,9 @@ def write_sum(
     `out` may be `tensor` itself. Costs one pass over memory for any number of terms.
     """
     _require_float(tensor)
-    source, target = tensor.contiguous().view(-1), _flat(out)
-    exact = target.dtype == torch.float32 and source.dtype == torch.float32 and len(terms) > 0
-    size = source.numel() if len(terms) == 1 else _QUERY_CHUNK
-    for low, high in _pieces(start, source.numel(), size):
-        read, write = source[low:high], target[low:high]
-        if exact or len(terms) == 1:
-            for term in terms:
-                _add(read, write, term, start + low, distribution)
-                read = write
-        else:
-            total = read.to(torch.float32, copy=True)
-            for term in terms:
-                _add(total, total, term, start + low, distribution)
-            write.copy_(total)
+    target = _flat(out)
+    source = target if out is tensor else _flat(tensor)
+    _sum_into(source, target, start, terms, distribution)
     if target.data_ptr() != out.data_ptr():
         out.copy_(target.view(out.shape))
 
@@ -165,58 +153,34 @@ def update_(
     that steps far below the distance of two neighbours still move the weights by their sum. Its random
     bits are a counter-based stream too, of the key `rounding_key`.
     """
-    if tensor.dtype == torch.float32:
-        if keep != 1.0:
-            tensor.mul_(keep)
-        return write_sum(tensor, terms, tensor, 0, distribution)
     _require_float(tensor)
     target = _flat(tensor)
-    for low, high in _pieces(0, target.numel(), _QUERY_CHUNK):
-        total = target[low:high].float() * keep
-        for term in terms:
-            _add(total, total, term, low, distribution)
-        k0, k1 = _halves(rounding_key, 0)
-        random = _mix(_mix(_indices(total, low) ^ k0) + k1)
-        target[low:high].copy_(_round_stochastically(total, random, tensor.dtype))
+    _sum_into(target, target, 0, terms, distribution, keep, rounding_key)
     if target.data_ptr() != tensor.data_ptr():
         tensor.copy_(target.view(tensor.shape))
 
 
 def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> bool:
-    """Compiles the noise kernels for one dtype and device, or loads them from torch's disk cache.
+    """Gets the fast form of the noise ready: C on a CPU, `torch.compile` elsewhere.
 
-    The first call on a machine takes about 20 s, later processes about 3 s. The compiled kernels write the same
-    bits as the eager ones, about ten times faster. Without this call, or where there is no compiler, the eager
-    form is used.
+    In main memory the C form is also taken without this call; a first call on a machine compiles it in about a
+    second. Elsewhere the eager torch form is used until this call, whose first run on a machine takes about 20 s.
+    All forms write the same bits.
 
     Returns:
-        Whether the compiled kernels are in use.
+        Whether the fast form is in use.
     """
     probe = torch.zeros(1031, dtype=dtype, device=device)
-    moved = torch.empty_like(probe)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler about itself
-            if not _COMPILED:
-                _COMPILED["in_place"] = cast(Kernel, torch.compile(_normal_in_place, dynamic=True, fullgraph=True))
-                _COMPILED["apart"] = cast(Kernel, torch.compile(_normal, dynamic=True, fullgraph=True))
-            write_sum(probe, [Term(1, 1e-3)], moved)
-            add_(probe, 1, 1e-3)
-            add_(torch.zeros(1031, dtype=torch.float32, device=device), 1, 1e-3)  # what 16-bit updates are summed in
-    except Exception as error:  # no compiler, or one that fails: torch raises several unrelated types here
-        _COMPILED.clear()
-        logger.info("the noise kernels could not be compiled: %s", error)
+    if probe.device.type != "cpu" and not _COMPILED and not _compile(dtype, probe.device):
         return False
-    assert torch.equal(probe, moved), "compiled in place and apart, the noise has different bits"
-    assert _same_as_eager(probe), "the compiled noise differs from the eager noise"
-    return True
-
-
-def _same_as_eager(probe: Tensor) -> bool:
+    moved = torch.empty_like(probe)
+    write_sum(probe, [Term(1, 1e-3)], moved)
+    add_(probe, 1, 1e-3)
     expected = torch.zeros_like(probe)
-    k0, k1 = _halves(1, 0)
-    _normal(expected, expected, _scalar(0, torch.int32), k0, k1, _scalar(_multiplier(1e-3, "normal"), torch.float32))
-    return torch.equal(probe, expected)
+    _eager(expected, expected, 0, _hashed([Term(1, 1e-3)], 0, "normal"), False, 1.0, None)
+    assert torch.equal(probe, moved), "in place and apart, the noise has different bits"
+    assert torch.equal(probe, expected), "the fast form of the noise differs from the eager form"
+    return _kernel(probe) is not _eager
 
 
 def _materialise(seed: int, start: int, count: int, distribution: Distribution) -> Tensor:
@@ -241,30 +205,93 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
 
 
-def _pieces(start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cuts [0, count) into pieces of at most `size` that never cross a multiple of 2**32 of the stream."""
+def _sum_into(
+    read: Tensor,
+    write: Tensor,
+    start: int,
+    terms: Sequence[Term],
+    distribution: Distribution,
+    keep: float = 1.0,
+    rounding_key: int | None = None,
+) -> None:
+    """Write <- keep * read + the terms, for flat tensors that are the same memory or do not overlap at all."""
+    kernel, rademacher = _kernel(read), distribution == "rademacher"
+    for low, high in _pieces(start, read.numel()):
+        block, offset = divmod(start + low, _BLOCK)
+        rounding = None if rounding_key is None else (*_halves(rounding_key, block), 0.0)
+        hashed = _hashed(terms, block, distribution)
+        kernel(read[low:high], write[low:high], offset, hashed, rademacher, keep, rounding)
+
+
+def _pieces(start: int, count: int) -> Iterator[tuple[int, int]]:
+    """Cuts [0, count) into pieces that never cross a multiple of 2**32 of the stream."""
     low = 0
     while low < count:
-        high = min(count, low + size, low + _BLOCK - (start + low) % _BLOCK, low + (1 << 30))
+        high = min(count, low + _BLOCK - (start + low) % _BLOCK, low + (1 << 30))
         yield low, high
         low = high
 
 
-def _add(read: Tensor, write: Tensor, term: Term, start: int, distribution: Distribution) -> None:
-    """Adds a term: write <- read + term, for pieces that are the same memory or do not overlap at all."""
-    k0, k1 = _halves(term.key, start // _BLOCK)
-    factor = _scalar(_multiplier(term.scale, distribution), torch.float32)
-    if _COMPILED and distribution == "normal" and read.numel() > 1:
-        offset = _scalar(_signed(start % _BLOCK), torch.int32)
-        if read.data_ptr() == write.data_ptr():
-            _COMPILED["in_place"](_unrelated(write), offset, k0, k1, factor)
-        else:
-            _COMPILED["apart"](_unrelated(read), _unrelated(write), offset, k0, k1, factor)
-        return
-    kernel = _normal if distribution == "normal" else _rademacher
+def _hashed(terms: Sequence[Term], block: int, distribution: Distribution) -> list[Hashed]:
+    return [(*_halves(term.key, block), _multiplier(term.scale, distribution)) for term in terms]
+
+
+def _kernel(read: Tensor) -> Kernel:
+    if read.device.type == "cpu":
+        return c_kernel() or _eager
+    return _compiled if _COMPILED else _eager
+
+
+def _eager(
+    read: Tensor,
+    write: Tensor,
+    start: int,
+    terms: Sequence[Hashed],
+    rademacher: bool,
+    keep: float,
+    rounding: Hashed | None,
+) -> None:
+    """The form that defines the bits: torch operations, one after the other."""
+    scalars = _scalars(terms, rounding, read.device)
     for low in range(0, read.numel(), _EAGER_CHUNK):
-        offset = _scalar(_signed((start + low) % _BLOCK), torch.int32)
-        kernel(read[low : low + _EAGER_CHUNK], write[low : low + _EAGER_CHUNK], offset, k0, k1, factor)
+        high, offset = low + _EAGER_CHUNK, _signed(start + low)
+        _sum(read[low:high], write[low:high], torch.tensor(offset, dtype=torch.int32), *scalars, rademacher, keep)
+
+
+def _compiled(
+    read: Tensor,
+    write: Tensor,
+    start: int,
+    terms: Sequence[Hashed],
+    rademacher: bool,
+    keep: float,
+    rounding: Hashed | None,
+) -> None:
+    """The same, compiled for an accelerator."""
+    if keep != 1.0 or read.numel() < 2:  # a compiler may fuse keep * W + n * factor, which rounds once and not twice
+        return _eager(read, write, start, terms, rademacher, keep, rounding)
+    scalars = (torch.tensor(_signed(start), dtype=torch.int32), *_scalars(terms, rounding, read.device), rademacher)
+    if read.data_ptr() == write.data_ptr():
+        _COMPILED["in_place"](_unrelated(write), *scalars)
+    else:
+        _COMPILED["apart"](_unrelated(read), _unrelated(write), *scalars)
+
+
+def _compile(dtype: torch.dtype, device: torch.device) -> bool:
+    """Compiles the kernels, or loads them from torch's disk cache; says whether that worked."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler about itself
+            _COMPILED["in_place"] = torch.compile(_sum_in_place, dynamic=True, fullgraph=True)
+            _COMPILED["apart"] = torch.compile(_sum, dynamic=True, fullgraph=True)
+            probe, terms = torch.zeros(1031, dtype=dtype, device=device), [(1, 2, 1e-3)]
+            for rounding in (None, (1, 2, 0.0)):
+                _compiled(probe, probe, 0, terms, False, 1.0, rounding)
+            _compiled(probe, torch.empty_like(probe), 0, terms, False, 1.0, None)
+    except Exception as error:  # no compiler, or one that fails: torch raises several unrelated types here
+        _COMPILED.clear()
+        logger.info("the noise could not be compiled: %s", error)
+    return bool(_COMPILED)
 
 
 def _unrelated(piece: Tensor) -> Tensor:
@@ -272,27 +299,44 @@ def _unrelated(piece: Tensor) -> Tensor:
     return piece.new_empty(0).set_(piece.untyped_storage(), piece.storage_offset(), piece.shape, (1,))
 
 
-def _normal(read: Tensor, write: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
-    index = torch.arange(read.numel(), dtype=torch.int32, device=read.device) + offset
-    h = _mix(_mix(index ^ k0) + k1)
-    pairs = (h & _BYTES) + ((h >> 8) & _BYTES)
-    n = ((pairs + (pairs >> 16)) & 0x7FF) - 510
-    write.copy_(read.float() + n.float() * factor)
+def _sum(
+    read: Tensor,
+    write: Tensor,
+    start: Tensor,
+    k0: Tensor,
+    k1: Tensor,
+    factors: Tensor,
+    rounding: Tensor | None,
+    rademacher: bool,
+    keep: float = 1.0,
+) -> None:
+    """The arithmetic of all forms; `k0`, `k1` and `factors` have one element for each term."""
+    index = torch.arange(read.numel(), dtype=torch.int32, device=read.device) + start
+    total = read.float() * keep
+    for j in range(len(factors)):
+        h = _mix(_mix(index ^ k0[j]) + k1[j])
+        total = total + (_sign(h) if rademacher else _bell(h)).float() * factors[j]
+    if rounding is not None and write.dtype != torch.float32:
+        total = _round_stochastically(total, _mix(_mix(index ^ rounding[0]) + rounding[1]), write.dtype)
+    write.copy_(total)
 
 
-def _normal_in_place(tensor: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
-    _normal(tensor, tensor, offset, k0, k1, factor)
-
-
-def _rademacher(read: Tensor, write: Tensor, offset: Tensor, k0: Tensor, k1: Tensor, factor: Tensor) -> None:
-    index = torch.arange(read.numel(), dtype=torch.int32, device=read.device) + offset
-    sign = ((_mix(_mix(index ^ k0) + k1) >> 31) & 1) * 2 - 1
-    write.copy_(read.float() + sign.float() * factor)
+def _sum_in_place(tensor: Tensor, *scalars: Any) -> None:
+    _sum(tensor, tensor, *scalars)
 
 
 # Two functions and not one: compiled for two views of one memory, a graph may be used again for views of two memories,
 # and then writes to the wrong one (seen with torch 2.13).
-_COMPILED: dict[Literal["in_place", "apart"], Kernel] = {}
+_COMPILED: dict[Literal["in_place", "apart"], Callable[..., None]] = {}
+
+
+def _bell(h: Tensor) -> Tensor:
+    pairs = (h & _BYTES) + ((h >> 8) & _BYTES)
+    return ((pairs + (pairs >> 16)) & 0x7FF) - 510
+
+
+def _sign(h: Tensor) -> Tensor:
+    return ((h >> 31) & 1) * 2 - 1
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -313,17 +357,23 @@ def _round_stochastically(total: Tensor, random: Tensor, dtype: torch.dtype) -> 
     return ((bits & ~mask).view(torch.float32) / shift).to(dtype)
 
 
-def _indices(like: Tensor, start: int) -> Tensor:
-    return torch.arange(like.numel(), dtype=torch.int32, device=like.device) + _scalar(_signed(start), torch.int32)
-
-
-def _halves(key: int, block: int) -> tuple[Tensor, Tensor]:
+def _halves(key: int, block: int) -> tuple[int, int]:
     key = stream_key(key % (1 << 64), name=f"block {block}")
-    return _scalar(_signed(key), torch.int32), _scalar(_signed(key >> 32), torch.int32)
+    return key & (_BLOCK - 1), key >> 32
 
 
-def _scalar(value: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(value, dtype=dtype)
+def _scalars(
+    terms: Sequence[Hashed], rounding: Hashed | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """k0, k1 and the factors of the terms, and k0 and k1 of the rounding."""
+    k0 = _integers([k0 for k0, _, _ in terms], device)
+    k1 = _integers([k1 for _, k1, _ in terms], device)
+    factors = torch.tensor([factor for _, _, factor in terms], dtype=torch.float32, device=device)
+    return k0, k1, factors, None if rounding is None else _integers(rounding[:2], device)
+
+
+def _integers(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([_signed(value) for value in values], dtype=torch.int32, device=device)
 
 
 def _signed(value: int) -> int:

@@ -39,8 +39,6 @@ Rows = Sequence[Record] | Sequence[dict[str, Any]]
 
 logger = logging.getLogger(__name__)
 
-_COMPILE_FROM = 10_000_000  # parameters: below, compiling the noise takes longer than it saves
-
 
 class ZOFOTrainer(Trainer):
     """Trains a backbone, its adapters, or both, by the method that `args` names.
@@ -239,7 +237,7 @@ class ZOFOTrainer(Trainer):
             folder = last_sealed(Path(str(self.args.output_dir))) if last else Path(str(resume_from_checkpoint))
             require_same(read_seal(folder)["config"], self.args.identity(), folder)
             resume_from_checkpoint = str(folder)
-        if self.args.method in ("bilevel", "zo", "two_stage") and self._theta_size() > _COMPILE_FROM:
+        if self.args.method in ("bilevel", "zo", "two_stage"):
             parameter = next(iter(self.adapted.backbone.values()))
             if not noise.warm_up(parameter.dtype, parameter.device):
                 logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
@@ -306,9 +304,6 @@ class ZOFOTrainer(Trainer):
             batch_size=self.args.per_device_eval_batch_size,
             place=lambda batch: cast(Any, self._prepare_inputs(cast(Any, batch))),
         )
-
-    def _theta_size(self) -> int:
-        return sum(p.numel() for p in self.adapted.backbone.values())
 
 
 def records(rows: Rows) -> list[Record]:

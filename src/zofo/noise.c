@@ -1,0 +1,137 @@
+/* The noise of noise.py on a CPU: the same bits as its torch form, at the speed of memory.
+ *
+ *   write[i] = round(keep * read[i] + sum_j factor[j] * n_j(start + i))
+ *
+ * Integer arithmetic makes n; each product is exact in float, so only the additions and the last step round. Compile
+ * without -ffast-math and with -ffp-contract=off. `read` and `write` are the same memory or do not overlap.
+ */
+#include <stdint.h>
+#include <string.h>
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { NORMAL, RADEMACHER };
+enum { BLOCK = 2048, PARALLEL_FROM = 1 << 15 }; /* elements: a block's sum stays in the first cache */
+
+typedef struct {
+    uint32_t k0, k1;
+    float factor;
+} term;
+
+static inline uint32_t mix(uint32_t x) {
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x *= 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+static inline uint32_t hash(uint32_t index, uint32_t k0, uint32_t k1) { return mix(mix(index ^ k0) + k1); }
+
+static inline float normal(uint32_t h) {
+    uint32_t pairs = (h & 0x00FF00FFu) + ((h >> 8) & 0x00FF00FFu);
+    return (float)((int32_t)((pairs + (pairs >> 16)) & 0x7FFu) - 510);
+}
+
+static inline float sign(uint32_t h) { return (float)((int32_t)(h >> 31) * 2 - 1); }
+
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline uint16_t to_bfloat16(float x) { /* to the nearest, ties to even */
+    uint32_t bits = bits_of(x);
+    return x != x ? 0x7FC0 : (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
+}
+
+/* Random bits below the last kept one, then cut: up or down with the right probability. */
+static inline uint16_t to_bfloat16_stochastically(float x, uint32_t random) {
+    return (uint16_t)((bits_of(x) + (random & 0xFFFFu)) >> 16);
+}
+
+/* float16 by its bits, since compilers do not vectorise their own half type. It has 5 bits of exponent where float has
+ * 8: times 2**-112, a float has float16's exponent, and float's subnormal numbers are float16's. */
+static inline uint16_t with_sign_and_limit(uint32_t bits, float x) {
+    uint32_t magnitude = bits > 0x7C00u ? 0x7C00u : bits;
+    return (uint16_t)((x != x ? 0x7E00u : magnitude) | (bits_of(x) >> 16 & 0x8000u));
+}
+
+static inline uint16_t to_float16(float x) { /* to the nearest, ties to even */
+    uint32_t size = bits_of(x) & 0x7FFFFFFFu;
+    /* below 2**-14 the distance of two neighbours is 2**-24, which is that of floats in [0.5, 1) */
+    uint32_t small = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
+    uint32_t normal = (size - (112u << 23) + 0xFFFu + (size >> 13 & 1)) >> 13;
+    return with_sign_and_limit(size < (113u << 23) ? small : normal, x);
+}
+
+static inline uint16_t to_float16_stochastically(float x, uint32_t random) {
+    uint32_t size = bits_of(x * 0x1p-112f) & 0x7FFFFFFFu;
+    return with_sign_and_limit((size + (random & 0x1FFFu)) >> 13, x);
+}
+
+static inline float of_float16(uint16_t half) {
+    uint32_t bits = (half & 0x7FFFu) << 13, special = (half & 0x7C00u) == 0x7C00u ? 0x7F800000u : 0;
+    return float_of(bits_of(float_of(bits) * 0x1p112f) | special | (half & 0x8000u) << 16);
+}
+
+static void load(float *sum, const void *from, int dtype, int64_t low, int64_t count, float keep) {
+    const float *whole = (const float *)from + low;
+    const uint16_t *half = (const uint16_t *)from + low;
+    if (dtype == FLOAT32)
+        for (int64_t i = 0; i < count; i++) sum[i] = whole[i] * keep;
+    else if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) sum[i] = float_of((uint32_t)half[i] << 16) * keep;
+    else
+        for (int64_t i = 0; i < count; i++) sum[i] = of_float16(half[i]) * keep;
+}
+
+static void store(const float *sum, void *to, int dtype, int64_t low, int64_t count) {
+    uint16_t *half = (uint16_t *)to + low;
+    if (dtype == FLOAT32)
+        memcpy((float *)to + low, sum, count * sizeof(float));
+    else if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) half[i] = to_bfloat16(sum[i]);
+    else
+        for (int64_t i = 0; i < count; i++) half[i] = to_float16(sum[i]);
+}
+
+static void store_stochastically(const float *sum, void *to, int dtype, int64_t low, int64_t count, uint32_t index,
+                                 const term *rounding) {
+    uint16_t *half = (uint16_t *)to + low;
+    uint32_t k0 = rounding->k0, k1 = rounding->k1;
+    if (dtype == BFLOAT16)
+        for (uint32_t i = 0; i < count; i++) half[i] = to_bfloat16_stochastically(sum[i], hash(index + i, k0, k1));
+    else
+        for (uint32_t i = 0; i < count; i++) half[i] = to_float16_stochastically(sum[i], hash(index + i, k0, k1));
+}
+
+static void add(float *sum, int64_t count, uint32_t index, term t, int distribution) {
+    if (distribution == NORMAL)
+        for (uint32_t i = 0; i < count; i++) sum[i] += normal(hash(index + i, t.k0, t.k1)) * t.factor;
+    else
+        for (uint32_t i = 0; i < count; i++) sum[i] += sign(hash(index + i, t.k0, t.k1)) * t.factor;
+}
+
+/* `start`: index of the first element, modulo 2**32. `rounding`: null rounds to the nearest. */
+void write_sum(const void *read, void *write, int from, int to, int64_t count, uint32_t start, const term *terms,
+               int number, int distribution, float keep, const term *rounding, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL_FROM)
+    for (int64_t low = 0; low < count; low += BLOCK) {
+        float sum[BLOCK];
+        int64_t size = count - low < BLOCK ? count - low : BLOCK;
+        uint32_t index = start + (uint32_t)low;
+        load(sum, read, from, low, size, keep);
+        for (int j = 0; j < number; j++) add(sum, size, index, terms[j], distribution);
+        if (rounding && to != FLOAT32)
+            store_stochastically(sum, write, to, low, size, index, rounding);
+        else
+            store(sum, write, to, low, size);
+    }
+}
