@@ -176,6 +176,20 @@ class Spy:
         self.shapes.append(tuple(output.logits.shape))
 
 
+@pytest.mark.parametrize("kind", ["none", "lora", "prefix"])  # padded left, left and right
+@pytest.mark.parametrize("options", [SINGLE, MULTI], ids=["one token", "more tokens"])
+def test_losses_of_batches_in_one_forward_are_those_of_one_forward_each(kind, options):
+    made = adapted(kind=kind)
+    scorer = Scorer(made, Tokens())
+    groups = [(examples(options, PROMPTS[:1]), "options"), (examples(options), "options"), (examples(options), "lm")]
+    batches = [collate(group, loss, PAD, scorer.padding_side) for group, loss in groups]
+    assert len({batch["input_ids"].shape[1] for batch in batches}) > 1
+    alone = [scorer.loss(batch) for batch in batches]
+    counted, scorer.tokens = scorer.tokens.forward, Tokens()
+    torch.testing.assert_close(torch.stack(scorer.losses(batches)), torch.stack(alone), **CLOSE)
+    assert scorer.tokens.forward == counted
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_logits_that_predict_answers_are_computed(family):
     made = adapted(family)

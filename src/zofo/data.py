@@ -8,6 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
@@ -173,6 +174,24 @@ def pad(texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int, s
         first = start + len(prompt) - 1
         targets[row, first : first + len(answer)] = torch.tensor(answer)
     return {"input_ids": ids, "attention_mask": mask, "targets": targets}
+
+
+def stack(batches: Sequence[Batch], side: str) -> Batch:
+    """The rows of several batches as one; what is asked of them (`gold` and its like) stays with each batch."""
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def widened(key: Literal["input_ids", "attention_mask", "targets"], value: int) -> Tensor:
+        tensors = [batch[key] for batch in batches]
+        missing = [width - tensor.shape[1] for tensor in tensors]
+        sides = [(n, 0) if side == "left" else (0, n) for n in missing]
+        return torch.cat([functional.pad(t, pad, value=value) for t, pad in zip(tensors, sides, strict=True)])
+
+    # any id will do behind the mask
+    return {
+        "input_ids": widened("input_ids", 0),
+        "attention_mask": widened("attention_mask", 0),
+        "targets": widened("targets", IGNORED),
+    }
 
 
 def _ragged(lists: list[list[int]]) -> Tensor:

@@ -189,18 +189,30 @@ class ZerothOrderLevel:
 
 
 @torch.no_grad()
-def mean_loss(scorer: Scorer, adapter: str, batches: Sequence[Batch], term: str) -> float:
-    """The mean loss over all batches in eval mode, summed in double precision.
+def mean_losses(scorer: Scorer, adapter: str, terms: Mapping[str, Sequence[Batch]]) -> list[float]:
+    """The mean loss over the batches of each term in eval mode, summed in double precision.
+
+    The n-th batches of all terms go through the model together, in one forward.
+
+    Args:
+        scorer: runs the batches.
+        adapter: the one to use.
+        terms: what the loss is called -> its batches, of the same number in all.
 
     Raises:
-        NonFiniteLossError: if it is not finite.
+        NonFiniteLossError: if a loss is not finite.
     """
     scorer.adapted.use(adapter)
     scorer.adapted.model.eval()
-    loss = sum(float(scorer.loss(batch)) for batch in batches) / sum(map(count, batches))
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"{term} is {loss}: lower zo_learning_rate or zo_eps, or set on_nonfinite: skip")
-    return loss
+    parts = [[float(loss) for loss in scorer.losses(group)] for group in zip(*terms.values(), strict=True)]
+    means: list[float] = []
+    for (term, batches), sums in zip(terms.items(), zip(*parts, strict=True), strict=True):
+        means.append(sum(sums) / sum(map(count, batches)))
+        if not math.isfinite(means[-1]):
+            raise NonFiniteLossError(
+                f"{term} is {means[-1]}: lower zo_learning_rate or zo_eps, or set on_nonfinite: skip"
+            )
+    return means
 
 
 def random_state() -> list[Tensor]:

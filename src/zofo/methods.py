@@ -7,7 +7,7 @@ what to log. The trainer then clips the gradients and steps the optimizer, once 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from zofo.batches import Bundle, Plan, Stream
 from zofo.bilevel import Penalty, Terms, bilevel_step, scheduled_penalty
 from zofo.config import ZOFOConfig
 from zofo.data import Batch
-from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_loss, random_state
+from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses, random_state
 from zofo.optimizers import JointOptimizer
 from zofo.scoring import Scorer
 
@@ -93,7 +93,7 @@ class ZerothOrder(Method):
 
         def evaluate(scale: float, query: int) -> float:
             with self._level.perturbed(number, scale, query):
-                losses.append(mean_loss(self._scorer, UPPER, batches, f"step {number}: the loss near θ"))
+                losses.extend(mean_losses(self._scorer, UPPER, {f"step {number}: the loss near θ": batches}))
             return losses[-1]
 
         size = self._level.accept(number, self._level.project(evaluate))
@@ -196,16 +196,21 @@ class _Iteration:
     def evaluate(self, scale: float, query: int) -> Terms:
         known = self._at_theta if scale == 0 else None
         with self._method.theta.perturbed(self._number, scale, query):
-            upper = known.upper if known else self._mean(UPPER, self._upper, "F(θ, p)")
+            found = known or self._upper_terms()
             if not self._penalty_batches:
-                return Terms(upper)
-            coupled = known.upper_penalty if known else self._mean(UPPER, self._penalty_batches, "G(θ, p)")
-            lower = self._mean(LOWER, self._penalty_batches, "G(θ, s)")
-        self.gap = coupled - lower
-        return Terms(upper, coupled, lower)
+                return found
+            (lower,) = self._means(LOWER, {"G(θ, s)": self._penalty_batches})
+        self.gap = found.upper_penalty - lower
+        return Terms(found.upper, found.upper_penalty, lower)
 
-    def _mean(self, adapter: str, batches: Sequence[Batch], term: str) -> float:
-        return mean_loss(self._method.scorer, adapter, batches, f"step {self._number}: {term} near θ")
+    def _upper_terms(self) -> Terms:
+        if not self._penalty_batches:
+            return Terms(*self._means(UPPER, {"F(θ, p)": self._upper}))
+        return Terms(*self._means(UPPER, {"F(θ, p)": self._upper, "G(θ, p)": self._penalty_batches}))
+
+    def _means(self, adapter: str, terms: Mapping[str, Sequence[Batch]]) -> list[float]:
+        named = {f"step {self._number}: {term} near θ": batches for term, batches in terms.items()}
+        return mean_losses(self._method.scorer, adapter, named)
 
 
 def make_method(adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> Method:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from zofo import metrics
 from zofo.adapters import AdaptedModel
-from zofo.data import IGNORED, NO_CANDIDATE, Batch, Example, LossKind, collate, pad
+from zofo.data import IGNORED, NO_CANDIDATE, Batch, Example, LossKind, collate, pad, stack
 from zofo.errors import ZofoError
 
 _NEW_TOKENS = 32
@@ -62,24 +62,39 @@ class Scorer:
 
         For options, cross-entropy over the candidates' mean log-probabilities; else that of the answers' tokens.
         """
-        if "gold" in batch:
-            return functional.cross_entropy(self.option_scores(batch), batch["gold"], reduction="sum")
-        logits, targets = self.logits(batch)
-        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return _loss(batch, *self.logits(batch))
+
+    def losses(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The `loss` of each batch, from one forward of all their rows: cheaper than one forward each."""
+        if len(batches) == 1:
+            return [self.loss(batches[0])]
+        rows = [len(batch["input_ids"]) for batch in batches]
+        logits, targets = self.logits(stack(batches, self.padding_side))
+        parts = zip(batches, logits.split(rows), targets.split(rows), strict=True)
+        return [_loss(batch, own_logits, own_targets) for batch, own_logits, own_targets in parts]
 
     def option_scores(self, batch: Batch) -> Tensor:
         """(B, J) mean log-probability per token of each option; -inf where there is none."""
-        logits, targets = self.logits(batch)
-        if "candidates" in batch:
-            where = (targets != IGNORED).int().argmax(1)
-            at_answer = functional.log_softmax(logits[torch.arange(len(where)), where], dim=-1)
-            missing = batch["candidates"] == NO_CANDIDATE
-            return at_answer.gather(1, batch["candidates"].clamp(min=0)).masked_fill(missing, -torch.inf)
-        losses = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        means = -losses.sum(1) / (targets != IGNORED).sum(1)
-        assert "rows" in batch
-        missing = batch["rows"] == NO_CANDIDATE
-        return means[batch["rows"].clamp(min=0)].masked_fill(missing, -torch.inf)
+        return _option_scores(batch, *self.logits(batch))
+
+
+def _loss(batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
+    if "gold" in batch:
+        return functional.cross_entropy(_option_scores(batch, logits, targets), batch["gold"], reduction="sum")
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _option_scores(batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
+    if "candidates" in batch:
+        where = (targets != IGNORED).int().argmax(1)
+        at_answer = functional.log_softmax(logits[torch.arange(len(where)), where], dim=-1)
+        missing = batch["candidates"] == NO_CANDIDATE
+        return at_answer.gather(1, batch["candidates"].clamp(min=0)).masked_fill(missing, -torch.inf)
+    losses = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    means = -losses.sum(1) / (targets != IGNORED).sum(1)
+    assert "rows" in batch
+    missing = batch["rows"] == NO_CANDIDATE
+    return means[batch["rows"].clamp(min=0)].masked_fill(missing, -torch.inf)
 
 
 def count(batch: Batch) -> int:
