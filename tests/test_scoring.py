@@ -8,7 +8,7 @@ import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from zofo import metrics
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
-from zofo.data import Example, collate, tokenize
+from zofo.data import Example, collate, collate_shared, tokenize
 from zofo.errors import ZofoError
 from zofo.scoring import Scorer, Tokens, count, evaluate
 from zofo.tasks import Record
@@ -85,6 +85,24 @@ def test_a_batch_scores_options_as_one_forward_for_each_candidate(family, kind, 
     assert {len(a) for a in rows[0].answers} == ({1} if options is SINGLE else {6, 3, 5})
     expected = torch.tensor([plain_scores(made.model, row) for row in rows])
     torch.testing.assert_close(scores(made, rows), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("kind", ["none", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_read_once_score_options_as_one_forward_for_each_candidate(family, kind, batch_size):
+    made = adapted(family, kind)
+    scorer, rows = Scorer(made, Tokens()), ragged(MULTI, SINGLE if batch_size > 1 else MULTI)
+    assert scorer.shares_prompts
+    for start in range(0, len(rows), batch_size):
+        group = rows[start : start + batch_size]
+        scorer.tokens = Tokens()
+        found = scorer.shared_scores(collate_shared(group, PAD))
+        for row, example in zip(found, group, strict=True):
+            expected = torch.tensor(plain_scores(made.model, example, width=found.shape[1]))
+            torch.testing.assert_close(row, expected, **CLOSE)
+        read = sum(len(e.prompt) + sum(len(a) - 1 for a in e.answers) for e in group)
+        assert scorer.tokens.forward == read
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])

@@ -194,6 +194,30 @@ def stack(batches: Sequence[Batch], side: str) -> Batch:
     }
 
 
+class SharedPrompts(TypedDict):
+    """Prompts once, answers apart: R answers of at most A tokens, of B prompts of at most S."""
+
+    prompts: Batch  # (B, S), each with the first token of its right answer as target
+    answers: Batch  # (R, A - 1), padded on the right: what follows a first token; targets are the tokens after it
+    owner: Tensor  # (R,) the prompt of each answer
+    first: Tensor  # (R,) the first token of each answer
+    rows: Tensor  # (B, J) the answers of each prompt, as in `Batch`
+
+
+def collate_shared(examples: Sequence[Example], pad_id: int) -> SharedPrompts:
+    """Examples for scoring that reads every prompt once, however many options it has."""
+    owner = [i for i, example in enumerate(examples) for _ in example.answers]
+    answers = [answer for example in examples for answer in example.answers]
+    numbers = iter(range(len(answers)))
+    return {
+        "prompts": pad([(e.prompt, e.answers[e.gold][:1]) for e in examples], pad_id, "left"),
+        "answers": pad([(answer[:1], answer[1:]) for answer in answers], pad_id, "right"),
+        "owner": torch.tensor(owner),
+        "first": torch.tensor([answer[0] for answer in answers]),
+        "rows": _ragged([[next(numbers) for _ in e.answers] for e in examples]),
+    }
+
+
 def _ragged(lists: list[list[int]]) -> Tensor:
     width = max(map(len, lists))
     return torch.tensor([line + [NO_CANDIDATE] * (width - len(line)) for line in lists])

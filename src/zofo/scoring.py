@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from zofo import metrics
 from zofo.adapters import AdaptedModel
-from zofo.data import IGNORED, NO_CANDIDATE, Batch, Example, LossKind, collate, pad, stack
+from zofo.data import (
+    IGNORED,
+    NO_CANDIDATE,
+    Batch,
+    Example,
+    LossKind,
+    SharedPrompts,
+    collate,
+    collate_shared,
+    pad,
+    stack,
+)
 from zofo.errors import ZofoError
 
 _NEW_TOKENS = 32
+_ROWS_PER_PROMPT = 4
 
 
 @dataclass
@@ -44,6 +57,10 @@ class Scorer:
         # peft shifts positions by its virtual tokens itself; with right padding the model's own count is right
         self.padding_side = "right" if adapted.prompt_learning else "left"
         self._positions = "position_ids" in accepted and not adapted.prompt_learning
+        # virtual tokens are a cache of peft's own, and what a state-space model remembers is no cache of tokens
+        stateful = getattr(adapted.base, "_is_stateful", False)
+        self._cache = next((name for name in ("cache", "past_key_values") if name in accepted), "")  # new and old name
+        self.shares_prompts = bool(self._cache) and not adapted.prompt_learning and not stateful
 
     def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(float32 logits, targets) at the positions from the first target of any row to the end."""
@@ -77,6 +94,35 @@ class Scorer:
         """(B, J) mean log-probability per token of each option; -inf where there is none."""
         return _option_scores(batch, *self.logits(batch))
 
+    @torch.no_grad()
+    def shared_scores(self, batch: SharedPrompts) -> Tensor:
+        """The `option_scores` of the same examples; every prompt is read once, and its cache serves all options."""
+        prompts, answers, targets = batch["prompts"], batch["answers"], batch["answers"]["targets"]
+        cache = DynamicCache(config=self.adapted.base.config)
+        last = self._read(prompts, cache, {"logits_to_keep": 1} if self._windowed else {})
+        sums = functional.log_softmax(last[:, -1], dim=-1)[batch["owner"], batch["first"]]
+        rows = _ROWS_PER_PROMPT * len(last)  # all at once would hold a cache for every option
+        for chunk in torch.arange(len(sums)).split(rows):
+            owner = batch["owner"][chunk]
+            mask = torch.cat([prompts["attention_mask"][owner], answers["attention_mask"][chunk]], dim=1)
+            part: Batch = {"input_ids": answers["input_ids"][chunk], "attention_mask": mask, "targets": targets[chunk]}
+            logits = self._read(part, _selected(cache, owner), {})
+            losses = functional.cross_entropy(
+                logits.transpose(1, 2), targets[chunk], ignore_index=IGNORED, reduction="none"
+            )
+            sums[chunk] -= losses.sum(1)
+        missing = batch["rows"] == NO_CANDIDATE
+        return (sums / (1 + (targets != IGNORED).sum(1)))[batch["rows"].clamp(min=0)].masked_fill(missing, -torch.inf)
+
+    def _read(self, batch: Batch, cache: DynamicCache, extra: dict[str, Any]) -> Tensor:
+        """The float32 logits behind a cache, which grows; the mask also covers what it holds already."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        extra = {**extra, self._cache: cache}
+        if self._positions:
+            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        self.tokens.forward += int(mask[:, -ids.shape[1] :].sum())
+        return self.adapted.model(input_ids=ids, attention_mask=mask, use_cache=True, **extra).logits.float()
+
 
 def _loss(batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
     if "gold" in batch:
@@ -95,6 +141,14 @@ def _option_scores(batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
     assert "rows" in batch
     missing = batch["rows"] == NO_CANDIDATE
     return means[batch["rows"].clamp(min=0)].masked_fill(missing, -torch.inf)
+
+
+def _selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """The cache of some rows, in any order and number; the given one stays."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.reorder_cache(cast(Any, rows))
+    return chosen
 
 
 def count(batch: Batch) -> int:
@@ -124,7 +178,7 @@ def evaluate(
     kind: LossKind,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-    place: Callable[[Batch], Batch] = lambda batch: batch,
+    place: Callable[[Any], Any] = lambda batch: batch,
 ) -> dict[str, float]:
     """The metric and the mean loss of a set of examples, in eval mode.
 
@@ -147,19 +201,34 @@ def evaluate(
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         group = [examples[i] for i in numbers]
-        batch = place(collate(group, kind, _pad_id(tokenizer), scorer.padding_side))
-        if "gold" in batch:
-            scores = scorer.option_scores(batch)
-            total += float(functional.cross_entropy(scores, batch["gold"], reduction="sum"))
+        if kind == "options":
+            scores = _scores(scorer, group, tokenizer, place)
+            gold = torch.tensor([e.gold for e in group], device=scores.device)
+            total += float(functional.cross_entropy(scores, gold, reduction="sum"))
             texts = [e.texts[int(j)] for e, j in zip(group, scores.argmax(1), strict=True)]
+            parts += len(group)
         else:
+            batch = place(collate(group, kind, _pad_id(tokenizer), scorer.padding_side))
             total += float(scorer.loss(batch))
             texts = _answers(scorer, group, metric, tokenizer, place)
-        parts += count(batch)
+            parts += count(batch)
         chosen.update(zip(numbers, texts, strict=True))
     answers = [e.texts[e.gold] for e in examples]
     value = metrics.score(metric, [chosen[i] for i in range(len(examples))], answers)
     return {metric: value, "loss": total / parts, "rows": len(examples)}
+
+
+def _scores(
+    scorer: Scorer,
+    group: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    place: Callable[[Any], Any],
+) -> Tensor:
+    """The scores of all options, by the cheapest way that the options and the model allow."""
+    several = any(len(answer) > 1 for example in group for answer in example.answers)
+    if several and scorer.shares_prompts:
+        return scorer.shared_scores(place(collate_shared(group, _pad_id(tokenizer))))
+    return scorer.option_scores(place(collate(group, "options", _pad_id(tokenizer), scorer.padding_side)))
 
 
 def _answers(
@@ -167,11 +236,11 @@ def _answers(
     group: list[Example],
     metric: str,
     tokenizer: PreTrainedTokenizerBase,
-    place: Callable[[Batch], Batch],
+    place: Callable[[Any], Any],
 ) -> list[str]:
     """What the model says: the best option, or for generation the greedy text up to a line break."""
     if metric in metrics.OPTION_METRICS:
-        scores = scorer.option_scores(place(collate(group, "options", _pad_id(tokenizer), scorer.padding_side)))
+        scores = _scores(scorer, group, tokenizer, place)
         return [e.texts[int(j)] for e, j in zip(group, scores.argmax(1), strict=True)]
     # a dummy answer of one token: what is left to read is the prompt
     batch = place(pad([(e.prompt, (0,)) for e in group], _pad_id(tokenizer), "left"))

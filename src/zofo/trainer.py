@@ -302,7 +302,7 @@ class ZOFOTrainer(Trainer):
             kind=self.args.loss,
             tokenizer=self._tokenizer,
             batch_size=self.args.per_device_eval_batch_size,
-            place=lambda batch: cast(Any, self._prepare_inputs(cast(Any, batch))),
+            place=lambda batch: self._prepare_inputs(batch),
         )
 
 
