@@ -112,6 +112,7 @@ class AdaptedModel:
         self.adapters: tuple[str, ...] = (UPPER, LOWER) if twins else (UPPER,) if config or stored else ()
         for parameter in self.backbone.values():
             parameter.requires_grad_(False)
+        self._alone = False
         self._peft = attach(base, stored) if stored else None if config is None else _wrap(base, config, twins)
 
     @property
@@ -121,8 +122,8 @@ class AdaptedModel:
 
     @property
     def prompt_learning(self) -> bool:
-        """Whether the adapter adds virtual tokens in front of the text."""
-        return self._peft is not None and self._peft.peft_config[UPPER].is_prompt_learning
+        """Whether the adapter in use adds virtual tokens in front of the text."""
+        return self._peft is not None and not self._alone and self._peft.peft_config[UPPER].is_prompt_learning
 
     def use(self, adapter: str) -> None:
         """Makes one adapter the one that forwards go through; without adapters, does nothing."""
@@ -136,7 +137,11 @@ class AdaptedModel:
             yield
         else:
             with self._peft.disable_adapter():
-                yield
+                self._alone = True
+                try:
+                    yield
+                finally:
+                    self._alone = False
 
     def adapter_parameters(self, adapter: str) -> dict[str, Tensor]:
         """The weights of one adapter, by name."""

@@ -29,7 +29,7 @@ _INHERITED_IDENTITY = (
 )  # fmt: skip
 _POSITIVE = (
     "zo_eps", "num_perturbations", "max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "zo_learning_rate", "train_size", "dev_size", "test_size", "gradient_accumulation_steps", "logging_steps",
+    "train_size", "dev_size", "test_size", "gradient_accumulation_steps", "logging_steps",
     "save_steps", "eval_steps", "num_train_epochs",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -37,6 +37,7 @@ _NOT_NEGATIVE = (
     "data_seed", "max_grad_norm",
 )  # fmt: skip
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
+AUTO = "auto"
 _FREE = ("overwrite_output_dir", "on_nonfinite")
 
 MethodName = Literal["bilevel", "zo", "fo", "two_stage", "none"]
@@ -66,7 +67,7 @@ class ZOFOConfig(TrainingArguments):
     adapter: str = _key("lora", "adapter: lora, prefix, prompt, none, or the path of a PEFT config JSON")
     learning_rate: float = _key(1e-3, "of the lower adapter s, and of the only adapter of fo")
     upper_learning_rate: float | None = _key(None, "of the upper adapter p; learning_rate if not given")
-    zo_learning_rate: float = _key(1e-6, "of the zeroth-order level; small models want more: 3e-5 at 135M parameters")
+    zo_learning_rate: float | str = _key("auto", "of the zeroth-order level: auto, or a number")
     zo_eps: float = _key(1e-3, "ε, the distance of the two evaluations")
     num_perturbations: int = _key(1, "q, directions per zeroth-order step")
     zo_estimator: EstimatorName = _key("two_sided", "two_sided or one_sided differences")
@@ -100,6 +101,7 @@ class ZOFOConfig(TrainingArguments):
             self._require(name, ">", 0)
         for name in _NOT_NEGATIVE:
             self._require(name, ">=", 0)
+        self._check_zo_learning_rate()
         if self.max_steps != -1:
             self._require("max_steps", ">", 0)
         for name in ("lower_fraction", "two_stage_fraction"):
@@ -117,6 +119,15 @@ class ZOFOConfig(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError) as error:
             raise ZofoError(" ".join(str(error).split())) from error
+
+    def _check_zo_learning_rate(self) -> None:
+        if self.zo_learning_rate == AUTO:
+            return
+        try:
+            self.zo_learning_rate = float(self.zo_learning_rate)
+        except ValueError as error:
+            raise ZofoError(f"zo_learning_rate is {self.zo_learning_rate!r}, but must be a number or auto") from error
+        self._require("zo_learning_rate", ">", 0)
 
     def _check_combinations(self) -> None:
         if self.method in ("bilevel", "two_stage") and self.adapter == "none":
@@ -222,6 +233,14 @@ _ARGUMENT = re.compile(r"argument --(\w+)(?:/--[\w-]+)?: ")
 
 
 class _Parser(HfArgumentParser):
+    def _get_value(self, action: Any, arg_string: str) -> Any:
+        """As argparse, but a key may be a number or the word auto."""
+        return (
+            AUTO
+            if action.dest == "zo_learning_rate" and arg_string == AUTO
+            else super()._get_value(action, arg_string)
+        )
+
     def error(self, message: str) -> Any:
         raise ZofoError(_ARGUMENT.sub(r"\1: ", message))
 

@@ -30,6 +30,7 @@ class Estimate:
         step: the optimizer step.
         projected: one projected gradient for each of the q directions.
         distribution: of the directions.
+        curvature: zᵀHz along the first direction, where it was measured.
 
     Examples:
         >>> Estimate(seed=0, step=3, projected=(2.0, -1.0)).terms("w", factor=-0.1)[0].scale
@@ -40,6 +41,7 @@ class Estimate:
     step: int
     projected: tuple[float, ...]
     distribution: Distribution = "normal"
+    curvature: float | None = None
 
     def terms(self, name: str, factor: float) -> list[Term]:
         """The addends of `factor * g` for the parameter `name`."""
@@ -79,6 +81,24 @@ def one_sided(evaluate: Evaluate, eps: float, num_perturbations: int, distributi
     eps = noise.representable(eps, distribution)
     base = evaluate(0.0, 0)
     return tuple((evaluate(eps, j) - base) / eps for j in range(num_perturbations))
+
+
+def curvature(evaluate: Evaluate, eps: float, distribution: Distribution) -> float:
+    """The second difference along z_0: h = [L(θ + ε z_0) + L(θ - ε z_0) - 2 L(θ)] / ε².
+
+    Its mean over z is the trace of the Hessian.
+
+    Args:
+        evaluate: the loss at a perturbed point; one that remembers makes this one forward more than a gradient.
+        eps: ε, in the weights' unit.
+        distribution: of the directions; decides how ε is rounded.
+
+    Examples:
+        >>> curvature(lambda scale, query: 3.0 * scale**2, 2.0**-10, "rademacher")
+        6.0
+    """
+    eps = noise.representable(eps, distribution)
+    return (evaluate(eps, 0) + evaluate(-eps, 0) - 2 * evaluate(0.0, 0)) / eps**2
 
 
 ESTIMATORS: dict[EstimatorName, Callable[[Evaluate, float, int, Distribution], tuple[float, ...]]] = {

@@ -18,8 +18,8 @@ from zofo.adapters import LOWER, AdaptedModel
 from zofo.config import ZOFOConfig
 from zofo.data import Batch
 from zofo.errors import ZofoError
-from zofo.estimators import ESTIMATORS, Estimate, Evaluate
-from zofo.optimizers import ZOSGD, ZerothOrderOptimizer
+from zofo.estimators import ESTIMATORS, Estimate, Evaluate, curvature
+from zofo.optimizers import ZOSGD, AutomaticZOSGD, ZerothOrderOptimizer
 from zofo.perturb import Scratch, perturbed
 from zofo.scoring import Scorer, count
 
@@ -50,7 +50,9 @@ class FirstOrderLevel:
         self._args = args
         named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
         self._parameters = list(named.values())
-        if not adapted.adapters:
+        if (
+            not adapted.adapters and args.method != "none"
+        ):  # some kernels round otherwise where a gradient may be asked
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
         self.optimizer = _first_order_optimizer(self._parameters, learning_rate, args)
@@ -125,8 +127,13 @@ class ZerothOrderLevel:
         self._scratch = Scratch()
         self._all_seen = False
         self._accepted = False
-        rule = ZOSGD(args.zo_weight_decay)
-        self.optimizer = ZerothOrderOptimizer(self._parameters, rule, args.zo_learning_rate)
+        self._curvature: float | None = None
+        rate = args.zo_learning_rate
+        if isinstance(rate, float):
+            rule, factor = ZOSGD(args.zo_weight_decay), rate
+        else:
+            rule, factor = AutomaticZOSGD(args.zo_weight_decay, args.zo_eps), 1.0
+        self.optimizer = ZerothOrderOptimizer(self._parameters, rule, factor)
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
 
@@ -147,19 +154,38 @@ class ZerothOrderLevel:
             require_all=strict,
         )
 
-    def project(self, evaluate: Evaluate) -> tuple[float, ...]:
-        """The projected gradients of a loss, by the configured estimator."""
-        estimator = ESTIMATORS[self._args.zo_estimator]
-        return estimator(evaluate, self._args.zo_eps, self._args.num_perturbations, self._args.zo_distribution)
+    def project(self, number: int, evaluate: Evaluate) -> tuple[float, ...]:
+        """The projected gradients of a loss at step `number`, by the configured estimator.
+
+        Measures the curvature as well, if the rule wants it: one forward more, since the others are known.
+        """
+        eps, distribution, known = self._args.zo_eps, self._args.zo_distribution, dict[tuple[float, int], float]()
+
+        def remembered(scale: float, query: int) -> float:
+            if (scale, query) not in known:
+                known[scale, query] = evaluate(scale, query)
+            return known[scale, query]
+
+        estimator, self._curvature = ESTIMATORS[self._args.zo_estimator], None
+        projected = estimator(remembered, eps, self._args.num_perturbations, distribution)
+        if self.optimizer.wants_curvature(number):
+            self._curvature = curvature(remembered, eps, distribution)
+        return projected
 
     def accept(self, number: int, projected: tuple[float, ...]) -> float:
         """Hands the estimate of step `number` to the optimizer; returns its root mean square."""
-        self.optimizer.estimate = Estimate(self._args.seed, number, projected, self._args.zo_distribution)
+        self.optimizer.estimate = Estimate(
+            self._args.seed, number, projected, self._args.zo_distribution, self._curvature
+        )
         size = math.sqrt(sum(g * g for g in projected) / len(projected))
         if not self._accepted:
             self._warn_of_coarse_weights(size)
         self._accepted = True
         return size
+
+    def release(self) -> None:
+        """Frees the scratch memory, which is only worth keeping if nothing else needs much before the next step."""
+        self._scratch = Scratch()
 
     def clear(self) -> None:
         """Forgets the estimate."""
@@ -172,7 +198,9 @@ class ZerothOrderLevel:
             return
         typical = float(torch.linalg.vector_norm(largest, dtype=torch.float32)) / math.sqrt(largest.numel())
         gap = typical * torch.finfo(largest.dtype).eps
-        update = self._args.zo_learning_rate * projected_grad / math.sqrt(self._args.num_perturbations)
+        rate = self._args.zo_learning_rate
+        moved = rate * projected_grad if isinstance(rate, float) else self._args.zo_eps
+        update = moved / math.sqrt(self._args.num_perturbations)
         dtype = str(largest.dtype).removeprefix("torch.")
         if self._args.zo_eps < gap / 2:
             logger.warning(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class ZerothOrder(Method):
                 losses.extend(mean_losses(self._scorer, UPPER, {f"step {number}: the loss near θ": batches}))
             return losses[-1]
 
-        size = self._level.accept(number, self._level.project(evaluate))
+        size = self._level.accept(number, self._level.project(number, evaluate))
         return {"loss": sum(losses) / len(losses), "projected_grad": size}
 
     def skip(self) -> None:
@@ -147,8 +148,9 @@ class Bilevel(Method):
             iteration.upper_gradient,
             iteration.evaluate,
             iteration.penalty,
-            self.theta.project,
+            partial(self.theta.project, number),
         )
+        self.theta.release()
         logs = {"loss": found.upper.upper, "projected_grad": self.theta.accept(number, found.projected)}
         if found.lower:
             logs["lower_loss"] = sum(found.lower) / len(found.lower)

@@ -20,6 +20,12 @@ from zofo.estimators import Estimate
 
 State = dict[str, Any]
 
+# Found on small models and confirmed on SmolLM2-135M: docs/step-size.md
+_CAUTION = 0.1
+_MEMORY = 0.9
+_CURVATURES = 5
+_CURVATURE_EVERY = 10
+
 
 class ZerothOrderRule(Protocol):
     """What a zeroth-order rule must offer."""
@@ -70,6 +76,80 @@ class ZOSGD:
         return state
 
 
+@dataclass(frozen=True)
+class AutomaticZOSGD(ZOSGD):
+    """`ZOSGD` that finds its own rate, so that no model needs one to be guessed.
+
+        η = q min( ε / rms(g),  1 / (10 rms(h)) )
+
+    The first bound moves the weights along each direction by ε on average, the distance at which the losses were
+    measured, whatever the scale of the loss. The second keeps to a tenth of 1 / tr(H), the best step on a quadratic
+    without batch noise: it holds where the loss is so curved that ε is too far. Both root mean squares run along and
+    include the newest value, so one outlier moves the weights by less than 3.2 ε. `learning_rate` multiplies η: it is
+    1, or what a schedule makes of it.
+
+    Args:
+        weight_decay: as in `ZOSGD`.
+        eps: ε of the estimates.
+
+    Examples:
+        >>> w, rule = {"w": torch.zeros(3)}, AutomaticZOSGD(eps=2.0**-10)
+        >>> state = rule.update(w, Estimate(0, 0, (-7.0,)), learning_rate=1.0, state=rule.init(w))
+        >>> torch.allclose(w["w"], 2.0**-10 * noise.normal(noise.stream_key(0, 0, 0, "w"), 0, 3), rtol=1e-4)
+        True
+
+    References:
+        The normalisation by a scalar second moment of g is that of MEAZO (arXiv 2605.03869) and of normalised descent.
+    """
+
+    eps: float = 1e-3
+
+    def init(self, parameters: Mapping[str, Tensor]) -> State:
+        return {"gradient": _Moment().state(), "curvature": _Moment().state(), "rate": 0.0}
+
+    def wants_curvature(self, step: int, state: State) -> bool:
+        """Whether this step should measure h: some of the first, then one in ten."""
+        return state["curvature"]["count"] < _CURVATURES or step % _CURVATURE_EVERY == 0
+
+    def update(
+        self, parameters: Mapping[str, Tensor], estimate: Estimate, learning_rate: float, state: State
+    ) -> State:
+        queries = len(estimate.projected)
+        gradient = _Moment(**state["gradient"]).with_value(sum(g * g for g in estimate.projected) / queries)
+        curvature = _Moment(**state["curvature"])
+        if estimate.curvature is not None:
+            curvature = curvature.with_value(estimate.curvature**2)
+        bounds = [
+            factor / moment.root
+            for factor, moment in ((self.eps, gradient), (_CAUTION, curvature))
+            if moment.root > 0  # a loss that is flat so far says nothing
+        ]
+        rate = learning_rate * queries * min(bounds, default=0.0)
+        super().update(parameters, estimate, rate, state)
+        return {"gradient": gradient.state(), "curvature": curvature.state(), "rate": rate}
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A running mean that forgets, unbiased from its first value on."""
+
+    total: float = 0.0
+    weight: float = 0.0
+    count: int = 0
+
+    def with_value(self, value: float) -> _Moment:
+        total = _MEMORY * self.total + (1 - _MEMORY) * value
+        return _Moment(total, _MEMORY * self.weight + 1 - _MEMORY, self.count + 1)
+
+    @property
+    def root(self) -> float:
+        """The root of the mean."""
+        return (self.total / self.weight) ** 0.5 if self.count else 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total, "weight": self.weight, "count": self.count}
+
+
 class ZerothOrderOptimizer(Optimizer):
     """A zeroth-order rule as a torch optimizer. Set `estimate` before `step`; without one a step does nothing.
 
@@ -89,6 +169,17 @@ class ZerothOrderOptimizer(Optimizer):
         self.rule = rule
         self.estimate: Estimate | None = None
         self.param_groups[0]["rule_state"] = rule.init(parameters)
+
+    @property
+    def rate(self) -> float:
+        """The rate of the last step, or of the first one where the learning rate is given."""
+        group = self.param_groups[0]
+        return group["rule_state"].get("rate", group["lr"])
+
+    def wants_curvature(self, step: int) -> bool:
+        """Whether the estimate of a step should come with a curvature."""
+        state = self.param_groups[0]["rule_state"]
+        return isinstance(self.rule, AutomaticZOSGD) and self.rule.wants_curvature(step, state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -9,6 +9,7 @@ from typing import Any
 _PANELS = (
     ("loss", ("loss", "lower_loss", "eval_loss", "eval_lower_loss")),
     ("projected gradient (rms)", ("projected_grad",)),
+    ("zeroth-order learning rate", ("zo_learning_rate",)),
     ("penalty gap G(θ,p) - G(θ,s)", ("penalty_gap",)),
 )
 _LABELS = {

@@ -58,7 +58,7 @@ class Scorer:
         self.padding_side = "right" if adapted.prompt_learning else "left"
         self._positions = "position_ids" in accepted and not adapted.prompt_learning
         # virtual tokens are a cache of peft's own, and what a state-space model remembers is no cache of tokens
-        stateful = getattr(adapted.base, "_is_stateful", False)
+        stateful = adapted.base._is_stateful  # pyright: ignore[reportPrivateUsage]
         self._cache = next((name for name in ("cache", "past_key_values") if name in accepted), "")  # new and old name
         self.shares_prompts = bool(self._cache) and not adapted.prompt_learning and not stateful
 

@@ -29,7 +29,7 @@ from zofo.errors import ZofoError
 from zofo.levels import NonFiniteLossError
 from zofo.methods import make_method
 from zofo.models import load_model, require_fitting_tokenizer
-from zofo.optimizers import JointOptimizer
+from zofo.optimizers import JointOptimizer, ZerothOrderOptimizer
 from zofo.progress import LossBar
 from zofo.scoring import Scorer, Tokens, evaluate, require_scorable
 from zofo.splits import halves
@@ -182,10 +182,13 @@ class ZOFOTrainer(Trainer):
         if "loss" in logs:
             logs.update({key: sum(values) / len(values) for key, values in self._logs.items()})
             self._logs.clear()
-            if isinstance(self.method.optimizer, JointOptimizer):
-                for name, member in self.method.optimizer.members.items():
-                    if name != "lower":
-                        logs[f"{name}_learning_rate"] = member.param_groups[0]["lr"]
+            optimizer = self.method.optimizer
+            members = optimizer.members if isinstance(optimizer, JointOptimizer) else {"zo": optimizer}
+            for name, member in members.items():
+                if isinstance(member, ZerothOrderOptimizer):
+                    logs[f"{name}_learning_rate"] = member.rate
+                elif name == "upper":
+                    logs[f"{name}_learning_rate"] = member.param_groups[0]["lr"]
         super().log(logs, start_time)
 
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]

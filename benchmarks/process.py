@@ -1,0 +1,89 @@
+"""One measurement in a process of its own, printed as JSON: `process.py WHAT MODEL [key=value ...]`.
+
+bilevel, fo, zo    train a few steps; the peak of memory during them
+inference          the same batch through plain transformers; the peak of memory
+first-step         seconds from the start of the process until zofo begins its first training step
+loading            seconds from the start until plain transformers has loaded the model
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.perf_counter()  # before the imports that are part of what is measured
+
+import json  # noqa: E402
+import sys  # noqa: E402
+from typing import Any  # noqa: E402
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    what, model = sys.argv[1], sys.argv[2]
+    keys = dict(argument.split("=", 1) for argument in sys.argv[3:])
+    measure = {"inference": inference, "loading": loading, "first-step": first_step}.get(what)
+    found = measure(model) if measure else training(what, model, keys)
+    print(json.dumps(found))
+
+
+def training(method: str, model: str, keys: dict[str, Any]) -> dict[str, float]:
+    """Peak bytes during four steps."""
+    from timing import trainer
+
+    adapter = "none" if method == "zo" else "lora"
+    made = trainer(model, method=method, adapter=adapter, lower_steps=1, **{k: int(v) for k, v in keys.items()})
+    made.args.max_steps = 4
+    made.train()
+    return {"peak": made.cost.peak_memory_bytes, "seconds": made.cost.wall_seconds}
+
+
+def inference(model: str) -> dict[str, float]:
+    """Peak bytes of forwards that need only the last logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    if torch.cuda.is_available():
+        loaded.cuda()
+    from zofo.cost import peak_memory, reset_peak_memory
+
+    ids = torch.randint(10, 1000, (8, 48), device=loaded.device)
+    reset_peak_memory()
+    with torch.no_grad():
+        for _ in range(4):
+            loaded(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
+    largest = max(p.numel() * p.element_size() for p in loaded.parameters())
+    return {"peak": peak_memory(), "largest": largest}
+
+
+def loading(model: str) -> dict[str, float]:
+    """Seconds of the imports that nobody can avoid, and of loading the weights."""
+    import peft  # noqa: F401
+    import torch
+    import transformers
+
+    transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    transformers.AutoTokenizer.from_pretrained(model)
+    return {"seconds": time.perf_counter() - STARTED}
+
+
+def first_step(model: str) -> dict[str, float]:
+    """Seconds until the first step of a MeZO run may begin."""
+    from transformers import TrainerCallback
+
+    from timing import trainer
+
+    reached: list[float] = []
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            reached.append(time.perf_counter() - STARTED)
+
+    made = trainer(model, method="zo", adapter="none", callbacks=[Stop()])
+    made.args.max_steps = 1
+    made.train()
+    return {"seconds": reached[0]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,446 @@
+"""`make bench`: what a step costs against its forwards, and a run against the memory of its adapter.
+
+Every figure is a ratio of two things timed in turn in one run: medians of five rounds after a warm-up (memory: of one
+process each). The embedded SmolLM2-135M in float32, batch 8 x 48 tokens unless said. Writes
+`benchmarks/results/<machine>.json` and the table in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+import usual
+from timing import MODEL, child, device, interleaved, machine, step_of, trainer, write
+from zofo import direction, noise, perturb, scoring
+from zofo.adapters import LOWER, UPPER
+from zofo.data import tokenize
+from zofo.levels import FirstOrderLevel
+from zofo.models import load_model, local_source
+from zofo.scoring import Scorer, Tokens
+from zofo.tasks import Record
+
+ELEMENTS = 33_500_000
+EPS = 1e-3
+PAGE = Path("docs/performance.md")
+MARKS = ("<!-- table: begin, written by make bench -->\n", "<!-- table: end -->\n")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a ratio, and the bar that it must meet: at most, or for `faster` at least."""
+
+    what: str
+    against: str
+    ratio: float
+    bar: float | None
+    faster: bool = False
+
+    def cells(self) -> list[str]:
+        """The line's cells."""
+        if self.bar is None:
+            return [self.what, self.against, f"{self.ratio:.2f}", "", ""]
+        met = self.ratio >= self.bar if self.faster else self.ratio <= self.bar
+        bar = f"at least {self.bar:g} x faster" if self.faster else f"at most {self.bar:g}"
+        return [
+            self.what,
+            self.against,
+            f"{self.ratio:.2f}{' x faster' * self.faster}",
+            bar,
+            "met" if met else "missed",
+        ]
+
+
+def main() -> None:
+    """Measures everything, prints it, writes it."""
+    started = time.perf_counter()
+    rows = [*noise_rows(), *zeroth_order_rows(), *bilevel_rows(), *whole_run_rows(), *scoring_rows(), *process_rows()]
+    shares = step_shares()
+    for row in rows:
+        print(" | ".join(row.cells()))
+    print("one bilevel iteration (T = 3): " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+    print(f"{time.perf_counter() - started:.0f} s")
+    if torch.cuda.is_available():
+        return write("", {"rows": [vars(row) for row in rows], "shares": shares})
+    write("", {"rows": [vars(row) for row in rows], "shares": shares})
+    write_table(rows, shares)
+    return None
+
+
+def noise_rows() -> list[Row]:
+    """Rows 1 and 2: one pass over memory."""
+    noise.warm_up(torch.float32, device())
+    made: dict[torch.dtype, dict[str, float]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        noise.warm_up(dtype, device())
+        weights, other = (torch.ones(ELEMENTS, dtype=dtype, device=device()) for _ in range(2))
+        made[dtype] = interleaved(
+            {
+                "axpy": lambda w=weights, o=other: w.add_(o, alpha=1e-9),
+                "noise": lambda w=weights: noise.update_(w, [noise.Term(1, 1e-9)], 2),
+                "eager": lambda w=weights: noise._eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, None),
+                "torch.normal": lambda w=weights: w.add_(
+                    torch.normal(0.0, 1.0, (ELEMENTS,), device=device()), alpha=1e-9
+                ),
+            },
+            rounds=9,
+        )
+    whole, half = made[torch.float32], made[torch.bfloat16]
+    axpy = "in-place axpy over the same memory"
+    return [
+        Row("noise pass, 33.5 M elements, float32", axpy, whole["noise"] / whole["axpy"], 2.0),
+        Row("the same in bfloat16, rounded stochastically", axpy, half["noise"] / half["axpy"], 4.0),
+        Row("the same in float32 without a compiler", axpy, whole["eager"] / whole["axpy"], None),
+        Row("`torch.normal` and an add, float32", axpy, whole["torch.normal"] / whole["axpy"], None),
+    ]
+
+
+def zeroth_order_rows() -> list[Row]:
+    """Rows 3, 4 and 12: a MeZO step."""
+    model, tokenizer = load_model(MODEL)
+    made = trainer(model, tokenizer, method="zo", adapter="none")
+    many = trainer(model, tokenizer, method="zo", adapter="none", num_perturbations=8)
+    backbone, batch = made.adapted.backbone, batches(made)["upper"][0]
+    scorer = Scorer(made.adapted, Tokens())
+    noise.warm_up(torch.float32, device())
+
+    def loss() -> Tensor:
+        return usual.all_logits_loss(model, batch)
+
+    check_mezo(backbone, loss, made)
+
+    @torch.no_grad()
+    def bare() -> None:
+        scorer.loss(batch)
+
+    times = interleaved(
+        {
+            "bare forward": bare,
+            "step": step_of(made),
+            "step, q = 8": step_of(many),
+            "usual": lambda: usual.mezo_step(backbone, loss, usual.gaussian(0), EPS, 1e-9),
+        }
+    )
+    step = times["step"]
+    return [
+        Row("two-sided ZO step, q = 1", "its two bare forwards", step / (2 * times["bare forward"]), 1.15),
+        Row(
+            "MeZO step", "4 out-of-place Gaussian passes, 2 forwards with all logits", times["usual"] / step, 3.0, True
+        ),
+        Row("ZO step, q = 8", "8 steps with q = 1", times["step, q = 8"] / (8 * step), 1.0),
+    ]
+
+
+def check_mezo(backbone: dict[str, Tensor], loss: Callable[[], Tensor], made: Any) -> None:
+    """The usual way, with zofo's directions, finds zofo's projected gradient."""
+    before = {name: p.detach().clone() for name, p in backbone.items()}
+    z = direction(backbone, made.args.seed, 0)
+    theirs = usual.mezo_step(backbone, loss, lambda: lambda name, p: z[name], EPS, 0.0)
+    with torch.no_grad():
+        for name, parameter in backbone.items():
+            parameter.data = before[name]
+    bundle = batches(made)
+    made.method.step(0, 0.0, [bundle])
+    (ours,) = made.method.optimizer.estimate.projected
+    made.method.skip()
+    agree("projected gradient of MeZO", ours, theirs)
+
+
+def bilevel_rows() -> list[Row]:
+    """Rows 5 and 6: the upper update and a lower step."""
+    made = {}
+    for estimator in ("two_sided", "one_sided"):
+        model, tokenizer = load_model(MODEL)
+        made[estimator] = trainer(model, tokenizer, method="bilevel", lower_steps=0, zo_estimator=estimator)
+    two = made["two_sided"]
+    adapted, bundle = two.adapted, batches(two)
+    p, s = ([*adapted.adapter_parameters(name).values()] for name in (UPPER, LOWER))
+
+    def loss(adapter: str, stream: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            adapted.use(adapter)
+            return usual.all_logits_loss(adapted.model, bundle[stream][0])
+
+        return run
+
+    upper_losses, lower_loss = (loss(UPPER, "upper"), loss(UPPER, "penalty")), loss(LOWER, "penalty")
+
+    def stored(again: Callable[[], usual.Draw], *optimizers: torch.optim.Optimizer) -> float:
+        return usual.stored_gradient_step(adapted.backbone, upper_losses, lower_loss, again, EPS, 1.0, optimizers)
+
+    check_bilevel(two, stored)
+    adam_p = torch.optim.Adam(p, lr=1e-9)
+    adam_theta = torch.optim.Adam(list(adapted.backbone.values()), lr=1e-9)
+    steps = {name: step_of(trainer_) for name, trainer_ in made.items()}
+    times = interleaved({**steps, "stored gradient": lambda: stored(usual.gaussian(0), adam_p, adam_theta)})
+    way = "2 forwards with backward, 6 forwards, 3 Gaussian passes, a stored gradient, Adam over θ"
+    theirs = times["stored gradient"]
+    return [
+        Row("upper update of `bilevel`, two-sided", way, theirs / times["two_sided"], 1.6, True),
+        Row("upper update of `bilevel`, one-sided", way, theirs / times["one_sided"], 2.0, True),
+        lower_row(two, s),
+    ]
+
+
+def check_bilevel(made: Any, stored: Callable[..., float]) -> None:
+    """The stored-gradient way, with zofo's directions, finds zofo's gradients of θ and p."""
+    backbone, p = made.adapted.backbone, made.adapted.adapter_parameters(UPPER)
+    made.method.step(0, 0.0, [batches(made)])
+    (ours,) = made.method.theta.optimizer.estimate.projected
+    gradient = torch.cat([v.grad.flatten().clone() for v in p.values()])
+    made.method.skip()
+    before = {name: q.detach().clone() for name, q in backbone.items()}
+    z = direction(backbone, made.args.seed, 0)
+    theirs = stored(lambda: lambda name, q: z[name])
+    agree("projected gradient of the bilevel objective", ours, theirs)
+    other = torch.cat([v.grad.flatten() for v in p.values()])
+    error = float((gradient - other).norm() / other.norm())
+    print(f"gradient of p: relative difference {error:.1e}")
+    assert error < 1e-4, "the two ways give different gradients of p"
+    for name, q in backbone.items():
+        agree_quietly = float((q.grad - theirs * z[name]).abs().max())
+        assert agree_quietly == 0.0
+        q.data, q.grad = before[name], None
+    for v in p.values():
+        v.grad = None
+
+
+def agree(what: str, ours: float, theirs: float) -> None:
+    """Says and checks that two ways give the same number up to rounding, which ε makes larger."""
+    print(f"{what}: ours {ours:.5f}, the usual way {theirs:.5f}")
+    assert abs(ours - theirs) < 20 * 2.0**-23 / EPS, f"{what}: the two ways give different numbers"
+
+
+def lower_row(made: Any, parameters: list[Tensor]) -> Row:
+    """A lower step against a bare loop on the same adapter."""
+    adapted, batch = made.adapted, batches(made)["upper"][0]
+    level: FirstOrderLevel = made.method.s
+    bare_optimizer = torch.optim.AdamW(parameters, lr=1e-9)
+    mask = batch["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def ours() -> None:
+        level.gradient([batch], "the loss")
+        level.step()
+
+    def bare() -> None:
+        adapted.use(LOWER)
+        logits = adapted.model(
+            input_ids=batch["input_ids"],
+            attention_mask=mask,
+            position_ids=positions,
+            logits_to_keep=1,
+            use_cache=False,
+        ).logits
+        scores = logits[:, -1].float().log_softmax(-1).gather(1, batch["candidates"])
+        torch.nn.functional.cross_entropy(scores, batch["gold"]).backward()
+        bare_optimizer.step()
+        bare_optimizer.zero_grad()
+
+    times = interleaved({"ours": ours, "bare": bare}, rounds=9)
+    return Row("lower step", "forward, backward and `torch.optim.AdamW` alone", times["ours"] / times["bare"], 1.05)
+
+
+class Clock:
+    """Seconds in parts of a run, an inner part not counted in the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._last = 0.0
+
+    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._switch(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch(None)
+
+        return timed
+
+    def _switch(self, part: str | None) -> None:
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+        if part is None:
+            self._open.pop()
+        else:
+            self._open.append(part)
+
+
+@contextmanager
+def patched(*places: tuple[Any, str, Any]) -> Iterator[None]:
+    """Within the block, attributes have other values."""
+    before = [(place, name, getattr(place, name)) for place, name, _ in places]
+    for place, name, value in places:
+        setattr(place, name, value)
+    try:
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def timed_run(**keys: Any) -> tuple[dict[str, float], float]:
+    """(seconds of each part, seconds from the first step to the last) of a run of `max_steps` iterations."""
+    clock, span = Clock(), []
+
+    class Span(TrainerCallback):
+        """Leaves the first iteration out: it is the warm-up."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            span.append(time.perf_counter())
+            if len(span) == 1:
+                clock.seconds.clear()
+                clock._last = span[0]
+
+    model, tokenizer = load_model(MODEL)
+    made = trainer(model, tokenizer, callbacks=[Span()], **keys)
+    loader = made.get_train_dataloader()
+    collate = loader.dataset  # touched so that the data set exists before the clock starts
+    assert collate is not None
+    write_sum, update = noise.write_sum, noise.update_
+    with patched(
+        (perturb.noise, "write_sum", clock.wrap("noise", write_sum)),
+        (perturb.noise, "update_", clock.wrap("noise", update)),
+        (scoring.Scorer, "logits", clock.wrap("forward", Scorer.logits)),
+        (Tensor, "backward", clock.wrap("backward", Tensor.backward)),
+        (made.method, "step", clock.wrap("rest of the method", made.method.step)),
+        (made.method.optimizer, "step", clock.wrap("optimizers", made.method.optimizer.step)),
+        (made, "get_batch_samples", clock.wrap("loader", made.get_batch_samples)),
+    ):
+        made.train()
+    return clock.seconds, span[-1] - span[0]
+
+
+def whole_run_rows() -> list[Row]:
+    """Row 7: everything but forwards and backwards."""
+    rows: list[Row] = []
+    for method, adapter in (("bilevel", "lora"), ("fo", "lora"), ("zo", "none")):
+        parts, total = timed_run(method=method, adapter=adapter, lower_steps=3, max_steps=6)
+        rows.append(
+            Row(
+                f"a whole run of `{method}`: loader, logging, callbacks",
+                "the sum of its forwards and backwards, with the noise that they read",
+                total / (parts["forward"] + parts.get("backward", 0.0) + parts.get("noise", 0.0)),
+                1.10,
+            )
+        )
+    return rows
+
+
+def step_shares() -> dict[str, float]:
+    """Where the time of one bilevel iteration goes."""
+    parts, total = timed_run(method="bilevel", adapter="lora", lower_steps=3, max_steps=6)
+    parts["trainer and rest"] = total - sum(parts.values())
+    return {name: seconds / total for name, seconds in sorted(parts.items(), key=lambda item: -item[1])}
+
+
+def scoring_rows() -> list[Row]:
+    """Row 10: options of several tokens, on an evaluation set."""
+    model, tokenizer = load_model(MODEL)
+    made = trainer(model, tokenizer, method="none", adapter="none")
+    kinds = ("a film that is", "a book of", "the weather in", "a football match of", "my old car and", "the price of")
+    ends = ("history and art", "an old friend", "the far north", "last summer", "our own town", "several people")
+    options = tuple(f" {a} {b}" for a, b in zip(kinds, ends, strict=True))
+    prompts = [f"Somebody wrote number {i} of many letters to {'the editor ' * (i % 7 + 1)}about" for i in range(32)]
+    examples, _ = tokenize([Record(p, options[0], options) for p in prompts], tokenizer, 512)
+    found: dict[str, Any] = {}
+
+    def ours() -> None:
+        found["ours"] = scoring.evaluate(
+            Scorer(made.adapted, Tokens()), examples, metric="accuracy", kind="options", tokenizer=tokenizer,
+            batch_size=16, place=lambda batch: made._prepare_inputs(batch),
+        )  # fmt: skip
+
+    def one_by_one() -> None:
+        found["one by one"] = score_one_by_one(made.adapted.base, examples)
+
+    times = interleaved({"ours": ours, "one by one": one_by_one}, rounds=3)
+    for key, value in found["one by one"].items():
+        assert abs(value - found["ours"][key]) < 1e-4, f"{key} differs: {found}"
+    return [
+        Row(
+            "scoring 6 options of several tokens",
+            "one forward per option, batch 1",
+            times["one by one"] / times["ours"],
+            8.0,
+            True,
+        )
+    ]
+
+
+@torch.no_grad()
+def score_one_by_one(model: PreTrainedModel, examples: Any) -> dict[str, float]:
+    """Accuracy and loss, one candidate in one forward."""
+    hits, loss = 0, 0.0
+    for example in examples:
+        scores = []
+        for answer in example.answers:
+            ids = torch.tensor([example.prompt + answer], device=model.device)
+            predicted = model(input_ids=ids).logits[0, len(example.prompt) - 1 : -1].log_softmax(-1)
+            scores.append(predicted.gather(1, torch.tensor(answer, device=model.device)[:, None]).mean())
+        hits += int(torch.stack(scores).argmax()) == example.gold
+        loss -= float(torch.stack(scores).log_softmax(0)[example.gold])
+    return {"accuracy": hits / len(examples), "loss": loss / len(examples)}
+
+
+def process_rows() -> list[Row]:
+    """Rows 8, 9 and 11: memory and start of whole processes."""
+    folder = local_source(MODEL)
+    fo, bilevel, zo, many, plain = (
+        child("fo", folder), child("bilevel", folder), child("zo", folder),
+        child("zo", folder, "num_perturbations=8"), child("inference", folder),
+    )  # fmt: skip
+    starts = [(child("first-step", folder)["seconds"], child("loading", folder)["seconds"]) for _ in range(4)][1:]
+    first, loading = (sorted(values)[1] for values in zip(*starts, strict=True))
+    return [
+        Row("peak memory of `bilevel`", "`fo` with LoRA, same batch", bilevel["peak"] / fo["peak"], 1.05),
+        Row("peak memory of `zo`", "inference with the same batch + the largest parameter",
+            zo["peak"] / (plain["peak"] + plain["largest"]), 1.05),
+        Row("peak memory of `zo`, q = 8", "q = 1", many["peak"] / zo["peak"], 1.01),
+        Row("from the start of zofo to the first step", "`import torch, transformers, peft` and loading the model",
+            first / loading, 1.2),
+    ]  # fmt: skip
+
+
+def batches(made: Any) -> dict[str, Any]:
+    """The batches of a trainer's first iteration."""
+    return made._prepare_inputs(next(iter(made.get_train_dataloader())))
+
+
+def write_table(rows: list[Row], shares: dict[str, float]) -> None:
+    """Replaces the table in docs/performance.md."""
+    about = machine()
+    lines = [
+        f"The machine: {about['processor']}, {about['threads']} threads, {about['system']}, Python {about['python']}, "
+        f"torch {about['torch']}.\n",
+        "| what | against | ratio | bar | |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(row.cells())} |" for row in rows),
+        "",
+        "Where the time of one iteration of `bilevel` (T = 3) goes:\n",
+        "| part | share |",
+        "|---|---|",
+        *(f"| {name} | {share:.1%} |" for name, share in shares.items()),
+    ]
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    PAGE.write_text(before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
