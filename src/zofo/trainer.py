@@ -39,7 +39,7 @@ Rows = Sequence[Record] | Sequence[dict[str, Any]]
 
 logger = logging.getLogger(__name__)
 
-_COMPILE_FROM = 10_000_000  # parameters: below, compiling the noise takes longer than it saves
+COMPILE_FROM = 10_000_000  # parameters: below, compiling the noise takes longer than it saves
 
 
 class ZOFOTrainer(Trainer):
@@ -91,6 +91,8 @@ class ZOFOTrainer(Trainer):
         require_fitting_tokenizer(processing_class, model)
         config = peft_config or adapter_config(args.adapter, model)
         self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel")
+        if args.activation_checkpointing:
+            self.adapted.require_checkpointing()
         rows = _levels(args, train_dataset, upper_dataset)
         self.metric = metric or ("accuracy" if rows[0][0].options else "exact_match")
         require_scorable(self.adapted, self.metric)
@@ -239,7 +241,7 @@ class ZOFOTrainer(Trainer):
             folder = last_sealed(Path(str(self.args.output_dir))) if last else Path(str(resume_from_checkpoint))
             require_same(read_seal(folder)["config"], self.args.identity(), folder)
             resume_from_checkpoint = str(folder)
-        if self.args.method in ("bilevel", "zo", "two_stage") and self._theta_size() > _COMPILE_FROM:
+        if self.args.method in ("bilevel", "zo", "two_stage") and self._theta_size() > COMPILE_FROM:
             parameter = next(iter(self.adapted.backbone.values()))
             if not noise.warm_up(parameter.dtype, parameter.device):
                 logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
