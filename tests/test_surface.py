@@ -14,7 +14,7 @@ from zofo.tasks import task_names
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "zofo").glob("**/*.py"))
-VERBS = ("train", "eval", "merge", "tasks")
+VERBS = ("train", "estimate", "eval", "merge", "tasks")
 
 
 def said(capsys, *words):

@@ -15,6 +15,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PeftType,
     PrefixTuningConfig,
     PromptTuningConfig,
     PromptTuningInit,
@@ -142,6 +143,25 @@ class AdaptedModel:
                     yield
                 finally:
                     self._alone = False
+
+    def require_checkpointing(self) -> None:
+        """Refuses what cannot compute activations again in the backward pass.
+
+        Raises:
+            ZofoError: for a model without checkpoints, or an adapter that they would cut off.
+        """
+        if not self.base.supports_gradient_checkpointing:
+            raise ZofoError(
+                f"gradient_checkpointing is true, but transformers has none for a {self.base.config.model_type} "
+                "model: leave it out; a smaller batch with gradient_accumulation_steps saves memory as well"
+            )
+        kind = None if self._peft is None else self._peft.peft_config[UPPER].peft_type
+        if kind in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+            name = PeftType(kind).value
+            raise ZofoError(
+                f"gradient_checkpointing is true, but would drop the adapter's keys and values ({name}) in the "
+                "backward pass: leave it out, or choose the adapter lora or prompt"
+            )
 
     def adapter_parameters(self, adapter: str) -> dict[str, Tensor]:
         """The weights of one adapter, by name."""

@@ -1,4 +1,4 @@
-"""The command line: `zofo train`, `eval`, `merge`, `tasks`."""
+"""The command line: `zofo train`, `estimate`, `eval`, `merge`, `tasks`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,24 @@ keys of zofo:
 keys of transformers.TrainingArguments work as well, among them:
 {inherited}
 """
+_ESTIMATE_HELP = """usage: zofo estimate --config FILE [--key value ...] [--memory_only] [--output FILE]
+
+What a run would take, before it: the memory of each method at its peak, found without the weights by running a step on
+tensors that have shapes only, and the seconds of a step, from a few timed forwards and backwards. The model, the
+adapter, the batches and the other keys are those of zofo train, from the same file; the row of the run's own method is
+marked. Evaluations are not counted.
+
+  zofo estimate --config configs/demo.yaml
+  zofo estimate --config configs/demo.yaml --per_device_train_batch_size 16 --gradient_checkpointing true --memory_only
+
+  --memory_only          do not load the weights, and measure no time
+  --output               also write the result to this JSON file
+"""
 _INHERITED = (
     "output_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-    "per_device_eval_batch_size", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "warmup_steps",
-    "eval_steps", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model",
-    "resume_from_checkpoint", "report_to", "use_cpu", "disable_tqdm",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "weight_decay",
+    "max_grad_norm", "warmup_steps", "eval_steps", "save_steps", "save_total_limit", "load_best_model_at_end",
+    "metric_for_best_model", "resume_from_checkpoint", "report_to", "use_cpu", "disable_tqdm",
 )  # fmt: skip
 
 
@@ -59,8 +72,9 @@ def _fail(message: str, status: int) -> int:
 
 def _run(arguments: list[str]) -> int:
     parser = _parser()
-    if arguments[:1] == ["train"]:
-        return _train(arguments[1:])
+    for verb, run in {"train": _train, "estimate": _estimate}.items():
+        if arguments[:1] == [verb]:  # they take every key of the configuration
+            return run(arguments[1:])
     options = parser.parse_args(arguments or ["--help"])
     return options.run(options)
 
@@ -81,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"zofo {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     verbs.add_parser("train", help="one run: train, evaluate, write a run folder", add_help=False)
+    verbs.add_parser("estimate", help="memory and time of a run, before it", add_help=False)
     _add_eval(verbs)
     _add_merge(verbs)
     _add_tasks(verbs)
@@ -153,9 +168,32 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
+def _estimate(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(_ESTIMATE_HELP)
+        return 0
+    parser = _Parser(prog="zofo estimate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--memory_only", action="store_true")
+    options, keys = parser.parse_known_args(arguments)
+    _require_new(options.output)
+    _settle()
+    from zofo import commands, estimate
+    from zofo.config import parse_config
+
+    config = parse_config(options.config, keys)
+    commands.quiet_libraries()
+    rows = estimate.estimate(config, timed=not options.memory_only)
+    print(estimate.table(rows, config))
+    if options.output:
+        text = json.dumps(estimate.as_json(rows, config), indent=2)
+        options.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
 def _eval(options: argparse.Namespace) -> int:
-    if options.output and options.output.exists():
-        raise ZofoError(f"{options.output} exists already and is not overwritten: give a new file")
+    _require_new(options.output)
     _settle()
     from zofo import commands
 
@@ -211,6 +249,11 @@ def _settle() -> None:
     """Before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _require_new(file: Path | None) -> None:
+    if file and file.exists():
+        raise ZofoError(f"{file} exists already and is not overwritten: give a new file")
 
 
 def _positive(text: str) -> int:

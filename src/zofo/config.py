@@ -114,11 +114,24 @@ class ZOFOConfig(TrainingArguments):
             self.adapter = "none"  # an adapter that is never trained would only be in the way
         if str(self.eval_strategy) == "no" and self.eval_steps:
             self.eval_strategy = "steps"
+        self._settle_checkpointing()
         self._check_combinations()
         try:
             super().__post_init__()
         except (ValueError, TypeError) as error:
             raise ZofoError(" ".join(str(error).split())) from error
+        options: Any = self.activation_checkpointing_kwargs or {}
+        if self.activation_checkpointing and options.get("use_reentrant"):
+            raise ZofoError("use_reentrant: true loses the gradients of an adapter on a frozen backbone: leave it out")
+
+    def _settle_checkpointing(self) -> None:
+        """One meaning under both names; transformers would warn of the shorter one, which most people know."""
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        if self.method in ("zo", "none"):
+            self.activation_checkpointing = False  # forward passes keep nothing that could be computed again
 
     def _check_zo_learning_rate(self) -> None:
         if self.zo_learning_rate == AUTO:
@@ -143,8 +156,6 @@ class ZOFOConfig(TrainingArguments):
             raise ZofoError(
                 "bf16 and fp16 switch autocast on, which zofo does not use: set dtype: bfloat16 or float16"
             )
-        if self.activation_checkpointing and self.adapter == "prefix" and self.method != "zo":
-            raise ZofoError("prefix tuning does not work with activation checkpointing in peft: switch it off")
 
     def identity(self) -> dict[str, Any]:
         """The keys that must not change when a run is resumed, as JSON values."""

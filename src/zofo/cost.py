@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import TrainerCallback
 
@@ -87,3 +88,13 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of this process on a CPU; 0 where a GPU's allocator is measured, which holds no libraries."""
+    return 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
+def free_memory() -> int:
+    """Bytes that can still be had, on the GPU if there is one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -56,13 +58,13 @@ def load_model(name: str, dtype: DType = "float32") -> tuple[PreTrainedModel, Pr
         zofo.errors.ZofoError: there is no file nowhere/at-all.gguf: give the path of an existing .gguf file
     """
     model = load_weights(name, dtype)
-    return model, _load_tokenizer(local_source(name), name, model)
+    return model, load_tokenizer(name, model)
 
 
 def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     """The model of `load_model` without its tokenizer."""
     source = local_source(name)
-    _require_causal(source, name)
+    _causal_config(source, name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **_NO_CODE
@@ -77,6 +79,45 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
             f"({len(lost)} such tensors); use the complete checkpoint"
         )
     return model.eval()
+
+
+def load_hollow(name: str, dtype: DType = "float32") -> PreTrainedModel:
+    """The model of `load_weights` in next to no memory: each weight has its shape and dtype, but is one zero.
+
+    Args:
+        name: as in `load_model`. A GGUF file is converted first, which reads its weights once.
+        dtype: of the weights.
+
+    Raises:
+        ZofoError: if there is no such model, or it is no causal language model.
+    """
+    config = _causal_config(local_source(name), name)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], **_NO_CODE).eval()
+    replace_tensors(model, lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+    return model
+
+
+def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+    """Puts another tensor in the place of each parameter and buffer; what is tied stays tied.
+
+    Args:
+        model: is changed in place.
+        make: from a parameter or buffer to its successor.
+
+    Returns:
+        The successors by the `id` of what they replace, which the caller must keep alive.
+    """
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(make(parameter.detach()), parameter.requires_grad)
+            module.register_parameter(name, cast(nn.Parameter, made[id(parameter)]))
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            made.setdefault(id(buffer), make(buffer))
+            module.register_buffer(name, made[id(buffer)])
+    return made
 
 
 def local_source(name: str) -> str:
@@ -177,7 +218,7 @@ def _pickle_hint(source: str) -> str:
     )
 
 
-def _require_causal(source: str, name: str) -> None:
+def _causal_config(source: str, name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, **_NO_CODE)
     except Exception as error:  # a config.json can be wrong in any way
@@ -187,6 +228,7 @@ def _require_causal(source: str, name: str) -> None:
             f"{name} is a {config.model_type} model, which is no causal language model: choose one that "
             "AutoModelForCausalLM can load"
         )
+    return config
 
 
 def _explained(error: BaseException) -> str:
@@ -198,7 +240,9 @@ def _explained(error: BaseException) -> str:
     return message
 
 
-def _load_tokenizer(source: str, name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_model`, checked against the model."""
+    source = local_source(name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **_NO_CODE)
     except Exception as error:  # a tokenizer.json can be wrong in any way

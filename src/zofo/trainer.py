@@ -89,6 +89,8 @@ class ZOFOTrainer(Trainer):
         require_fitting_tokenizer(processing_class, model)
         config = peft_config or adapter_config(args.adapter, model)
         self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel")
+        if args.activation_checkpointing:
+            self.adapted.require_checkpointing()
         rows = _levels(args, train_dataset, upper_dataset)
         self.metric = metric or ("accuracy" if rows[0][0].options else "exact_match")
         require_scorable(self.adapted, self.metric)

@@ -1,0 +1,136 @@
+"""The memory of a step, without the weights: it runs on tensors that have shapes and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
+
+from zofo.adapters import LOWER, UPPER, AdaptedModel, adapter_config
+from zofo.config import ZOFOConfig
+from zofo.data import Batch
+from zofo.errors import ZofoError
+from zofo.levels import FirstOrderLevel, mean_losses
+from zofo.models import load_hollow, replace_tensors
+from zofo.scoring import Scorer, Tokens
+from zofo.tracker import MemoryTracker
+
+# method -> the adapters that backpropagation trains, and those that forward passes at θ ± εz go through
+LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "fo": ((UPPER,), ()),
+    "zo": ((), (UPPER,)),
+    "two_stage": ((UPPER,), (UPPER,)),
+    "bilevel": ((LOWER, UPPER), (UPPER, LOWER)),
+}
+
+
+@dataclass
+class Memory:
+    """Bytes at the peak of a step.
+
+    Args:
+        weights: of the backbone, with its buffers.
+        adapters: of all of them.
+        gradients: that are alive at that moment.
+        optimizer: its states.
+        activations: everything else that is alive.
+        libraries: Python with all that it has loaded.
+    """
+
+    weights: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    libraries: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The sum."""
+        return sum(vars(self).values())
+
+
+def fake(config: ZOFOConfig, adapter: str, twins: bool) -> AdaptedModel:
+    """The model of a run, with fake tensors for weights."""
+    assert config.model is not None
+    base = load_hollow(config.model, config.dtype)
+    adapted = AdaptedModel(base, adapter_config(adapter, base), twins)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = replace_tensors(
+            adapted.model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=config.device)
+        )
+    adapted.backbone = {name: made[id(parameter)] for name, parameter in adapted.backbone.items()}
+    return adapted
+
+
+def step_memory(config: ZOFOConfig, method: str, adapted: AdaptedModel, longest: Batch) -> Memory:
+    """The peak of a step of a method, but for the libraries.
+
+    Args:
+        config: of the run.
+        method: one of `LEVELS`.
+        adapted: what `fake` made.
+        longest: the largest batch, of real tensors.
+
+    Raises:
+        ZofoError: if a forward of the model needs the values of its weights.
+    """
+    tracker = MemoryTracker()
+    adapters = {id(p): p for name in adapted.adapters for p in adapted.adapter_parameters(name).values()}
+    held = {id(t): t for t in [*adapted.model.parameters(), *adapted.model.buffers()]}
+    tracker.mark("weights", [t for key, t in held.items() if key not in adapters])
+    tracker.mark("adapters", adapters.values())
+    checkpoint(config, adapted)
+    try:
+        with tracker:
+            _two_steps(config, method, adapted, longest, tracker)
+    except (DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise ZofoError(
+            f"a forward of this {adapted.base.config.model_type} model depends on the values of its weights "
+            f"({error}), so its memory cannot be found without them: measure it with --max_steps 2"
+        ) from error
+    return Memory(**tracker.at_peak())
+
+
+def checkpoint(config: ZOFOConfig, adapted: AdaptedModel) -> None:
+    """What `Trainer.train` does before its first step."""
+    if config.activation_checkpointing:
+        adapted.require_checkpointing()
+        options = dict(cast(Any, config.activation_checkpointing_kwargs or {}))
+        adapted.base.activation_checkpointing_enable(every_n_layers=options.get("every_n_layers", 1))
+
+
+def _two_steps(config: ZOFOConfig, method: str, adapted: AdaptedModel, batch: Batch, tracker: MemoryTracker) -> None:
+    """What a step of the method keeps alive, twice: the second time the states of the optimizers are there as well."""
+    scorer = Scorer(adapted, Tokens())
+    first, zeroth = LEVELS[method]
+    levels = {name: FirstOrderLevel(adapted, scorer, name, config.learning_rate, config) for name in first}
+    moved = adapted.adapter_parameters(UPPER) if method == "zo" and adapted.adapters else adapted.backbone
+    scratch: list[Tensor] = []
+    terms = {"the loss": [batch]}
+    of_upper = {**terms, "the coupled loss": [batch]} if method == "bilevel" and config.penalty > 0 else terms
+    repeated = [batch] * min(2, config.gradient_accumulation_steps + (method == "bilevel"))
+
+    def step(level: FirstOrderLevel) -> None:
+        parameters = [p for group in level.optimizer.param_groups for p in group["params"]]
+        tracker.mark("gradients", [p.grad for p in parameters if p.grad is not None])
+        level.step()
+        states = [value for state in level.optimizer.state.values() for value in state.values()]
+        tracker.mark("optimizer", filter(torch.is_tensor, states))
+
+    for _ in range(2):
+        for name, level in levels.items():
+            level.gradient(repeated, "the loss")
+            if name == LOWER:
+                step(level)
+        if zeroth and not scratch:
+            scratch.append(torch.empty_like(max(moved.values(), key=Tensor.numel)))  # as in `perturb.Scratch`
+        for name in zeroth:
+            mean_losses(scorer, name, of_upper if name == UPPER else terms)
+        if method == "bilevel":
+            scratch.clear()
+        if UPPER in levels:
+            step(levels[UPPER])
