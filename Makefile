@@ -30,7 +30,7 @@ test: install
 	$(BIN)/pytest
 
 bench: install
-	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python -W ignore benchmarks/speed.py
 
 clean:
 	rm -rf .venv runs

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 import usual
-from timing import MODEL, child, device, interleaved, machine, step_of, trainer, write
+from timing import MODEL, batches, child, device, interleaved, machine, step_of, trainer, write
 from zofo import direction, noise, perturb, scoring
 from zofo.adapters import LOWER, UPPER
 from zofo.data import tokenize
@@ -415,11 +415,6 @@ def process_rows() -> list[Row]:
         Row("from the start of zofo to the first step", "`import torch, transformers, peft` and loading the model",
             first / loading, 1.2),
     ]  # fmt: skip
-
-
-def batches(made: Any) -> dict[str, Any]:
-    """The batches of a trainer's first iteration."""
-    return made._prepare_inputs(next(iter(made.get_train_dataloader())))
 
 
 def write_table(rows: list[Row], shares: dict[str, float]) -> None:

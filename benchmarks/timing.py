@@ -103,9 +103,14 @@ def trainer(
     return made
 
 
+def batches(made: ZOFOTrainer) -> dict[str, Any]:
+    """The batches of a trainer's first iteration."""
+    return made._prepare_inputs(next(iter(made.get_train_dataloader())))
+
+
 def step_of(made: ZOFOTrainer) -> Callable[[], None]:
     """One whole step of a trainer's method, with its optimizer, on one and the same batch."""
-    bundle = made._prepare_inputs(next(iter(made.get_train_dataloader())))
+    bundle = batches(made)
 
     def step() -> None:
         made.method.step(0, 0.0, [bundle])

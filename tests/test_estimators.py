@@ -10,8 +10,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from zofo import noise
-from zofo.estimators import ESTIMATORS, Estimate, one_sided, two_sided
-from zofo.optimizers import ZOSGD, JointOptimizer, ZerothOrderOptimizer
+from zofo.estimators import ESTIMATORS, Estimate, curvature, one_sided, two_sided
+from zofo.optimizers import ZOSGD, AutomaticZOSGD, JointOptimizer, ZerothOrderOptimizer
 from zofo.perturb import direction
 
 D, SIGMAS = 12, 5  # statistical bounds: five standard errors, at fixed seeds
@@ -153,8 +153,8 @@ def test_weight_decay_below_the_resolution_of_the_dtype_still_acts_on_average(dt
 
 
 # One suite for every rule: a new rule is a new row.
-RULES = {"sgd": ZOSGD(), "sgd with weight decay": ZOSGD(weight_decay=1e-4)}
-LEARNING_RATE = {"sgd": 0.05, "sgd with weight decay": 0.05}
+RULES = {"sgd": ZOSGD(), "sgd with weight decay": ZOSGD(weight_decay=1e-4), "automatic": AutomaticZOSGD(eps=0.02)}
+LEARNING_RATE = {"sgd": 0.05, "sgd with weight decay": 0.05, "automatic": 1.0}
 
 
 def is_plain(state):
@@ -177,6 +177,77 @@ def test_every_rule_converges_on_a_quadratic_and_keeps_dtype_and_plain_state(rul
         assert is_plain(state)
     assert x["x"].dtype == dtype
     assert (x["x"].float() - goal).square().sum().item() < 1e-2 * start
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1.0])
+def test_the_curvature_of_a_quadratic_is_that_of_its_matrix_along_z(problem, eps):
+    z = problem.z(5)
+    found = curvature(lambda s, j: problem(problem.theta + s * problem.z(5, j)), eps, problem.distribution)
+    assert found == pytest.approx((z @ problem.A @ z).item(), rel=1e-6)
+
+
+def automatic_rates(projected, curvatures, q=1, learning_rate=1.0):
+    """The rates of `AutomaticZOSGD` after each estimate of a sequence, and by hand from its docstring."""
+    rule, w = AutomaticZOSGD(eps=0.01), {"w": torch.zeros(3)}
+    state, found, expected = rule.init(w), [], []
+    for step, h in enumerate(curvatures):
+        values = tuple(projected[step * q : step * q + q])
+        state = rule.update(w, Estimate(0, step, values, "normal", h), learning_rate, state)
+        found.append(state["rate"])
+        weights_ = [0.9**age for age in range(step, -1, -1)]
+        squares = [sum(g * g for g in projected[s * q : s * q + q]) / q for s in range(step + 1)]
+        bounds = [0.01 / math.sqrt(sum(a * b for a, b in zip(weights_, squares, strict=True)) / sum(weights_))]
+        known = [c for c in curvatures[: step + 1] if c is not None]
+        if known:
+            ages = [0.9**age for age in range(len(known) - 1, -1, -1)]
+            bounds.append(0.1 / math.sqrt(sum(a * c * c for a, c in zip(ages, known, strict=True)) / sum(ages)))
+        expected.append(learning_rate * q * min(bounds))
+    return found, expected
+
+
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize(
+    "curvatures", [[None] * 6, [2.0, None, -3.0, None, None, 1.0], [900.0, 2.0, 800.0, None, 1.0, 1.0]]
+)
+def test_the_automatic_rate_is_that_of_its_formula(q, curvatures):
+    generator = torch.Generator().manual_seed(q)
+    projected = (10 * torch.randn(6 * q, generator=generator)).tolist()
+    found, expected = automatic_rates(projected, curvatures, q, learning_rate=0.5)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert len({round(math.log(rate), 6) for rate in found}) > 1
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_automatic_rate_does_not_depend_on_the_scale_of_the_loss(scale):
+    """Neither bound does: g and h both grow with the loss, and η g is what moves the weights."""
+    projected, curvatures = [3.0, -1.0, 0.2, 8.0], [50.0, 900.0, None, 10.0]
+    plain, _ = automatic_rates(projected, curvatures)
+    scaled, _ = automatic_rates([g * scale for g in projected], [h and h * scale for h in curvatures])
+    assert [rate * scale for rate in scaled] == pytest.approx(plain, rel=1e-9)
+
+
+def test_one_outlier_moves_the_weights_by_a_few_eps_only():
+    rates, _ = automatic_rates([1.0] * 50 + [1e6], [None] * 51)
+    assert rates[-2] * 1.0 == pytest.approx(0.01)
+    assert 0.03 < rates[-1] * 1e6 < 0.032
+
+
+def test_a_flat_loss_moves_nothing_and_raises_nothing():
+    rates, _ = (
+        AutomaticZOSGD().update({"w": torch.zeros(3)}, Estimate(0, 0, (0.0,)), 1.0, AutomaticZOSGD().init({})),
+        0,
+    )
+    assert rates["rate"] == 0.0
+
+
+def test_curvature_is_wanted_at_first_and_then_now_and_again():
+    rule, w = AutomaticZOSGD(), {"w": torch.zeros(3)}
+    state, asked = rule.init(w), []
+    for step in range(3, 40):  # as if the first steps had been of another kind
+        wanted = rule.wants_curvature(step, state)
+        asked += [step] * wanted
+        state = rule.update(w, Estimate(0, step, (1.0,), "normal", 1.0 if wanted else None), 1.0, state)
+    assert asked == [3, 4, 5, 6, 7, 10, 20, 30]
 
 
 def zeroth_order(lr=0.1, **parts):

@@ -164,6 +164,43 @@ def test_queries_applied_in_one_pass_equal_one_pass_for_each(tmp_path):
         torch.testing.assert_close(w, hand[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+@pytest.mark.parametrize("method", ["zo", "bilevel"])
+def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, method, estimator):
+    """g, h and the rate by hand, from every loss that the run evaluated, and the forwards it took."""
+    keys = {"method": method, "zo_learning_rate": "auto", "zo_estimator": estimator, "max_steps": 12, "zo_eps": 0.03}
+    trainer = make_trainer(tmp_path, adapter="none" if method == "zo" else "lora", **keys)
+    level = trainer.method._level if method == "zo" else trainer.method.theta
+    project, steps, used = level.project, [], []
+    eps = noise.representable(0.03)
+
+    def watched(number, evaluate):
+        losses = {}
+        found = project(number, lambda scale, query: losses.setdefault(round(scale / eps), evaluate(scale, query)))
+        steps.append(losses)
+        return found
+
+    level.project = watched
+    trainer.add_callback(Watch(after=lambda: used.append(level.optimizer.rate)))
+    before = weights(trainer.adapted, "backbone")
+    trainer.train()
+    squares, curvatures = [], []
+    for number, losses in enumerate(steps):
+        measured = number < 5 or number == 10
+        assert losses.keys() == ({-1, 0, 1} if measured else {1, 0 if estimator == "one_sided" else -1})
+        there, back = losses[1], losses[0 if estimator == "one_sided" else -1]
+        squares.append(((there - back) / (eps * (1 if estimator == "one_sided" else 2))) ** 2)
+        if measured:
+            curvatures.append(((losses[1] + losses[-1] - 2 * losses[0]) / eps**2) ** 2)
+        roots = [
+            (sum(0.9**i * x for i, x in enumerate(reversed(xs))) / sum(0.9**i for i in range(len(xs)))) ** 0.5
+            for xs in (squares, curvatures)
+        ]
+        assert used[number] == pytest.approx(min(0.03 / roots[0], 0.1 / roots[1]), rel=1e-9)
+    assert moved(before, weights(trainer.adapted, "backbone")) == before.keys()
+    assert [log["zo_learning_rate"] for log in trainer.state.log_history if "loss" in log] == used
+
+
 @pytest.mark.parametrize("loss", ["options", "lm"])
 @pytest.mark.parametrize(
     "keys",

@@ -189,6 +189,8 @@ class ZOFOTrainer(Trainer):
             for name, member in members.items():
                 if isinstance(member, ZerothOrderOptimizer):
                     logs[f"{name}_learning_rate"] = member.rate
+                    if member is optimizer:
+                        logs["learning_rate"] = member.rate  # Trainer's own is the factor of a schedule
                 elif name == "upper":
                     logs[f"{name}_learning_rate"] = member.param_groups[0]["lr"]
         super().log(logs, start_time)

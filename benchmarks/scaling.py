@@ -1,0 +1,137 @@
+"""`python benchmarks/scaling.py`: what a step costs as model, text, batch, queries and threads grow.
+
+Llamas of random weights with SmolLM2's vocabulary, float32 on a CPU and bfloat16 on a GPU. Each point is a two-sided
+MeZO step and, for the size of the model, a step of LoRA by backpropagation, beside the bare forwards. Writes
+`benchmarks/results/scaling-<machine>.json` and draws docs/scaling.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from timing import MODEL, batches, interleaved, step_of, trainer, write
+from zofo.cost import peak_memory, reset_peak_memory
+from zofo.models import load_model
+from zofo.scoring import Scorer, Tokens
+
+SIZES = {
+    "15 M": (192, 12, 3),
+    "60 M": (512, 12, 8),
+    "135 M": (576, 30, 9),
+    "360 M": (960, 32, 15),
+    "1.0 B": (1792, 24, 28),
+}
+GPU_SIZES = {"1.3 B": (2048, 22, 32), "7 B": (4096, 32, 32)}  # hidden size, layers, heads
+GPU = torch.cuda.is_available()
+
+
+def main() -> None:
+    """Measures every series, prints, writes and draws."""
+    _, tokenizer = load_model(MODEL)
+    usual = SIZES["135 M"]
+    points: list[dict[str, Any]] = []
+    for name, size in {**SIZES, **(GPU_SIZES if GPU else {})}.items():
+        points.append(point("parameters", name, size, tokenizer, lora=True))
+    for tokens in (16, 48, 128, 256):
+        points.append(point("tokens", tokens, usual, tokenizer, tokens=tokens))
+    for batch in (1, 4, 8, 16, 32):
+        points.append(point("batch", batch, usual, tokenizer, per_device_train_batch_size=batch))
+    for queries in (1, 2, 4, 8):
+        points.append(point("queries", queries, usual, tokenizer, num_perturbations=queries))
+    threads = torch.get_num_threads()
+    for count in range(1, threads + 1) if not GPU else ():
+        torch.set_num_threads(count)
+        points.append(point("threads", count, usual, tokenizer))
+    torch.set_num_threads(threads)
+    write("scaling", {"points": points})
+    draw(points)
+
+
+def point(
+    series: str,
+    x: Any,
+    size: tuple[int, int, int],
+    tokenizer: PreTrainedTokenizerBase,
+    lora: bool = False,
+    **keys: Any,
+) -> dict[str, Any]:
+    """One point of a curve."""
+    model = llama(size, len(tokenizer))
+    parameters = sum(p.numel() for p in model.parameters())
+    made = trainer(model, tokenizer, method="zo", adapter="none", dtype="bfloat16" if GPU else "float32", **keys)
+    batch, scorer = batches(made)["upper"][0], Scorer(made.adapted, Tokens())
+
+    @torch.no_grad()
+    def forwards() -> None:
+        for _ in range(2 * made.args.num_perturbations):
+            scorer.loss(batch)
+
+    candidates: dict[str, Callable[[], object]] = {"forwards": forwards, "zo": step_of(made)}
+    reset_peak_memory()
+    seconds = interleaved(candidates, rounds=3 if parameters < 5e8 or GPU else 2)
+    found = {"series": series, "x": x, "parameters": parameters, "peak": peak_memory(), **seconds}
+    if lora:
+        fo = trainer(model, tokenizer, method="fo", adapter="lora", dtype=made.args.dtype, **keys)
+        found.update(interleaved({"lora": step_of(fo)}, rounds=2))
+    print(
+        ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
+        )
+    )
+    return found
+
+
+def llama(size: tuple[int, int, int], vocabulary: int) -> LlamaForCausalLM:
+    """A Llama of random weights."""
+    hidden, layers, heads = size
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    return model.to(torch.bfloat16) if GPU else model
+
+
+def draw(points: list[dict[str, Any]]) -> None:
+    """One panel for each series: seconds above, the share beyond the bare forwards below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    series = list(dict.fromkeys(p["series"] for p in points))
+    figure = Figure(figsize=(3.4 * len(series), 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(series), squeeze=False)
+    for (upper, lower), name in zip(axes.T, series, strict=True):
+        own = [p for p in points if p["series"] == name]
+        xs = [p["parameters"] / 1e6 if name == "parameters" else p["x"] for p in own]
+        for key, label in (
+            ("zo", "MeZO step"),
+            ("forwards", "its bare forwards"),
+            ("lora", "LoRA step (first order)"),
+        ):
+            known = [(x, p[key]) for x, p in zip(xs, own, strict=True) if key in p]
+            if known:
+                upper.plot(*zip(*known, strict=True), "o-", label=label)
+        upper.set(xscale="log", yscale="log")
+        upper.grid(alpha=0.3, which="both")
+        lower.plot(xs, [p["zo"] / p["forwards"] for p in own], "o-")
+        lower.set(xscale="log", xlabel=f"{name}{', millions' if name == 'parameters' else ''}", ylim=(1, None))
+        lower.grid(alpha=0.3)
+    axes[0][0].set_ylabel("seconds")
+    axes[1][0].set_ylabel("MeZO step / its bare forwards")
+    axes[0][0].legend()
+    figure.savefig("docs/scaling.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()

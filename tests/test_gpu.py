@@ -1,0 +1,79 @@
+"""What needs a GPU: the same bits as on a CPU, θ untouched, and the memory of an inference.
+
+Without one, everything here is skipped, and the skips are listed at the end of a test run.
+"""
+
+import pytest
+import torch
+
+from plain import make_trainer, same, weights
+from test_noise import DTYPES, FORMS, bits
+from tiny import FAMILIES, tiny_model
+from zofo import direction, noise, perturbed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, so nothing is claimed about GPUs"),
+]
+
+
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def kernel(request):
+    """The two forms of the noise that a GPU can run."""
+    if request.param == "eager":
+        return noise._eager
+    assert all(noise.warm_up(dtype, "cuda") for dtype in DTYPES)
+    return noise._compiled
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_noise_has_the_bits_of_the_cpu(kernel, dtype, form):
+    for size in (1, 17, 140_001):
+        w = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        expected, found, apart = w.clone(), w.cuda(), torch.empty_like(w, device="cuda")
+        noise._eager(expected, expected, 2**32 - 100, *form)
+        kernel(found, apart, 2**32 - 100, *form)
+        kernel(found, found, 2**32 - 100, *form)
+        assert torch.equal(bits(found.cpu()), bits(expected))
+        assert torch.equal(bits(apart.cpu()), bits(expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_perturbed_forward_is_that_of_a_moved_copy_and_leaves_theta_alone(family):
+    model = tiny_model(family).cuda()
+    theta, before = dict(model.named_parameters()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    ids = torch.arange(2, 12, device="cuda")[None]
+    with torch.no_grad(), perturbed(model, theta, seed=3, scale=0.01):
+        found = model(input_ids=ids).logits
+    assert all(torch.equal(bits(p.cpu()), bits(before[n].cpu())) for n, p in theta.items())
+    z = direction(theta, 3)
+    with torch.no_grad():
+        for name, parameter in theta.items():
+            parameter.add_(z[name], alpha=noise.representable(0.01))
+        torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "adapter"), [("bilevel", "lora"), ("zo", "none")])
+def test_a_run_on_a_gpu_repeats_itself_and_is_that_of_the_cpu(tmp_path, method, adapter):
+    found = []
+    for cpu in (False, False, True):
+        trainer = make_trainer(tmp_path, method=method, adapter=adapter, use_cpu=cpu, zo_eps=0.03)
+        trainer.train()
+        found.append({name: value.cpu() for name, value in weights(trainer.adapted, "backbone").items()})
+    assert same(found[0], found[1])
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[2][name], rtol=0, atol=1e-4)
+
+
+def test_a_zeroth_order_step_takes_an_inference_and_the_largest_parameter(tmp_path):
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
+    trainer = make_trainer(tmp_path, method="zo", adapter="none", model=tiny_model("llama", **sizes), use_cpu=False)
+    model, batch = trainer.adapted.base, next(iter(trainer.get_train_dataloader()))["upper"][0]
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"].cuda(), logits_to_keep=1, use_cache=False)
+    inference = torch.cuda.max_memory_allocated()
+    largest = max(p.nbytes for p in model.parameters())
+    trainer.train()
+    assert trainer.cost.peak_memory_bytes < 1.05 * (inference + largest)
