@@ -2,25 +2,19 @@
 
 Three models: SmolLM2-135M, and a Llama and a GPT-2 of about 35 million random parameters, made on the spot. Prints the
 ratio predicted / measured of each peak and of each step's time, and what gradient checkpointing and accumulation save.
-Every run is measured twice: as it is, and with `MALLOC_MMAP_THRESHOLD_=65536`, which makes glibc's malloc give freed
-tensors back instead of keeping holes; the second one is what the tensors take. Writes
-`benchmarks/results/estimate-<machine>.json`.
+Writes `benchmarks/results/estimate-<machine>.json`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from timing import MODEL, machine
+from timing import MODEL, write
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from tiny import save_tiny_model
@@ -78,12 +72,9 @@ def main() -> None:
             keys = {**models["SmolLM2-135M"], **changes}
             found = compared(name, method, adapter, estimated(home, keys), measured(home, method, adapter, keys))
             rows.append(found)
-    for key in ("measured_bytes", "measured_bytes_without_holes"):
-        ratios = [row["predicted_bytes"] / row[key] for row in rows]
-        print(f"predicted / {key}: {min(ratios):.3f} to {max(ratios):.3f}")
-    file = Path("benchmarks/results") / f"estimate-{platform.machine()}-{torch.get_num_threads()}-threads.json"
-    file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
-    print(f"written to {file}")
+    ratios = [row["predicted_bytes"] / row["measured_bytes"] for row in rows]
+    print(f"predicted / measured: {min(ratios):.3f} to {max(ratios):.3f}")
+    write("estimate", {"rows": rows})
 
 
 def estimated(home: Path, keys: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -94,18 +85,14 @@ def estimated(home: Path, keys: dict[str, Any]) -> dict[tuple[str, str], dict[st
     return {(row["method"], row["adapter"]): row for row in json.loads(file.read_text())["rows"]}
 
 
-def measured(home: Path, method: str, adapter: str, keys: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries `cost` of a run of a few steps, as it is and without malloc's holes."""
-    costs: list[dict[str, Any]] = []
-    for environment in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
-        keys = {**KEYS, **keys, "method": method, "adapter": adapter, "output_dir": home / "run"}
-        _zofo("train", keys, **environment)
-        costs.append(json.loads((home / "run" / "results.json").read_text())["cost"])
-    return costs
+def measured(home: Path, method: str, adapter: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """The entry `cost` of a run of a few steps."""
+    _zofo("train", {**KEYS, **keys, "method": method, "adapter": adapter, "output_dir": home / "run"})
+    return json.loads((home / "run" / "results.json").read_text())["cost"]
 
 
 def compared(
-    name: str, method: str, adapter: str, predicted: dict[tuple[str, str], dict[str, Any]], costs: list[dict[str, Any]]
+    name: str, method: str, adapter: str, predicted: dict[tuple[str, str], dict[str, Any]], cost: dict[str, Any]
 ) -> dict[str, Any]:
     """One row of the result, which is printed as well."""
     row = predicted[method, adapter]
@@ -114,27 +101,23 @@ def compared(
         "method": method,
         "adapter": adapter,
         "predicted_bytes": row["memory"]["peak"],
-        "measured_bytes": costs[0]["peak_memory_bytes"],
-        "measured_bytes_without_holes": costs[1]["peak_memory_bytes"],
+        "measured_bytes": cost["peak_memory_bytes"],
         "predicted_seconds": row["seconds"],
-        "measured_seconds": costs[0]["wall_seconds"] / STEPS,
-        "measured_seconds_without_holes": costs[1]["wall_seconds"] / STEPS,
+        "measured_seconds": cost["wall_seconds"] / STEPS,
     }
-    sizes = [found[key] / 2**20 for key in list(found) if "bytes" in key]
-    times = [found[key] for key in list(found) if "seconds" in key]
+    sizes = [found["predicted_bytes"] / 2**20, found["measured_bytes"] / 2**20]
+    times = [found["predicted_seconds"], found["measured_seconds"]]
     print(
         f"{name:28} {method:8} {adapter:5} predicted {sizes[0]:6,.0f} MiB, measured {sizes[1]:6,.0f} "
-        f"({sizes[0] / sizes[1]:.3f}), without holes {sizes[2]:6,.0f} ({sizes[0] / sizes[2]:.3f});  "
-        f"{times[0]:5.2f} s, measured {times[1]:5.2f} ({times[0] / times[1]:.2f}), without holes {times[2]:5.2f}",
+        f"({sizes[0] / sizes[1]:.3f});  {times[0]:5.2f} s, measured {times[1]:5.2f} ({times[0] / times[1]:.2f})",
         flush=True,
     )
     return found
 
 
-def _zofo(verb: str, keys: dict[str, Any], **environment: str) -> None:
+def _zofo(verb: str, keys: dict[str, Any]) -> None:
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "zofo.cli", verb, *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
+    subprocess.run([sys.executable, "-m", "zofo.cli", verb, *words], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

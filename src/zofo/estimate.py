@@ -24,11 +24,12 @@ from zofo.timing import seconds, times
 
 _SAMPLE = 1000  # rows that are searched for the longest ones
 _TIMED = 3  # batches
+_HOLES = 0.6  # of the activations: what glibc's malloc kept between freed tensors in nine runs, docs/performance.md
 
 _NOTES = """{config.model} in {config.dtype}, batches of {config.per_device_train_batch_size} rows; memory at the
 longest. Activations are whatever is in no other column; libraries are Python with all that it has loaded (on a CPU).
 Evaluations take time and memory of their own (per_device_eval_batch_size), which are not counted.
-On Linux, malloc keeps holes between freed tensors, which can add two thirds of the activations to a process; with
+The allocator is the holes that malloc keeps between freed tensors, taken as 60 % of the activations (on a CPU); with
 MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives them back, and steps take longer."""
 
 
@@ -93,6 +94,7 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> list[Row]:
         adapted = fake(config, adapter, twins=method == "bilevel")
         memory = step_memory(config, method, adapted, batches.longest(adapted))
         memory.libraries = libraries
+        memory.allocator = int(_HOLES * memory.activations) if libraries else 0  # a GPU counts what is allocated
         rows.append(Row(method, adapter, (method, adapter) == _own(config), _moved(method, adapted), memory))
     if timed:
         _time(config, rows, batches)

@@ -38,6 +38,7 @@ class Memory:
         optimizer: its states.
         activations: everything else that is alive.
         libraries: Python with all that it has loaded.
+        allocator: what malloc keeps between freed tensors.
     """
 
     weights: int = 0
@@ -46,6 +47,7 @@ class Memory:
     optimizer: int = 0
     activations: int = 0
     libraries: int = 0
+    allocator: int = 0
 
     @property
     def peak(self) -> int:
@@ -67,7 +69,7 @@ def fake(config: ZOFOConfig, adapter: str, twins: bool) -> AdaptedModel:
 
 
 def step_memory(config: ZOFOConfig, method: str, adapted: AdaptedModel, longest: Batch) -> Memory:
-    """The peak of a step of a method, but for the libraries.
+    """The peak of a step of a method, but for the libraries and the allocator.
 
     Args:
         config: of the run.
