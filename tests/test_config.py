@@ -72,3 +72,18 @@ def test_a_list_of_one_task_is_that_task_and_more_are_refused(tmp_path):
     file.write_text("task: [tweets, sms_spam]\noutput_dir: run")
     with pytest.raises(ZofoError, match="takes one value"):
         parse_config(file, [])
+
+
+@pytest.mark.parametrize(("given", "value"), [("auto", "auto"), ("3e-5", 3e-5), ("1", 1.0)])
+def test_the_zeroth_order_rate_is_a_number_or_auto(tmp_path, given, value):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"zo_learning_rate: {given}\n")
+    assert parse_config(file, []).zo_learning_rate == value
+    assert parse_config(None, ["--zo_learning_rate", given]).zo_learning_rate == value
+    assert config(zo_learning_rate=given).zo_learning_rate == value
+
+
+def test_a_rate_that_is_neither_is_refused():
+    for make in (lambda: config(zo_learning_rate="fast"), lambda: parse_config(None, ["--zo_learning_rate", "fast"])):
+        with pytest.raises(ZofoError, match=r"zo_learning_rate.*fast"):
+            make()

@@ -197,10 +197,9 @@ def automatic_rates(projected, curvatures, q=1, learning_rate=1.0):
         weights_ = [0.9**age for age in range(step, -1, -1)]
         squares = [sum(g * g for g in projected[s * q : s * q + q]) / q for s in range(step + 1)]
         bounds = [0.01 / math.sqrt(sum(a * b for a, b in zip(weights_, squares, strict=True)) / sum(weights_))]
-        known = [c for c in curvatures[: step + 1] if c is not None]
+        known = sorted(abs(c) for c in curvatures[: step + 1] if c is not None)
         if known:
-            ages = [0.9**age for age in range(len(known) - 1, -1, -1)]
-            bounds.append(0.1 / math.sqrt(sum(a * c * c for a, c in zip(ages, known, strict=True)) / sum(ages)))
+            bounds.append(0.1 / ((known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2))
         expected.append(learning_rate * q * min(bounds))
     return found, expected
 
@@ -230,6 +229,12 @@ def test_one_outlier_moves_the_weights_by_a_few_eps_only():
     rates, _ = automatic_rates([1.0] * 50 + [1e6], [None] * 51)
     assert rates[-2] * 1.0 == pytest.approx(0.01)
     assert 0.03 < rates[-1] * 1e6 < 0.032
+
+
+def test_curvatures_are_forgotten_after_nine_more():
+    rates, _ = automatic_rates([1e-9] * 14, [1e6] * 5 + [1.0] * 9)
+    assert rates[0] == pytest.approx(1e-7)
+    assert rates[-1] == pytest.approx(0.1)
 
 
 def test_a_flat_loss_moves_nothing_and_raises_nothing():

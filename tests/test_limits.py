@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -191,12 +192,9 @@ def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, me
         there, back = losses[1], losses[0 if estimator == "one_sided" else -1]
         squares.append(((there - back) / (eps * (1 if estimator == "one_sided" else 2))) ** 2)
         if measured:
-            curvatures.append(((losses[1] + losses[-1] - 2 * losses[0]) / eps**2) ** 2)
-        roots = [
-            (sum(0.9**i * x for i, x in enumerate(reversed(xs))) / sum(0.9**i for i in range(len(xs)))) ** 0.5
-            for xs in (squares, curvatures)
-        ]
-        assert used[number] == pytest.approx(min(0.03 / roots[0], 0.1 / roots[1]), rel=1e-9)
+            curvatures.append(abs(losses[1] + losses[-1] - 2 * losses[0]) / eps**2)
+        mean = sum(0.9**i * x for i, x in enumerate(reversed(squares))) / sum(0.9**i for i in range(len(squares)))
+        assert used[number] == pytest.approx(min(0.03 / mean**0.5, 0.1 / float(np.median(curvatures))), rel=1e-9)
     assert moved(before, weights(trainer.adapted, "backbone")) == before.keys()
     assert [log["zo_learning_rate"] for log in trainer.state.log_history if "loss" in log] == used
 

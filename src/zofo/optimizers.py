@@ -7,6 +7,8 @@ schedulers and checkpoints treat it like any other; `JointOptimizer` steps sever
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,8 +25,9 @@ State = dict[str, Any]
 # Found on small models and confirmed on SmolLM2-135M: docs/step-size.md
 _CAUTION = 0.1
 _MEMORY = 0.9
-_CURVATURES = 5
+_FIRST_CURVATURES = 5
 _CURVATURE_EVERY = 10
+_KEPT_CURVATURES = 9
 
 
 class ZerothOrderRule(Protocol):
@@ -80,13 +83,13 @@ class ZOSGD:
 class AutomaticZOSGD(ZOSGD):
     """`ZOSGD` that finds its own rate, so that no model needs one to be guessed.
 
-        η = q min( ε / rms(g),  1 / (10 rms(h)) )
+        η = q min( ε / rms(g),  1 / (10 median|h|) )
 
     The first bound moves the weights along each direction by ε on average, the distance at which the losses were
     measured, whatever the scale of the loss. The second keeps to a tenth of 1 / tr(H), the best step on a quadratic
-    without batch noise: it holds where the loss is so curved that ε is too far. Both root mean squares run along and
-    include the newest value, so one outlier moves the weights by less than 3.2 ε. `learning_rate` multiplies η: it is
-    1, or what a schedule makes of it.
+    without batch noise: it holds where the loss is so curved that ε is too far. The root mean square runs along and
+    includes the newest value, so one outlier moves the weights by less than 3.2 ε; the median is of the last nine
+    curvatures, which have outliers too. `learning_rate` multiplies η: it is 1, or what a schedule makes of it.
 
     Args:
         weight_decay: as in `ZOSGD`.
@@ -105,49 +108,25 @@ class AutomaticZOSGD(ZOSGD):
     eps: float = 1e-3
 
     def init(self, parameters: Mapping[str, Tensor]) -> State:
-        return {"gradient": _Moment().state(), "curvature": _Moment().state(), "rate": 0.0}
+        return {"total": 0.0, "weight": 0.0, "curvatures": [], "rate": 0.0}
 
     def wants_curvature(self, step: int, state: State) -> bool:
         """Whether this step should measure h: some of the first, then one in ten."""
-        return state["curvature"]["count"] < _CURVATURES or step % _CURVATURE_EVERY == 0
+        return len(state["curvatures"]) < _FIRST_CURVATURES or step % _CURVATURE_EVERY == 0
 
     def update(
         self, parameters: Mapping[str, Tensor], estimate: Estimate, learning_rate: float, state: State
     ) -> State:
         queries = len(estimate.projected)
-        gradient = _Moment(**state["gradient"]).with_value(sum(g * g for g in estimate.projected) / queries)
-        curvature = _Moment(**state["curvature"])
-        if estimate.curvature is not None:
-            curvature = curvature.with_value(estimate.curvature**2)
-        bounds = [
-            factor / moment.root
-            for factor, moment in ((self.eps, gradient), (_CAUTION, curvature))
-            if moment.root > 0  # a loss that is flat so far says nothing
-        ]
+        total = _MEMORY * state["total"] + (1 - _MEMORY) * sum(g * g for g in estimate.projected) / queries
+        weight = _MEMORY * state["weight"] + 1 - _MEMORY
+        newest = [] if estimate.curvature is None else [abs(estimate.curvature)]
+        curvatures = [*state["curvatures"], *newest][-_KEPT_CURVATURES:]
+        scales = [(self.eps, math.sqrt(total / weight)), (_CAUTION, statistics.median(curvatures or [0.0]))]
+        bounds = [factor / scale for factor, scale in scales if scale > 0]  # what is flat so far says nothing
         rate = learning_rate * queries * min(bounds, default=0.0)
         super().update(parameters, estimate, rate, state)
-        return {"gradient": gradient.state(), "curvature": curvature.state(), "rate": rate}
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """A running mean that forgets, unbiased from its first value on."""
-
-    total: float = 0.0
-    weight: float = 0.0
-    count: int = 0
-
-    def with_value(self, value: float) -> _Moment:
-        total = _MEMORY * self.total + (1 - _MEMORY) * value
-        return _Moment(total, _MEMORY * self.weight + 1 - _MEMORY, self.count + 1)
-
-    @property
-    def root(self) -> float:
-        """The root of the mean."""
-        return (self.total / self.weight) ** 0.5 if self.count else 0.0
-
-    def state(self) -> dict[str, Any]:
-        return {"total": self.total, "weight": self.weight, "count": self.count}
+        return {"total": total, "weight": weight, "curvatures": curvatures, "rate": rate}
 
 
 class ZerothOrderOptimizer(Optimizer):
