@@ -245,12 +245,8 @@ _ARGUMENT = re.compile(r"argument --(\w+)(?:/--[\w-]+)?: ")
 
 class _Parser(HfArgumentParser):
     def _get_value(self, action: Any, arg_string: str) -> Any:
-        """As argparse, but a key may be a number or the word auto."""
-        return (
-            AUTO
-            if action.dest == "zo_learning_rate" and arg_string == AUTO
-            else super()._get_value(action, arg_string)
-        )
+        """As argparse, but one key may be a number or a word, which `ZOFOConfig` checks."""
+        return arg_string if action.dest == "zo_learning_rate" else super()._get_value(action, arg_string)
 
     def error(self, message: str) -> Any:
         raise ZofoError(_ARGUMENT.sub(r"\1: ", message))
