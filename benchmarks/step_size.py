@@ -47,7 +47,8 @@ def main() -> None:
                 continue
             done.append({**run, **take(**run, folder=small.get(run["model"], MODEL))})
             print(json.dumps({key: done[-1][key] for key in (*run, "loss", "seconds")}), flush=True)
-            FILE.write_text(json.dumps({"machine": machine(), "runs": done}, indent=1) + "\n")
+            lines = ",\n".join(map(json.dumps, done))  # a line for each run
+            FILE.write_text(f'{{"machine": {json.dumps(machine())}, "runs": [\n{lines}\n]}}\n')
     for line in verdicts(done):
         print(line)
     draw(done)
@@ -140,7 +141,7 @@ def take(model: str, task: str, method: str, rate: float | str, seed: int, folde
         loss = math.inf
     return {
         "loss": loss if math.isfinite(loss) else None, "steps": made.state.global_step, "forwards": watch.used,
-        "rates": watch.rates, "losses": watch.losses, "seconds": time.perf_counter() - started,
+        "rates": [float(f"{rate:.3g}") for rate in watch.rates], "losses": [round(value, 3) for value in watch.losses], "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 
 
