@@ -141,7 +141,9 @@ def take(model: str, task: str, method: str, rate: float | str, seed: int, folde
         loss = math.inf
     return {
         "loss": loss if math.isfinite(loss) else None, "steps": made.state.global_step, "forwards": watch.used,
-        "rates": [float(f"{rate:.3g}") for rate in watch.rates], "losses": [round(value, 3) for value in watch.losses], "seconds": round(time.perf_counter() - started, 1),
+        "rates": [float(f"{rate:.3g}") for rate in watch.rates],
+        "losses": [round(value, 3) for value in watch.losses],
+        "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 
 
