@@ -1,26 +1,27 @@
 """`make bench`: what a step costs against its forwards, and a run against the memory of its adapter.
 
-Every figure is a ratio of two things timed in turn in one run: medians of five rounds after a warm-up (memory: of one
-process each). The embedded SmolLM2-135M in float32, batch 8 x 48 tokens unless said. Writes
+Every figure is a ratio of two things timed in turn in one run: medians of five rounds after a warm-up (memory: of
+three processes each). The embedded SmolLM2-135M in float32, batch 8 x 48 tokens unless said. Writes
 `benchmarks/results/<machine>.json` and the table in docs/performance.md.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 import usual
+from clock import timed_run
 from timing import MODEL, batches, child, device, interleaved, machine, step_of, trainer, write
-from zofo import direction, noise, perturb, scoring
+from zofo import direction, noise, scoring
 from zofo.adapters import LOWER, UPPER
 from zofo.data import tokenize
 from zofo.levels import FirstOrderLevel
@@ -47,7 +48,7 @@ class Row:
     def cells(self) -> list[str]:
         """The line's cells."""
         if self.bar is None:
-            return [self.what, self.against, f"{self.ratio:.2f}", "", ""]
+            return [self.what, self.against, f"{self.ratio:.2f}{' x faster' * self.faster}", "", ""]
         met = self.ratio >= self.bar if self.faster else self.ratio <= self.bar
         bar = f"at least {self.bar:g} x faster" if self.faster else f"at most {self.bar:g}"
         return [
@@ -135,6 +136,13 @@ def zeroth_order_rows() -> list[Row]:
         Row(
             "MeZO step", "4 out-of-place Gaussian passes, 2 forwards with all logits", times["usual"] / step, 3.0, True
         ),
+        Row(
+            "the limit of this: its two bare forwards alone",
+            "the same",
+            times["usual"] / (2 * times["bare forward"]),
+            None,
+            True,
+        ),
         Row("ZO step, q = 8", "8 steps with q = 1", times["step, q = 8"] / (8 * step), 1.0),
     ]
 
@@ -179,13 +187,29 @@ def bilevel_rows() -> list[Row]:
     check_bilevel(two, stored)
     adam_p = torch.optim.Adam(p, lr=1e-9)
     adam_theta = torch.optim.Adam(list(adapted.backbone.values()), lr=1e-9)
+    scorer, level = two.method.scorer, two.method.p
+
+    def bare() -> None:
+        for stream in ("upper", "penalty"):
+            level.gradient(bundle[stream], "the loss")
+        level.clear()
+        with torch.no_grad():
+            for _ in range(2):
+                scorer.losses([bundle["upper"][0], bundle["penalty"][0]])
+                scorer.loss(bundle["penalty"][0])
+
     steps = {name: step_of(trainer_) for name, trainer_ in made.items()}
-    times = interleaved({**steps, "stored gradient": lambda: stored(usual.gaussian(0), adam_p, adam_theta)})
+    times = interleaved(
+        {**steps, "bare": bare, "stored gradient": lambda: stored(usual.gaussian(0), adam_p, adam_theta)}
+    )
     way = "2 forwards with backward, 6 forwards, 3 Gaussian passes, a stored gradient, Adam over θ"
     theirs = times["stored gradient"]
     return [
         Row("upper update of `bilevel`, two-sided", way, theirs / times["two_sided"], 1.6, True),
         Row("upper update of `bilevel`, one-sided", way, theirs / times["one_sided"], 2.0, True),
+        Row(
+            "the limit of two-sided: its forwards and backwards alone", "the same", theirs / times["bare"], None, True
+        ),
         lower_row(two, s),
     ]
 
@@ -249,83 +273,6 @@ def lower_row(made: Any, parameters: list[Tensor]) -> Row:
     return Row("lower step", "forward, backward and `torch.optim.AdamW` alone", times["ours"] / times["bare"], 1.05)
 
 
-class Clock:
-    """Seconds in parts of a run, an inner part not counted in the outer one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._open: list[str] = []
-        self._last = 0.0
-
-    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._switch(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._switch(None)
-
-        return timed
-
-    def _switch(self, part: str | None) -> None:
-        now = time.perf_counter()
-        if self._open:
-            name = self._open[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
-        if part is None:
-            self._open.pop()
-        else:
-            self._open.append(part)
-
-
-@contextmanager
-def patched(*places: tuple[Any, str, Any]) -> Iterator[None]:
-    """Within the block, attributes have other values."""
-    before = [(place, name, getattr(place, name)) for place, name, _ in places]
-    for place, name, value in places:
-        setattr(place, name, value)
-    try:
-        yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
-
-
-def timed_run(**keys: Any) -> tuple[dict[str, float], float]:
-    """(seconds of each part, seconds from the first step to the last) of a run of `max_steps` iterations."""
-    clock, span = Clock(), []
-
-    class Span(TrainerCallback):
-        """Leaves the first iteration out: it is the warm-up."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            span.append(time.perf_counter())
-            if len(span) == 1:
-                clock.seconds.clear()
-                clock._last = span[0]
-
-    model, tokenizer = load_model(MODEL)
-    made = trainer(model, tokenizer, callbacks=[Span()], **keys)
-    loader = made.get_train_dataloader()
-    collate = loader.dataset  # touched so that the data set exists before the clock starts
-    assert collate is not None
-    write_sum, update = noise.write_sum, noise.update_
-    with patched(
-        (perturb.noise, "write_sum", clock.wrap("noise", write_sum)),
-        (perturb.noise, "update_", clock.wrap("noise", update)),
-        (scoring.Scorer, "logits", clock.wrap("forward", Scorer.logits)),
-        (Tensor, "backward", clock.wrap("backward", Tensor.backward)),
-        (made.method, "step", clock.wrap("rest of the method", made.method.step)),
-        (made.method.optimizer, "step", clock.wrap("optimizers", made.method.optimizer.step)),
-        (made, "get_batch_samples", clock.wrap("loader", made.get_batch_samples)),
-    ):
-        made.train()
-    return clock.seconds, span[-1] - span[0]
-
-
 def whole_run_rows() -> list[Row]:
     """Row 7: everything but forwards and backwards."""
     rows: list[Row] = []
@@ -356,7 +303,10 @@ def scoring_rows() -> list[Row]:
     kinds = ("a film that is", "a book of", "the weather in", "a football match of", "my old car and", "the price of")
     ends = ("history and art", "an old friend", "the far north", "last summer", "our own town", "several people")
     options = tuple(f" {a} {b}" for a, b in zip(kinds, ends, strict=True))
-    prompts = [f"Somebody wrote number {i} of many letters to {'the editor ' * (i % 7 + 1)}about" for i in range(32)]
+    letter = "to the editor of a small paper in the far north of this country, where winter is long and news is rare, "
+    prompts = [
+        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i % 7 + 6)}about" for i in range(32)
+    ]
     examples, _ = tokenize([Record(p, options[0], options) for p in prompts], tokenizer, 512)
     found: dict[str, Any] = {}
 
@@ -374,7 +324,7 @@ def scoring_rows() -> list[Row]:
         assert abs(value - found["ours"][key]) < 1e-4, f"{key} differs: {found}"
     return [
         Row(
-            "scoring 6 options of several tokens",
+            "scoring 6 options of about 6 tokens behind prompts of about 50",
             "one forward per option, batch 1",
             times["one by one"] / times["ours"],
             8.0,
@@ -401,17 +351,24 @@ def score_one_by_one(model: PreTrainedModel, examples: Any) -> dict[str, float]:
 def process_rows() -> list[Row]:
     """Rows 8, 9 and 11: memory and start of whole processes."""
     folder = local_source(MODEL)
-    fo, bilevel, zo, many, plain = (
-        child("fo", folder), child("bilevel", folder), child("zo", folder),
-        child("zo", folder, "num_perturbations=8"), child("inference", folder),
-    )  # fmt: skip
+    runs = {
+        "fo": ["fo", folder],
+        "bilevel": ["bilevel", folder],
+        "zo": ["zo", folder],
+        "q = 8": ["zo", folder, "num_perturbations=8"],
+        "inference": ["inference", folder],
+    }
+    largest = child("inference", folder)["largest"]
+    # what malloc keeps between tensors differs from process to process: medians of three
+    peaks = {name: statistics.median(child(*words)["peak"] for _ in range(3)) for name, words in runs.items()}
+    print({name: f"{peak / 2**20:,.0f} MiB" for name, peak in peaks.items()})
     starts = [(child("first-step", folder)["seconds"], child("loading", folder)["seconds"]) for _ in range(4)][1:]
     first, loading = (sorted(values)[1] for values in zip(*starts, strict=True))
     return [
-        Row("peak memory of `bilevel`", "`fo` with LoRA, same batch", bilevel["peak"] / fo["peak"], 1.05),
+        Row("peak memory of `bilevel`", "`fo` with LoRA, same batch", peaks["bilevel"] / peaks["fo"], 1.05),
         Row("peak memory of `zo`", "inference with the same batch + the largest parameter",
-            zo["peak"] / (plain["peak"] + plain["largest"]), 1.05),
-        Row("peak memory of `zo`, q = 8", "q = 1", many["peak"] / zo["peak"], 1.01),
+            peaks["zo"] / (peaks["inference"] + largest), 1.05),
+        Row("peak memory of `zo`, q = 8", "q = 1", peaks["q = 8"] / peaks["zo"], 1.01),
         Row("from the start of zofo to the first step", "`import torch, transformers, peft` and loading the model",
             first / loading, 1.2),
     ]  # fmt: skip

@@ -7,8 +7,7 @@ what to log. The trainer then clips the gradients and steps the optimizer, once 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from zofo.batches import Bundle, Plan, Stream
 from zofo.bilevel import Penalty, Terms, bilevel_step, scheduled_penalty
 from zofo.config import ZOFOConfig
 from zofo.data import Batch
+from zofo.estimators import Evaluate
 from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses, random_state
 from zofo.optimizers import JointOptimizer
 from zofo.scoring import Scorer
@@ -148,15 +148,23 @@ class Bilevel(Method):
             iteration.upper_gradient,
             iteration.evaluate,
             iteration.penalty,
-            partial(self.theta.project, number),
+            self._project(number),
         )
-        self.theta.release()
         logs = {"loss": found.upper.upper, "projected_grad": self.theta.accept(number, found.projected)}
         if found.lower:
             logs["lower_loss"] = sum(found.lower) / len(found.lower)
         if self.plan.penalty:
             logs["penalty_gap"] = iteration.gap
         return logs
+
+    def _project(self, number: int) -> Callable[[Evaluate], tuple[float, ...]]:
+        def project(evaluate: Evaluate) -> tuple[float, ...]:
+            self.theta.make_room()
+            projected = self.theta.project(number, evaluate)
+            self.theta.release()
+            return projected
+
+        return project
 
     def skip(self) -> None:
         for level in (self.s, self.p, self.theta):

@@ -108,9 +108,9 @@ class Scorer:
             part: Batch = {"input_ids": answers["input_ids"][chunk], "attention_mask": mask, "targets": targets[chunk]}
             logits = self._read(part, _selected(cache, owner), {})
             losses = functional.cross_entropy(
-                logits.transpose(1, 2), targets[chunk], ignore_index=IGNORED, reduction="none"
+                logits.flatten(0, 1), targets[chunk].flatten(), ignore_index=IGNORED, reduction="none"
             )
-            sums[chunk] -= losses.sum(1)
+            sums[chunk] -= losses.view(len(chunk), -1).sum(1)
         missing = batch["rows"] == NO_CANDIDATE
         return (sums / (1 + (targets != IGNORED).sum(1)))[batch["rows"].clamp(min=0)].masked_fill(missing, -torch.inf)
 
@@ -136,7 +136,9 @@ def _option_scores(batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
         at_answer = functional.log_softmax(logits[torch.arange(len(where)), where], dim=-1)
         missing = batch["candidates"] == NO_CANDIDATE
         return at_answer.gather(1, batch["candidates"].clamp(min=0)).masked_fill(missing, -torch.inf)
-    losses = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(targets.shape)
     means = -losses.sum(1) / (targets != IGNORED).sum(1)
     assert "rows" in batch
     missing = batch["rows"] == NO_CANDIDATE
