@@ -63,7 +63,7 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> list[Row]:
 
     Time: a few real forwards at θ + εz (f), forwards with backwards (b) and steps of the optimizers (u, u_zo) on rows
     as they come, put together with a = `gradient_accumulation_steps`, T = `lower_steps`, c = 1 if there is a penalty,
-    and E = 2q evaluations (two-sided; one-sided q + 1):
+    and E = 2q evaluations (two-sided; one-sided q + 1; a tenth more of one for an automatic rate):
 
         fo           a b + u
         zo           a E f + u_zo

@@ -26,7 +26,7 @@ State = dict[str, Any]
 _CAUTION = 0.1
 _MEMORY = 0.9
 _FIRST_CURVATURES = 5
-_CURVATURE_EVERY = 10
+CURVATURE_EVERY = 10
 _KEPT_CURVATURES = 9
 
 
@@ -112,7 +112,7 @@ class AutomaticZOSGD(ZOSGD):
 
     def wants_curvature(self, step: int, state: State) -> bool:
         """Whether this step should measure h: some of the first, then one in ten."""
-        return len(state["curvatures"]) < _FIRST_CURVATURES or step % _CURVATURE_EVERY == 0
+        return len(state["curvatures"]) < _FIRST_CURVATURES or step % CURVATURE_EVERY == 0
 
     def update(
         self, parameters: Mapping[str, Tensor], estimate: Estimate, learning_rate: float, state: State

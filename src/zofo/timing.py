@@ -10,11 +10,12 @@ import torch
 
 from zofo import noise
 from zofo.adapters import UPPER, AdaptedModel
-from zofo.config import ZOFOConfig
+from zofo.config import AUTO, ZOFOConfig
 from zofo.data import Batch
 from zofo.estimators import Estimate
 from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses
 from zofo.memory import LEVELS
+from zofo.optimizers import CURVATURE_EVERY
 from zofo.scoring import Scorer, Tokens
 
 
@@ -75,6 +76,8 @@ def seconds(config: ZOFOConfig, method: str, times: Times) -> float:
     """Of one step of a method, by the formulas of `estimate`."""
     a, q, c = config.gradient_accumulation_steps, config.num_perturbations, int(config.penalty > 0)
     evaluations = a * (2 * q if config.zo_estimator == "two_sided" else q + 1)
+    if config.zo_learning_rate == AUTO:
+        evaluations += a / CURVATURE_EVERY
     fo = a * times.backward + times.update
     zo = evaluations * times.forward + times.zeroth_update
     match method:
