@@ -1,4 +1,4 @@
-"""The noise in C (`noise.c`): compiled once per machine, loaded in a millisecond, optional.
+"""The noise in C (`noise.c`): compiled once per machine, optional.
 
 Where there is no C compiler, or what it makes does not work, `c_kernel` returns None and the torch form in
 `noise.py` is used, which writes the same bits more slowly.
