@@ -78,7 +78,9 @@ def test_the_time_is_composed_as_documented(tmp_path, model_folder):
 
     times = Times(backward=1.0, update=10.0, forward=100.0, zeroth_update=1000.0)
     keys = {"gradient_accumulation_steps": 3, "lower_steps": 4, "num_perturbations": 2, "two_stage_fraction": 0.25}
-    config = ZOFOConfig(output_dir=str(tmp_path), use_cpu=True, **keys)
+    config = ZOFOConfig(output_dir=str(tmp_path), use_cpu=True, zo_learning_rate=1e-6, **keys)
+    automatic = dataclasses.replace(config, zo_learning_rate="auto")
+    assert seconds(automatic, "zo", times) == pytest.approx(3 * 4.1 * 100 + 1000)
     assert seconds(config, "fo", times) == 3 + 10
     assert seconds(config, "zo", times) == 3 * 4 * 100 + 1000
     assert seconds(config, "two_stage", times) == 0.25 * 13 + 0.75 * 2200
