@@ -30,7 +30,7 @@ from zofo.data import (
 from zofo.errors import ZofoError
 
 _NEW_TOKENS = 32
-_ROWS_PER_PROMPT = 4
+_ROWS_PER_PROMPT = 4  # of options behind shared prompts, in one forward
 
 
 @dataclass
