@@ -275,6 +275,15 @@ def test_the_model_card_tells_base_model_method_and_metrics(folder, trainers):
         assert f" { {'epoch': 9, 'none': 0}.get(name, 3) } steps" in card
 
 
+def test_what_a_killed_save_left_half_written_is_written_anew_without_a_word(folder, trainers, tmp_path, capfd, caplog):
+    """The peft library reads the card that it finds, and says so when it is empty."""
+    (tmp_path / "README.md").write_text("")
+    with caplog.at_level("WARNING"):
+        trainers["bilevel"].adapted.save(tmp_path)
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
+    assert (caplog.text, capfd.readouterr().err) == ("", "")
+
+
 def test_there_is_no_pickle_outside_checkpoints(folder, trainers):
     for name in RUNS:
         files = [f for f in (folder / name).rglob("*") if f.is_file() and "checkpoint-" not in str(f)]

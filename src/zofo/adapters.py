@@ -183,6 +183,7 @@ class AdaptedModel:
         for config in self._peft.peft_config.values():
             # an adapter belongs to the moved backbone: on the original one it would be silently wrong
             config.base_model_name_or_path = str(backbone.resolve())
+        (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
         # asking the Hub whether the vocabulary grew would need a network
         self._peft.save_pretrained(str(folder), selected_adapters=list(self.adapters), save_embedding_layers=False)
 
