@@ -31,6 +31,7 @@ from zofo.tasks import Record
 
 ELEMENTS = 33_500_000
 EPS = 1e-3
+QUERIES = 8
 PAGE = Path("docs/performance.md")
 MARKS = ("<!-- table: begin, written by make bench -->\n", "<!-- table: end -->\n")
 
@@ -63,8 +64,8 @@ class Row:
 def main() -> None:
     """Measures everything, prints it, writes it."""
     started = time.perf_counter()
-    rows = [*noise_rows(), *zeroth_order_rows(), *bilevel_rows(), *whole_run_rows(), *scoring_rows(), *process_rows()]
-    shares = step_shares()
+    whole, shares = whole_run_rows()
+    rows = [*noise_rows(), *zeroth_order_rows(), *bilevel_rows(), *whole, *scoring_rows(), *process_rows()]
     for row in rows:
         print(" | ".join(row.cells()))
     print("one bilevel iteration (T = 3): " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
@@ -108,7 +109,7 @@ def zeroth_order_rows() -> list[Row]:
     """Rows 3, 4 and 12: a MeZO step."""
     model, tokenizer = load_model(MODEL)
     made = trainer(model, tokenizer, method="zo", adapter="none")
-    many = trainer(model, tokenizer, method="zo", adapter="none", num_perturbations=8)
+    many = trainer(model, tokenizer, method="zo", adapter="none", num_perturbations=QUERIES)
     backbone, batch = made.adapted.backbone, batches(made)["upper"][0]
     scorer = Scorer(made.adapted, Tokens())
     noise.warm_up(torch.float32, device())
@@ -124,27 +125,37 @@ def zeroth_order_rows() -> list[Row]:
 
     times = interleaved(
         {
-            "bare forward": bare,
-            "step": step_of(made),
+            "bare": times_(2 * QUERIES, bare),
+            "steps": times_(QUERIES, step_of(made)),
             "step, q = 8": step_of(many),
             "usual": lambda: usual.mezo_step(backbone, loss, usual.gaussian(0), EPS, 1e-9),
         }
     )
-    step = times["step"]
+    step = times["steps"] / QUERIES  # a mean of so many: one step alone is as noisy as the bar is narrow
     return [
-        Row("two-sided ZO step, q = 1", "its two bare forwards", step / (2 * times["bare forward"]), 1.15),
+        Row("two-sided ZO step, q = 1", "its two bare forwards", times["steps"] / times["bare"], 1.15),
         Row(
             "MeZO step", "4 out-of-place Gaussian passes, 2 forwards with all logits", times["usual"] / step, 3.0, True
         ),
         Row(
             "the limit of this: its two bare forwards alone",
             "the same",
-            times["usual"] / (2 * times["bare forward"]),
+            times["usual"] / (times["bare"] / QUERIES),
             None,
             True,
         ),
-        Row("ZO step, q = 8", "8 steps with q = 1", times["step, q = 8"] / (8 * step), 1.0),
+        Row("ZO step, q = 8", "8 steps with q = 1", times["step, q = 8"] / times["steps"], 1.0),
     ]
+
+
+def times_(number: int, function: Callable[[], object]) -> Callable[[], None]:
+    """The same, several times."""
+
+    def run() -> None:
+        for _ in range(number):
+            function()
+
+    return run
 
 
 def check_mezo(backbone: dict[str, Tensor], loss: Callable[[], Tensor], made: Any) -> None:
@@ -189,26 +200,48 @@ def bilevel_rows() -> list[Row]:
     adam_theta = torch.optim.Adam(list(adapted.backbone.values()), lr=1e-9)
     scorer, level = two.method.scorer, two.method.p
 
-    def bare() -> None:
-        for stream in ("upper", "penalty"):
-            level.gradient(bundle[stream], "the loss")
-        level.clear()
-        with torch.no_grad():
-            for _ in range(2):
-                scorer.losses([bundle["upper"][0], bundle["penalty"][0]])
-                scorer.loss(bundle["penalty"][0])
+    def bare(points: int) -> Callable[[], None]:
+        """Forwards and backwards for p; then F and G(p) at so many points, and G(s) at two."""
+
+        def run() -> None:
+            for stream in ("upper", "penalty"):
+                level.gradient(bundle[stream], "the loss")
+            level.clear()
+            with torch.no_grad():
+                for _ in range(points):
+                    scorer.losses([bundle["upper"][0], bundle["penalty"][0]])
+                for _ in range(2):
+                    scorer.loss(bundle["penalty"][0])
+
+        return run
 
     steps = {name: step_of(trainer_) for name, trainer_ in made.items()}
     times = interleaved(
-        {**steps, "bare": bare, "stored gradient": lambda: stored(usual.gaussian(0), adam_p, adam_theta)}
+        {
+            **steps,
+            "bare two-sided": bare(2),
+            "bare one-sided": bare(1),
+            "stored gradient": lambda: stored(usual.gaussian(0), adam_p, adam_theta),
+        }
     )
     way = "2 forwards with backward, 6 forwards, 3 Gaussian passes, a stored gradient, Adam over θ"
     theirs = times["stored gradient"]
     return [
         Row("upper update of `bilevel`, two-sided", way, theirs / times["two_sided"], 1.6, True),
+        Row(
+            "the limit of this: its forwards and backwards alone",
+            "the same",
+            theirs / times["bare two-sided"],
+            None,
+            True,
+        ),
         Row("upper update of `bilevel`, one-sided", way, theirs / times["one_sided"], 2.0, True),
         Row(
-            "the limit of two-sided: its forwards and backwards alone", "the same", theirs / times["bare"], None, True
+            "the limit of this: its forwards and backwards alone",
+            "the same",
+            theirs / times["bare one-sided"],
+            None,
+            True,
         ),
         lower_row(two, s),
     ]
@@ -273,9 +306,10 @@ def lower_row(made: Any, parameters: list[Tensor]) -> Row:
     return Row("lower step", "forward, backward and `torch.optim.AdamW` alone", times["ours"] / times["bare"], 1.05)
 
 
-def whole_run_rows() -> list[Row]:
-    """Row 7: everything but forwards and backwards."""
+def whole_run_rows() -> tuple[list[Row], dict[str, float]]:
+    """Row 7: everything but forwards and backwards; and where the time of one bilevel iteration goes."""
     rows: list[Row] = []
+    shares: dict[str, float] = {}
     for method, adapter in (("bilevel", "lora"), ("fo", "lora"), ("zo", "none")):
         parts, total = timed_run(method=method, adapter=adapter, lower_steps=3, max_steps=6)
         rows.append(
@@ -286,50 +320,64 @@ def whole_run_rows() -> list[Row]:
                 1.10,
             )
         )
-    return rows
-
-
-def step_shares() -> dict[str, float]:
-    """Where the time of one bilevel iteration goes."""
-    parts, total = timed_run(method="bilevel", adapter="lora", lower_steps=3, max_steps=6)
-    parts["trainer and rest"] = total - sum(parts.values())
-    return {name: seconds / total for name, seconds in sorted(parts.items(), key=lambda item: -item[1])}
+        if method == "bilevel":
+            parts["trainer and rest"] = total - sum(parts.values())
+            shares = {name: seconds / total for name, seconds in sorted(parts.items(), key=lambda item: -item[1])}
+    return rows, shares
 
 
 def scoring_rows() -> list[Row]:
-    """Row 10: options of several tokens, on an evaluation set."""
+    """Row 10: options of several tokens, on evaluation sets."""
     model, tokenizer = load_model(MODEL)
     made = trainer(model, tokenizer, method="none", adapter="none")
     kinds = ("a film that is", "a book of", "the weather in", "a football match of", "my old car and", "the price of")
     ends = ("history and art", "an old friend", "the far north", "last summer", "our own town", "several people")
-    options = tuple(f" {a} {b}" for a, b in zip(kinds, ends, strict=True))
+    sentences = tuple(f" {a} {b}" for a, b in zip(kinds, ends, strict=True))
+    names = (
+        " a company", " a school or university", " an artist", " an athlete", " a holder of an office", " a vehicle",
+        " a building", " a natural place", " a village", " an animal", " a plant", " a music album", " a film",
+        " a written work",
+    )  # fmt: skip
     letter = "to the editor of a small paper in the far north of this country, where winter is long and news is rare, "
     prompts = [
-        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i % 7 + 6)}about" for i in range(32)
+        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i % 7 + 6)}about" for i in range(16)
     ]
+    return [
+        *scored(made, tokenizer, prompts, sentences, "6 options of 6 or 7 tokens"),
+        *scored(made, tokenizer, prompts, names, "14 options of 2 to 5 tokens"),
+    ]
+
+
+def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ...], what: str) -> list[Row]:
+    """Ours against one candidate in a forward, which must give the same; and what ours would be with bare forwards."""
     examples, _ = tokenize([Record(p, options[0], options) for p in prompts], tokenizer, 512)
-    found: dict[str, Any] = {}
+    scorer, found, counted = Scorer(made.adapted, Tokens()), dict[str, Any](), Tokens()
 
     def ours() -> None:
+        counted.forward = 0
         found["ours"] = scoring.evaluate(
-            Scorer(made.adapted, Tokens()), examples, metric="accuracy", kind="options", tokenizer=tokenizer,
+            Scorer(made.adapted, counted), examples, metric="accuracy", kind="options", tokenizer=tokenizer,
             batch_size=16, place=lambda batch: made._prepare_inputs(batch),
         )  # fmt: skip
 
     def one_by_one() -> None:
         found["one by one"] = score_one_by_one(made.adapted.base, examples)
 
-    times = interleaved({"ours": ours, "one by one": one_by_one}, rounds=3)
+    bundle = batches(made)["lower"][0]
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(8):
+            scorer.loss(bundle)
+
+    times = interleaved({"ours": ours, "one by one": one_by_one, "bare": bare}, rounds=3)
     for key, value in found["one by one"].items():
         assert abs(value - found["ours"][key]) < 1e-4, f"{key} differs: {found}"
+    limit = times["bare"] / (8 * int(bundle["attention_mask"].sum())) * counted.forward
+    way, theirs = "one forward per option, batch 1", times["one by one"]
     return [
-        Row(
-            "scoring 6 options of about 6 tokens behind prompts of about 50",
-            "one forward per option, batch 1",
-            times["one by one"] / times["ours"],
-            8.0,
-            True,
-        )
+        Row(f"scoring {what} behind prompts of about 50", way, theirs / times["ours"], 8.0, True),
+        Row("the limit of this: bare forwards over its tokens", "the same", theirs / limit, None, True),
     ]
 
 

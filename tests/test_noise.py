@@ -442,6 +442,21 @@ def test_c_rounds_to_sixteen_bits_as_torch_does(c_kernel):
         assert out[floats.isnan()].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_rows_are_those_of_the_whole_matrix(c_kernel, dtype, distribution):
+    matrix = noise.normal(3, 0, 700 * 67).view(700, 67).to(dtype)
+    terms = [noise.Term(5, 0.3), noise.Term(6, -1e-3)]
+    whole = torch.empty_like(matrix)
+    noise.write_sum(matrix, terms, whole, 0, distribution)
+    for numbers in (torch.tensor([699, 0, 3, 3, 1]), torch.arange(700).repeat(2)):
+        rows = torch.zeros(len(numbers) + 1, 67, dtype=dtype)
+        assert noise.write_rows(matrix, numbers, terms, rows[:-1], distribution)
+        assert torch.equal(bits(rows[:-1]), bits(whole[numbers]))
+        assert not rows[-1].any()
+    assert not noise.write_rows(matrix.T, torch.tensor([0]), terms, rows, distribution)
+
+
 @pytest.fixture
 def fresh_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ZOFO_CACHE", str(tmp_path / "cache"))

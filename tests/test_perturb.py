@@ -97,7 +97,8 @@ def test_nothing_is_left_behind(model, monkeypatch):
         kept = logits(model)
         assert hooks(model) == hooked
     gc.collect()
-    assert len(lent) >= len(theta_of(model))
+    embeddings = sum(isinstance(module, torch.nn.Embedding) for module in model.modules())  # only rows are moved
+    assert len(lent) >= len(theta_of(model)) - embeddings
     assert [ref for ref in lent if ref() is not None] == []
     assert torch.isfinite(kept).all()
     assert _get_current_function_mode_stack() == []

@@ -37,6 +37,9 @@ class Product(torch.autograd.Function):
         return g @ w, g.t() @ x
 
 
+IDS = torch.tensor([3, 0])
+
+
 def keep(view):
     """A view of w, held while v is read: the scratch under it must not be used again meanwhile."""
 
@@ -78,6 +81,14 @@ ODD_READS = {
         nn.Linear(4, 4), {"weight": w, "bias": v[0]}, (x,)
     ),
     "checkpoint": lambda x, w, v: torch.utils.checkpoint.checkpoint(lambda a: a @ w @ v, x, use_reentrant=False),
+    "embeddings": lambda x, w, v: (
+        x
+        + functional.embedding(IDS, w)
+        + functional.embedding(input=IDS.int(), weight=v, padding_idx=1)
+        + functional.embedding(torch.tensor([[3, 9], [1, 9]])[:, 0], w, 0, None, 2.0)
+        + functional.embedding(IDS, v * 2)
+    ),
+    "embedding of two-dimensional ids": lambda x, w, v: x + functional.embedding(IDS[:, None], w)[:, 0] @ v,
     "truth and integers": lambda x, w, v: x * int(w[0, 0] > 0) + int(w[:1, :1] * 100) + int(v.sum() * 100),
 }
 
@@ -92,6 +103,27 @@ def test_a_parameter_is_perturbed_however_it_is_read(how):
     torch.testing.assert_close(moved, expected)
     assert not torch.allclose(moved, base)
     assert same_bits(model, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_has_the_bits_of_the_moved_matrix_in_nested_blocks_too(dtype):
+    model = nn.Embedding(1000, 48).to(dtype)
+    ids = torch.arange(40).view(5, 8) * 25
+    theta = theta_of(model)
+    with perturbed(model, theta, SEED, 0.5), perturbed(model, theta, SEED, -0.25, query=1):
+        looked_up, whole = model(ids), model.weight.clone()
+    assert torch.equal(looked_up, whole[ids])
+
+
+@torch.no_grad()
+def test_ids_outside_of_an_embedding_are_refused_as_ever():
+    model = nn.Embedding(10, 4)
+    for ids in ([0, 10], [-1, 3]):
+        with perturbed(model, theta_of(model), SEED, 0.5), pytest.raises(IndexError):
+            model(torch.tensor(ids))
+    with perturbed(model, theta_of(model), SEED, 0.5), pytest.raises(RuntimeError):
+        model(torch.tensor([0.5]))
 
 
 @torch.no_grad()

@@ -275,7 +275,9 @@ def test_the_model_card_tells_base_model_method_and_metrics(folder, trainers):
         assert f" { {'epoch': 9, 'none': 0}.get(name, 3) } steps" in card
 
 
-def test_what_a_killed_save_left_half_written_is_written_anew_without_a_word(folder, trainers, tmp_path, capfd, caplog):
+def test_what_a_killed_save_left_half_written_is_written_anew_without_a_word(
+    folder, trainers, tmp_path, capfd, caplog
+):
     """The peft library reads the card that it finds, and says so when it is empty."""
     (tmp_path / "README.md").write_text("")
     with caplog.at_level("WARNING"):

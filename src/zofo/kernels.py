@@ -39,23 +39,22 @@ class _Term(ctypes.Structure):
     _fields_ = (("k0", ctypes.c_uint32), ("k1", ctypes.c_uint32), ("factor", ctypes.c_float))
 
 
-@lru_cache(maxsize=1)
-def c_kernel() -> Kernel | None:
-    """The kernel for tensors in main memory, or None."""
-    try:
-        library = ctypes.CDLL(str(_library()))
-    except OSError as error:  # no compiler, a cache that cannot be written, a library that cannot be loaded
-        logger.info("the noise could not be compiled: %s", error)
-        return None
-    pointer, integer, whole = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    function = library.write_sum
-    function.restype = None
-    function.argtypes = (
-        pointer, pointer, integer, integer, whole, ctypes.c_uint32, pointer, integer, integer, ctypes.c_float,
-        pointer, integer,
-    )  # fmt: skip
+class CKernel:
+    """The noise as the library `path` writes it: tensors in main memory, contiguous, float32, bfloat16 or float16."""
 
-    def write_sum(
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        pointer, integer, whole = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        self._sum, self._rows = library.write_sum, library.write_rows
+        self._sum.restype = self._rows.restype = None
+        self._sum.argtypes = (
+            pointer, pointer, integer, integer, whole, ctypes.c_uint32, pointer, integer, integer, ctypes.c_float,
+            pointer, integer,
+        )  # fmt: skip
+        self._rows.argtypes = (pointer, pointer, integer, whole, pointer, whole, pointer, integer, integer, integer)
+
+    def __call__(
+        self,
         read: Tensor,
         write: Tensor,
         start: int,
@@ -64,7 +63,8 @@ def c_kernel() -> Kernel | None:
         keep: float,
         rounding: Hashed | None,
     ) -> None:
-        function(
+        """As `Kernel`."""
+        self._sum(
             read.data_ptr(),
             write.data_ptr(),
             _CODES[read.dtype],
@@ -79,7 +79,38 @@ def c_kernel() -> Kernel | None:
             torch.get_num_threads(),
         )
 
-    return write_sum
+    def rows(self, read: Tensor, write: Tensor, numbers: Tensor, terms: Sequence[Hashed], rademacher: bool) -> None:
+        """Row i of `write` <- row `numbers[i]` of `read` and its terms; the stream's index runs through all of `read`.
+
+        Args:
+            read: (V, D), of less than 2**32 elements.
+            write: (R, D), of the same dtype.
+            numbers: (R,) int64, each in [0, V).
+            terms: hashed for block 0.
+            rademacher: signs, or else the bell.
+        """
+        self._rows(
+            read.data_ptr(),
+            write.data_ptr(),
+            _CODES[read.dtype],
+            read.shape[1],
+            numbers.data_ptr(),
+            len(numbers),
+            (_Term * len(terms))(*terms),
+            len(terms),
+            rademacher,
+            torch.get_num_threads(),
+        )
+
+
+@lru_cache(maxsize=1)
+def c_kernel() -> CKernel | None:
+    """The kernel for tensors in main memory, or None."""
+    try:
+        return CKernel(_library())
+    except OSError as error:  # no compiler, a cache that cannot be written, a library that cannot be loaded
+        logger.info("the noise could not be compiled: %s", error)
+        return None
 
 
 def _library() -> Path:

@@ -119,12 +119,11 @@ static void add(float *sum, int64_t count, uint32_t index, term t, int distribut
         for (uint32_t i = 0; i < count; i++) sum[i] += sign(hash(index + i, t.k0, t.k1)) * t.factor;
 }
 
-/* `start`: index of the first element, modulo 2**32. `rounding`: null rounds to the nearest. */
-void write_sum(const void *read, void *write, int from, int to, int64_t count, uint32_t start, const term *terms,
-               int number, int distribution, float keep, const term *rounding, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL_FROM)
+/* One after the other; `start` is the index of the first element, modulo 2**32. */
+static void write_serially(const void *read, void *write, int from, int to, int64_t count, uint32_t start,
+                           const term *terms, int number, int distribution, float keep, const term *rounding) {
+    float sum[BLOCK];
     for (int64_t low = 0; low < count; low += BLOCK) {
-        float sum[BLOCK];
         int64_t size = count - low < BLOCK ? count - low : BLOCK;
         uint32_t index = start + (uint32_t)low;
         load(sum, read, from, low, size, keep);
@@ -134,4 +133,25 @@ void write_sum(const void *read, void *write, int from, int to, int64_t count, u
         else
             store(sum, write, to, low, size);
     }
+}
+
+static int64_t bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+/* `rounding`: null rounds to the nearest. */
+void write_sum(const void *read, void *write, int from, int to, int64_t count, uint32_t start, const term *terms,
+               int number, int distribution, float keep, const term *rounding, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL_FROM)
+    for (int64_t low = 0; low < count; low += BLOCK)
+        write_serially((const char *)read + low * bytes(from), (char *)write + low * bytes(to), from, to,
+                       count - low < BLOCK ? count - low : BLOCK, start + (uint32_t)low, terms, number, distribution,
+                       keep, rounding);
+}
+
+/* Row i of `write` is row rows[i] of the matrix `read`, with its noise: what an embedding looks up. */
+void write_rows(const void *read, void *write, int dtype, int64_t width, const int64_t *rows, int64_t count,
+                const term *terms, int number, int distribution, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count * width >= PARALLEL_FROM)
+    for (int64_t i = 0; i < count; i++)
+        write_serially((const char *)read + rows[i] * width * bytes(dtype), (char *)write + i * width * bytes(dtype),
+                       dtype, dtype, width, (uint32_t)(rows[i] * width), terms, number, distribution, 1, 0);
 }

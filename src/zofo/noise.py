@@ -144,6 +144,30 @@ def write_sum(
 
 
 @torch.no_grad()
+def write_rows(
+    tensor: Tensor, numbers: Tensor, terms: Sequence[Term], out: Tensor, distribution: Distribution = "normal"
+) -> bool:
+    """Rows of what `write_sum` would write for the whole matrix: out[i] <- tensor[numbers[i]] + sum of its terms.
+
+    Args:
+        tensor: (V, D), as an embedding's weight.
+        numbers: (R,) int64, each in [0, V).
+        terms: as for the whole matrix.
+        out: (R, D), contiguous, of the matrix's dtype.
+        distribution: "normal" or "rademacher".
+
+    Returns:
+        False, with `out` as it was, where only the C form could do it and is not in use.
+    """
+    kernel = c_kernel() if tensor.is_cpu else None
+    if kernel is None or not tensor.is_contiguous() or tensor.numel() > _BLOCK:
+        return False
+    _require_float(tensor)
+    kernel.rows(tensor, out, numbers, _hashed(terms, 0, distribution), distribution == "rademacher")
+    return True
+
+
+@torch.no_grad()
 def update_(
     tensor: Tensor, terms: Sequence[Term], rounding_key: int, distribution: Distribution = "normal", keep: float = 1.0
 ) -> None:

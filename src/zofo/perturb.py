@@ -8,13 +8,14 @@ out-of-memory error or Ctrl-C inside the block has nothing to undo.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from zofo import noise
@@ -184,7 +185,7 @@ class _Block:
     terms: dict[int, Term]
     distribution: Distribution
     seen: set[str] = field(default_factory=set)
-    ran: bool = False  # whether anything that could read was called
+    ran: bool = False  # whether anything that could read was called; known at the end
 
     @staticmethod
     def of(
@@ -206,30 +207,33 @@ class _Reader(TorchFunctionMode):
         self._scratch = scratch
         self._blocks: list[_Block] = []  # the outer one first
         self._targets: set[int] = set()
+        self._ran = False  # whether anything that could read was called
 
     @contextmanager
     def joined_by(self, block: _Block) -> Generator[None]:
         if any(other.distribution != block.distribution for other in self._blocks):
             raise ZofoError("nested perturbed blocks must share one distribution; use the outer one's in both")
-        before = self._targets
+        before, ran_before = self._targets, self._ran
         self._blocks.append(block)
         self._targets = before | block.terms.keys()
+        self._ran = False
         try:
             yield
         finally:
             self._blocks.remove(block)
             self._targets = before
+            block.ran = self._ran
+            self._ran = self._ran or ran_before
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for block in self._blocks:
-            block.ran = True
+        self._ran = True
         kwargs = kwargs or {}
-        if not (self._any_target(args) or (kwargs and self._any_target(tuple(kwargs.values())))):
+        if not (self._any_target(args) or (kwargs and self._any_target(kwargs.values()))) or func in _METADATA:
             return func(*args, **kwargs)
-        if func in _METADATA:
-            return func(*args, **kwargs)
+        if func is functional.embedding and (found := self._looked_up(*args, **kwargs)) is not None:
+            return found
         self._refuse(func, args, kwargs)
         # the largest first: a small one must not occupy the buffer that fits a large one
         found = {id(p): p for p in self._targets_in([args, kwargs])}
@@ -240,12 +244,14 @@ class _Reader(TorchFunctionMode):
                 self._scratch.give_back(buffer)
         return result
 
-    def _any_target(self, values: tuple[Any, ...] | list[Any]) -> bool:
+    def _any_target(self, values: Iterable[Any]) -> bool:
         targets = self._targets
-        return any(
-            id(v) in targets or (isinstance(v, list | tuple) and self._any_target(v))  # pyright: ignore[reportUnknownArgumentType]
-            for v in values
-        )
+        for value in values:  # a loop and not any(): this runs before every torch function
+            if id(value) in targets:
+                return True
+            if isinstance(value, (list, tuple)) and self._any_target(value):  # pyright: ignore[reportUnknownArgumentType]
+                return True
+        return False
 
     def _targets_in(self, value: Any) -> Iterator[Tensor]:
         if id(value) in self._targets:
@@ -257,14 +263,32 @@ class _Reader(TorchFunctionMode):
 
     def _perturbed_copy(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """(the buffer, its view as W + scale·z)."""
+        terms, distribution = self._read(parameter)
+        buffer = self._scratch.take(parameter)
+        copy = buffer[: parameter.numel()].view(parameter.shape)
+        noise.write_sum(parameter.detach(), terms, copy, 0, distribution)
+        return buffer, copy
+
+    def _read(self, parameter: Tensor) -> tuple[list[Term], Distribution]:
+        """What is added to a parameter that is about to be read."""
         blocks = [block for block in self._blocks if id(parameter) in block.terms]
         for block in blocks:
             block.seen.add(block.names[id(parameter)])
-        buffer = self._scratch.take(parameter)
-        copy = buffer[: parameter.numel()].view(parameter.shape)
-        terms = [block.terms[id(parameter)] for block in blocks]
-        noise.write_sum(parameter.detach(), terms, copy, 0, blocks[0].distribution)
-        return buffer, copy
+        return [block.terms[id(parameter)] for block in blocks], blocks[0].distribution
+
+    def _looked_up(self, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor | None:
+        """The rows of an embedding that are asked for, or None where the whole of it must be moved to tell."""
+        normed = options.get("max_norm") is not None or any(rest[1:2])
+        if id(weight) not in self._targets or normed or input.dtype not in (torch.int32, torch.int64):
+            return None
+        numbers = input.reshape(-1).long().contiguous()
+        if not len(numbers) or int(numbers.min()) < 0 or int(numbers.max()) >= len(weight):
+            return None  # torch says what is wrong with them
+        rows = weight.new_empty(len(numbers), weight.shape[1])
+        terms, distribution = self._read(weight)
+        if not noise.write_rows(weight.detach(), numbers, terms, rows, distribution):
+            return None
+        return rows.view(*input.shape, weight.shape[1])
 
     def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises for what cannot be answered with a copy: a write, or the address of the weights."""
