@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 import usual
 from clock import timed_run
 from timing import MODEL, batches, child, device, interleaved, machine, step_of, trainer, write
-from zofo import direction, noise, scoring
+from zofo import direction, noise, noise_torch
 from zofo.adapters import LOWER, UPPER
 from zofo.data import tokenize
+from zofo.evaluation import evaluate
 from zofo.levels import FirstOrderLevel
 from zofo.models import load_model, local_source
 from zofo.scoring import Scorer, Tokens
@@ -88,7 +89,7 @@ def noise_rows() -> list[Row]:
             {
                 "axpy": lambda w=weights, o=other: w.add_(o, alpha=1e-9),
                 "noise": lambda w=weights: noise.update_(w, [noise.Term(1, 1e-9)], 2),
-                "eager": lambda w=weights: noise._eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, None),
+                "eager": lambda w=weights: noise_torch.eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, None),
                 "torch.normal": lambda w=weights: w.add_(
                     torch.normal(0.0, 1.0, (ELEMENTS,), device=device()), alpha=1e-9
                 ),
@@ -355,8 +356,8 @@ def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ..
 
     def ours() -> None:
         counted.forward = 0
-        found["ours"] = scoring.evaluate(
-            Scorer(made.adapted, counted), examples, metric="accuracy", kind="options", tokenizer=tokenizer,
+        found["ours"] = evaluate(
+            Scorer(made.adapted, counted), examples, metrics=["accuracy"], kind="options", tokenizer=tokenizer,
             batch_size=16, place=lambda batch: made._prepare_inputs(batch),
         )  # fmt: skip
 

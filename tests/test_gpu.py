@@ -9,7 +9,7 @@ import torch
 from plain import make_trainer, same, weights
 from test_noise import DTYPES, FORMS, bits
 from tiny import FAMILIES, tiny_model
-from zofo import direction, noise, perturbed
+from zofo import direction, noise, noise_torch, perturbed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,9 +21,9 @@ pytestmark = [
 def kernel(request):
     """The two forms of the noise that a GPU can run."""
     if request.param == "eager":
-        return noise._eager
+        return noise_torch.eager
     assert all(noise.warm_up(dtype, "cuda") for dtype in DTYPES)
-    return noise._compiled
+    return noise_torch.compiled
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -32,7 +32,7 @@ def test_the_noise_has_the_bits_of_the_cpu(kernel, dtype, form):
     for size in (1, 17, 140_001):
         w = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
         expected, found, apart = w.clone(), w.cuda(), torch.empty_like(w, device="cuda")
-        noise._eager(expected, expected, 2**32 - 100, *form)
+        noise_torch.eager(expected, expected, 2**32 - 100, *form)
         kernel(found, apart, 2**32 - 100, *form)
         kernel(found, found, 2**32 - 100, *form)
         assert torch.equal(bits(found.cpu()), bits(expected))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zofo import kernels, noise
+from zofo import noise, noise_c, noise_torch
 from zofo.errors import ZofoError
 from zofo.noise import Term
 
@@ -193,7 +193,7 @@ def test_bits_do_not_depend_on_the_size_of_the_internal_chunks(monkeypatch):
     w, terms = torch.randn(1000), [Term(key, 0.1) for key in (1, 2, 3)]
     whole, cut = torch.empty(1000), torch.empty(1000)
     noise.write_sum(w, terms, whole, start=2**32 - 500)
-    monkeypatch.setattr(noise, "_EAGER_CHUNK", 7)
+    monkeypatch.setattr(noise_torch, "_CHUNK", 7)
     monkeypatch.setattr(noise, "c_kernel", lambda: None)
     noise.write_sum(w, terms, cut, start=2**32 - 500)
     assert torch.equal(whole, cut)
@@ -391,7 +391,7 @@ def both_ways(kernel, w, form):
 
 def assert_equal_to_eager(kernel, dtype, size, form):
     w = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    _, expected, _ = both_ways(noise._eager, w.clone(), form)
+    _, expected, _ = both_ways(noise_torch.eager, w.clone(), form)
     for _ in range(2):  # a kernel compiled for one of the two must not be taken for the other afterwards
         source, in_place, apart = both_ways(kernel, w.clone(), form)
         assert torch.equal(bits(in_place), bits(expected))
@@ -401,7 +401,7 @@ def assert_equal_to_eager(kernel, dtype, size, form):
 
 @pytest.fixture(scope="module")
 def c_kernel():
-    return kernels.c_kernel() or pytest.skip("no working C compiler: the eager form is in use")
+    return noise_c.c_kernel() or pytest.skip("no working C compiler: the eager form is in use")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -460,17 +460,17 @@ def test_rows_are_those_of_the_whole_matrix(c_kernel, dtype, distribution):
 @pytest.fixture
 def fresh_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ZOFO_CACHE", str(tmp_path / "cache"))
-    kernels.c_kernel.cache_clear()
+    noise_c.c_kernel.cache_clear()
     yield tmp_path / "cache"
-    kernels.c_kernel.cache_clear()
+    noise_c.c_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
 def test_without_a_c_compiler_the_eager_form_gives_the_same_bits(compiler, fresh_cache, monkeypatch):
     expected = noise.normal(5, 0, 1000)
-    kernels.c_kernel.cache_clear()
+    noise_c.c_kernel.cache_clear()
     monkeypatch.setenv("CC", compiler)
-    assert kernels.c_kernel() is None
+    assert noise_c.c_kernel() is None
     assert not noise.warm_up()
     assert torch.equal(noise.normal(5, 0, 1000), expected)
 
@@ -481,7 +481,7 @@ def test_a_compiler_without_openmp_will_do(c_kernel, fresh_cache, monkeypatch, t
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     assert noise.warm_up()
-    assert_equal_to_eager(kernels.c_kernel(), torch.float32, 140_001, FORMS[0])
+    assert_equal_to_eager(noise_c.c_kernel(), torch.float32, 140_001, FORMS[0])
     assert len(list(fresh_cache.glob("noise-*.so"))) == len(list(fresh_cache.iterdir())) == 1
 
 
@@ -489,11 +489,11 @@ def test_a_compiler_without_openmp_will_do(c_kernel, fresh_cache, monkeypatch, t
 def accelerator_kernel():
     """What an accelerator runs, compiled for this machine's CPU."""
     try:
-        if not noise._compile(torch.float32, torch.device("cpu")):
+        if not noise_torch.compile_for(torch.float32, torch.device("cpu")):
             pytest.skip("no working compiler")
-        yield noise._compiled
+        yield noise_torch.compiled
     finally:
-        noise._COMPILED.clear()
+        noise_torch.compiled_forms.clear()
 
 
 # inductor imports what torch itself deprecates

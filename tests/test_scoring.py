@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
-from zofo import metrics
+from zofo import evaluation
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
 from zofo.data import Example, collate, collate_shared, tokenize
 from zofo.errors import ZofoError
-from zofo.scoring import Scorer, Tokens, count, evaluate
+from zofo.evaluation import evaluate
+from zofo.scoring import Scorer, Tokens, count
 from zofo.tasks import Record
 
 pytestmark = [
@@ -73,7 +74,7 @@ def plain_scores(model, example, width=0):
 @torch.no_grad()
 def scores(made, rows):
     scorer = Scorer(made, Tokens())
-    return scorer.option_scores(collate(rows, "options", PAD, scorer.padding_side))
+    return scorer.option_totals(collate(rows, "options", PAD, scorer.padding_side)).means
 
 
 @pytest.mark.parametrize("options", [SINGLE, MULTI], ids=["one token", "more tokens"])
@@ -97,7 +98,7 @@ def test_prompts_read_once_score_options_as_one_forward_for_each_candidate(famil
     for start in range(0, len(rows), batch_size):
         group = rows[start : start + batch_size]
         scorer.tokens = Tokens()
-        found = scorer.shared_scores(collate_shared(group, PAD))
+        found = scorer.shared_totals(collate_shared(group, PAD)).means
         for row, example in zip(found, group, strict=True):
             expected = torch.tensor(plain_scores(made.model, example, width=found.shape[1]))
             torch.testing.assert_close(row, expected, **CLOSE)
@@ -120,7 +121,7 @@ def test_padding_on_the_other_side_would_be_seen(kind):
     made = adapted("gpt2", kind)
     rows = examples(SINGLE)
     with torch.no_grad():
-        wrong = Scorer(made, Tokens()).option_scores(collate(rows, "options", PAD, "left"))
+        wrong = Scorer(made, Tokens()).option_totals(collate(rows, "options", PAD, "left")).means
     expected = torch.tensor([plain_scores(made.model, row) for row in rows])
     assert (wrong - expected).abs().max() > 10 * CLOSE["atol"]
 
@@ -240,7 +241,9 @@ def test_losses_are_float32_whatever_the_weights_are():
 
 
 def evaluated(made, rows, metric, kind, batch_size=2):
-    return evaluate(Scorer(made, Tokens()), rows, metric=metric, kind=kind, tokenizer=TOKENIZER, batch_size=batch_size)
+    return evaluate(
+        Scorer(made, Tokens()), rows, metrics=[metric], kind=kind, tokenizer=TOKENIZER, batch_size=batch_size
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -263,12 +266,13 @@ def test_evaluation_equals_a_count_by_hand_in_any_batch_size(options, batch_size
 def test_evaluation_keeps_each_prediction_with_its_row(monkeypatch):
     """Rows are sorted by length for the forwards; the metric must see them in their own order again."""
     seen = {}
-    monkeypatch.setattr(metrics, "score", lambda metric, said, answers: seen.update(said=said, answers=answers) or 0.0)
+    monkeypatch.setattr(evaluation, "score", lambda _, said, right, **rest: seen.update(said=said, right=right) or 0.0)
     made = adapted()
     rows = [row for gold in range(3) for row in examples(SINGLE, gold=gold)]
     evaluated(made, rows, "macro_f1", "options")
     best = [SINGLE[max(range(3), key=plain_scores(made.model, row).__getitem__)] for row in rows]
-    assert seen == {"said": best, "answers": [row.texts[row.gold] for row in rows]}
+    assert seen["said"] == best
+    assert [right[0] for right in seen["right"]] == [row.texts[row.gold] for row in rows]
 
 
 def test_with_an_lm_loss_options_are_still_chosen_by_their_scores():
@@ -291,18 +295,19 @@ def test_evaluation_is_in_eval_mode_and_without_gradients():
 
 @torch.no_grad()
 def plain_greedy_text(model, prompt):
-    """Greedy decoding with one whole forward for each token, up to 32 tokens or the end token."""
+    """Greedy decoding with one whole forward for each token, up to 50 tokens, the end token or a line break."""
     said = []
-    while len(said) < 32 and (not said or said[-1] != TOKENIZER.eos_token_id):
+    ends = [i for i in range(len(TOKENIZER)) if i == TOKENIZER.eos_token_id or "\n" in TOKENIZER.decode([i])]
+    while len(said) < 50 and not (said and said[-1] in ends):
         ids = torch.tensor([[*prompt, *said]])
         said.append(int(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].argmax()))
-    return TOKENIZER.decode(said, skip_special_tokens=True).strip().split("\n")[0]
+    return TOKENIZER.decode(said, skip_special_tokens=True).split("\n")[0].strip()
 
 
 def generated(made, rows, monkeypatch):
     """What evaluation takes for the model's answers."""
     seen = []
-    monkeypatch.setattr(metrics, "score", lambda metric, said, answers: seen.extend(said) or 0.0)
+    monkeypatch.setattr(evaluation, "score", lambda metric, said, right, **_: seen.extend(said) or 0.0)
     evaluated(made, rows, "exact_match", "lm", batch_size=4)
     return seen
 
@@ -329,8 +334,8 @@ def test_generation_is_that_of_generate():
     made = adapted()
     (row,) = tokenize([Record(PROMPTS[0], " great", ())], TOKENIZER, 90)[0]
     ids = torch.tensor([row.prompt])
-    output = made.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
-    text = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip().split("\n")[0]
+    output = made.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False)
+    text = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True).split("\n")[0].strip()
     right = Example(row.prompt, row.answers, 0, (text,))
     assert evaluated(made, [right], "exact_match", "lm")["exact_match"] == 1.0
     assert evaluated(made, [row], "exact_match", "lm")["exact_match"] == 0.0
@@ -338,7 +343,7 @@ def test_generation_is_that_of_generate():
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_generation_ends_where_the_models_positions_end(family):
-    """A prompt and its answer may fill all positions; 32 new tokens would then be more than fit."""
+    """A prompt and its answer may fill all positions; 50 new tokens would then be more than fit."""
     made = adapted(family)
     rows = tokenize([Record("the film was " * 60, " great", ())], TOKENIZER, made.positions)[0]
     assert rows[0].length == made.positions == 128

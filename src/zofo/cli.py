@@ -122,6 +122,18 @@ def _add_eval(verbs: Any) -> None:
     group.add_argument("--max_length", type=_positive, help="tokens of prompt and answer (otherwise 512)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(otherwise float32)")
     group.add_argument("--loss", choices=["options", "lm"], help="which loss to report (otherwise options)")
+    group.add_argument("--source", help="the task's rows: a folder of train.* and validation.*, or a file")
+    group = parser.add_argument_group("how a row is put to the model, and how options are compared")
+    group.add_argument("--template", help="number of one of the task's templates (otherwise 0), or all")
+    group.add_argument("--shots", type=_positive, help="training rows in front of each row, as many as fit")
+    group.add_argument(
+        "--scoring",
+        choices=["mean", "sum", "pmi", "channel"],
+        help="log-probability of an option per token (mean, otherwise), in all (sum), less that behind an empty "
+        "prompt (pmi, calibrated), or of the prompt behind the option (channel)",
+    )
+    group.add_argument("--chat_template", action="store_true", default=None, help="use the model's chat format")
+    group.add_argument("--system_prompt", help="of the chat")
     parser.set_defaults(run=_eval)
 
 
@@ -143,9 +155,12 @@ def _add_tasks(verbs: Any) -> None:
     parser = verbs.add_parser(
         "tasks",
         help="what can be trained on out of the box",
-        description="Lists the tasks in the box. A task of your own is a YAML file; see docs/tasks.md.",
-        epilog="Example: zofo tasks; then zofo train --model ... --task tweets",
+        description="Lists the tasks in the box, or shows one row of a task in the words of each of its templates. A "
+        "task of your own is a YAML file; see docs/tasks.md.",
+        epilog="Example: zofo tasks; zofo tasks tweets; then zofo train --model ... --task tweets",
     )
+    parser.add_argument("name", nargs="?", help="of a task, or a task file")
+    parser.add_argument("--source", help="the task's rows: a folder of train.* and validation.*, or a file")
     parser.set_defaults(run=_tasks)
 
 
@@ -195,12 +210,12 @@ def _estimate(arguments: list[str]) -> int:
 def _eval(options: argparse.Namespace) -> int:
     _require_new(options.output)
     _settle()
-    from zofo import commands
+    from zofo import commands, evaluator
 
     commands.quiet_libraries()
-    settings = commands.eval_settings(options.model, options.task, vars(options))
-    scores = commands.evaluate_model(
-        options.model, options.adapter, options.task, options.split, options.batch_size, settings
+    settings = evaluator.eval_settings(options.model, options.task, vars(options))
+    scores = evaluator.evaluate_model(
+        options.model, options.adapter, options.task, options.split, options.batch_size, settings, _note
     )
     said = {
         "model": options.model,
@@ -227,11 +242,11 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _tasks(options: argparse.Namespace) -> int:
-    from zofo.tasks import load_task, task_names
+    _settle()
+    from zofo import commands, gallery
 
-    for name in task_names():
-        task = load_task(name)
-        print(f"{name:16} {task.metric:9} {task.description}")
+    commands.quiet_libraries()
+    print(gallery.page(options.name, options.source) if options.name else gallery.listing())
     return 0
 
 
@@ -265,6 +280,11 @@ def _positive(text: str) -> int:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _note(line: str) -> None:
+    """Says something beside a result that is read by programs."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from zofo.adapters import UPPER, AdaptedModel, merged
 from zofo.card import model_card
 from zofo.checkpoint import last_sealed, read_seal, require_same, writing
 from zofo.config import ZOFOConfig
-from zofo.data import LossKind, tokenize
 from zofo.errors import ZofoError
-from zofo.metrics import OPTION_METRICS
 from zofo.models import DType, load_model, load_weights
+from zofo.own_data import TASK_FILE, introduction, make_table_task, task_text
 from zofo.plots import plot_curves
-from zofo.scoring import Scorer, Tokens, evaluate
 from zofo.splits import Splits, split_records
 from zofo.tasks import Task, load_task
 from zofo.trainer import ZOFOTrainer
@@ -31,6 +28,7 @@ Say = Callable[[str], None]
 
 _RUN_FILES = (
     "config.yaml",
+    TASK_FILE,
     "results.json",
     "README.md",
     "curves.png",
@@ -47,15 +45,14 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     Raises:
         ZofoError: if anything that was given cannot work; nothing has been overwritten then.
     """
-    for key in ("model", "task"):
-        if not vars(config)[key]:
-            raise ZofoError(f"{key} is not given: add {key}: ... to the config, or --{key} ... to the command")
-    assert config.model is not None
-    assert config.task is not None
+    if not config.model:
+        raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
     run = Path(str(config.output_dir))
     resume = _resume_point(config, run)
-    task = load_task(config.task)
+    task, spec = _task(config)
     splits = _split(task, config, say)
+    for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
+        say(line)
     model, tokenizer = load_model(config.model, config.dtype)
     trainer = ZOFOTrainer(
         model,
@@ -64,12 +61,14 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
         upper_dataset=splits.upper,
         eval_dataset=splits.dev,
         processing_class=tokenizer,
-        metric=task.metric,
+        metrics=task.metrics,
     )
     test = trainer.examples(splits.test)
     if trainer.truncated:
         say(f"{trainer.truncated} rows are longer than {config.max_length} tokens: their prompts lost their beginning")
     _prepare_folder(run, config, resume)
+    if spec:
+        (run / TASK_FILE).write_text(task_text(spec), encoding="utf-8")
     zero_shot = trainer.score_backbone(test)
     say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
     if config.method != "none":
@@ -95,64 +94,6 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     for adapter, scores in metrics.items():
         say(f"{adapter} on test: {_words(scores)}")
     return results
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """Which rows `zofo eval` reads, and how; the defaults are those of a training run."""
-
-    test_size: int | None = None
-    dev_size: int | None = None
-    data_seed: int = 42
-    max_length: int = 512
-    loss: LossKind = "options"
-    dtype: DType = "float32"
-
-
-def eval_settings(model: str, tasks: list[str], given: dict[str, Any]) -> EvalSettings:
-    """The settings of the run that `model` is the backbone of, if it is one, and over them what is given.
-
-    So that the rows called test are those that the run held out, and never some that it trained on.
-    """
-    config = Path(model).parent / "config.yaml"
-    stored: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if stored and Path(str(stored.get("task"))).stem not in [Path(task).stem for task in tasks]:
-        stored = {key: stored.get(key) for key in ("loss", "dtype", "max_length")}  # its sizes are of another task
-    elif stored and stored.get("data_seed") is None:
-        stored["data_seed"] = stored.get("seed", EvalSettings.data_seed)
-    chosen = {name: value for name, value in [*stored.items(), *given.items()] if value is not None}
-    names = [field.name for field in fields(EvalSettings)]
-    return EvalSettings(**{name: value for name, value in chosen.items() if name in names})
-
-
-def evaluate_model(
-    model: str, adapter: str | None, tasks: list[str], split: str, batch_size: int, settings: EvalSettings
-) -> dict[str, Any]:
-    """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task."""
-    found = [load_task(task) for task in tasks]
-    loaded, tokenizer = load_model(model, settings.dtype)
-    base = AdaptedModel(loaded, stored=adapter)
-    scores: dict[str, Any] = {}
-    for task in found:
-        splits = split_records(
-            task.records(),
-            train_size=None,
-            dev_size=settings.dev_size,
-            test_size=settings.test_size,
-            lower_fraction=0.5,
-            seed=settings.data_seed,
-        )
-        rows = {"test": splits.test, "dev": splits.dev, "train": splits.train}[split]
-        examples, _ = tokenize(rows, tokenizer, min(settings.max_length, base.positions))
-        scores[task.name] = evaluate(
-            Scorer(base, Tokens()),
-            examples,
-            metric=task.metric,
-            kind=settings.loss if task.metric in OPTION_METRICS else "lm",
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-        )
-    return scores
 
 
 def merge(run: Path, adapter: str, output: Path, dtype: DType, say: Say) -> None:
@@ -191,6 +132,20 @@ def backbone_change(adapted: AdaptedModel, model: str, dtype: DType) -> float:
     return (moved / norm) ** 0.5
 
 
+def _task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
+    """The task of a run; with the content of its file, if it was made from a table."""
+    if config.data:
+        if config.task:
+            raise ZofoError(f"both task ({config.task}) and data ({config.data}) are given: leave one out")
+        return make_table_task(config.data, config.text, config.label)
+    if not config.task:
+        raise ZofoError(
+            "task is not given: add task: ... to the config, or --task ... to the command; or give a table of "
+            "your own with --data, --text and --label"
+        )
+    return load_task(config.task, config.source), None
+
+
 def _split(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     splits = split_records(
         task.records(),
@@ -202,6 +157,7 @@ def _split(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     )
     for note in splits.notes:
         say(note)
+    splits = splits.reworded(lambda rows: task.reworded(rows, config.template))
     levels = {"lower": splits.lower, "upper": splits.upper} if config.method == "bilevel" else {"train": splits.train}
     parts = {**levels, "dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in parts.items()) + " rows")

@@ -34,7 +34,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "learning_rate", "upper_learning_rate", "penalty", "lower_steps", "zo_weight_decay", "weight_decay", "seed",
-    "data_seed", "max_grad_norm",
+    "data_seed", "max_grad_norm", "template",
 )  # fmt: skip
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
 AUTO = "auto"
@@ -63,6 +63,15 @@ class ZOFOConfig(TrainingArguments):
 
     model: str | None = _key(None, "backbone: Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
     task: str | None = _key(None, "task: a name from `zofo tasks`, or the path of a task file")
+    source: str | None = _key(None, "rows of the task from here: a folder of train.* and validation.*, or a file")
+    template: int = _key(0, "which of the task's templates, from 0; zofo tasks NAME shows them")
+    data: str | None = _key(
+        None, "a data file in place of a task: options and prompt are made from `text` and `label`"
+    )
+    text: str | None = _key(None, "with data: the column of the text")
+    label: str | None = _key(None, "with data: the column of the label")
+    chat_template: bool = _key(False, "put prompts into the model's chat format")
+    system_prompt: str | None = _key(None, "with chat_template: what the system says")
     method: MethodName = _key("bilevel", "update rule: bilevel, zo (MeZO), fo (PEFT or full), two_stage, none")
     adapter: str = _key("lora", "adapter: lora, prefix, prompt, none, or the path of a PEFT config JSON")
     learning_rate: float = _key(1e-3, "of the lower adapter s, and of the only adapter of fo")
@@ -189,11 +198,12 @@ class ZOFOConfig(TrainingArguments):
 
 
 def _anywhere(key: str, value: Any) -> Any:
-    """A path in `model`, `task` or `adapter` as an absolute one, so that a run can be repeated from any folder."""
-    if key not in ("model", "task", "adapter") or not isinstance(value, str):
+    """A path among the values as an absolute one, so that a run can be repeated from any folder."""
+    if key not in ("model", "task", "adapter", "source", "data") or not isinstance(value, str):
         return value
     path = Path(value).expanduser()
     is_path = path.suffix in (".yaml", ".yml", ".json", ".gguf") or (key == "model" and path.is_dir())
+    is_path = is_path or key in ("source", "data")
     return str(path.resolve()) if is_path and path.exists() else value
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
@@ -12,7 +14,9 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
-from zofo.tasks import Record
+from zofo.records import Record
+
+logger = logging.getLogger(__name__)
 
 LossKind = Literal["options", "lm"]
 IGNORED = -100
@@ -28,17 +32,33 @@ class Example:
         answers: ids of each candidate, or of the one answer.
         gold: which of them is right.
         texts: the candidates, or the one answer, as text.
+        given: of each candidate, how many of its first tokens are only read and not scored (partial evaluation).
+        references: all right answers as text, the one of `gold` among them.
+        group: of the record.
     """
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     gold: int
     texts: tuple[str, ...]
+    given: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+    group: str = ""
 
     @property
     def length(self) -> int:
         """Tokens of the longest prompt with answer."""
         return len(self.prompt) + max(map(len, self.answers))
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """All right answers."""
+        return self.references or (self.texts[self.gold],)
+
+    def row(self, answer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(what is only read, what is scored) of one candidate."""
+        given = self.given[answer] if self.given else 0
+        return self.prompt + self.answers[answer][:given], self.answers[answer][given:]
 
 
 class Batch(TypedDict):
@@ -63,7 +83,8 @@ def tokenize(
     """Tokenises prompt and answer together, and cuts by character offsets.
 
     A token that reaches across the boundary belongs to the answer, so no boundary is guessed. Too long prompts
-    lose their beginning; special tokens in front stay, and so does the whole answer.
+    lose their beginning; special tokens in front stay, and so does the whole answer. An empty prompt becomes the token
+    that starts a text, or ends one where the tokenizer knows no other.
 
     Args:
         records: the texts.
@@ -78,44 +99,100 @@ def tokenize(
     """
     texts = [(r, answer) for r in records for answer in (r.options or (r.completion,))]
     encoded: Any = tokenizer(
-        [r.prompt + answer for r, answer in texts], return_offsets_mapping=True, return_special_tokens_mask=True
+        [r.prompt + answer + r.suffix for r, answer in texts],
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
     )
-    end: Any = tokenizer.eos_token_id  # a generated answer must learn to stop; an option is only compared
     pieces = iter(
-        _cut(ids, offsets, special, len(record.prompt), [] if record.options else [end])
-        for (record, _), ids, offsets, special in zip(
+        _cut(record, answer, ids, offsets, special, tokenizer)
+        for (record, answer), ids, offsets, special in zip(
             texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
         )
     )
     examples = [_join(record, [next(pieces) for _ in record.options or (record.completion,)]) for record in records]
+    _warn_of_beginnings(examples)
     short = [_truncate(example, max_length, tokenizer) for example in examples]
     return short, sum(a.prompt != b.prompt for a, b in zip(examples, short, strict=True))
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """The tokens of one prompt with one answer; `given` of the answer's are not scored."""
+
+    prompt: list[int]
+    answer: list[int]
+    given: int
+
+
 def _cut(
-    ids: list[int], offsets: list[tuple[int, int]], special: list[int], boundary: int, ending: list[int]
-) -> tuple[list[int], list[int]]:
+    record: Record,
+    answer: str,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    special: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> _Piece:
     while special[-1]:  # what a tokenizer puts at the end of a text does not belong between prompt and answer
         ids, offsets, special = ids[:-1], offsets[:-1], special[:-1]
-    start = next(i for i, (_, end) in enumerate(offsets) if end > boundary)
-    return ids[:start], ids[start:] + ending
+
+    def first_behind(boundary: int) -> int:
+        return next(i for i, (_, end) in enumerate(offsets) if end > boundary)
+
+    start = first_behind(len(record.prompt))
+    given = first_behind(len(record.prompt + answer)) - start if record.partial else 0
+    end: Any = tokenizer.eos_token_id  # a generated answer must learn to stop; an option is only compared
+    prompt = ids[:start] or ([] if record.prompt else [_first_token(tokenizer)])
+    return _Piece(prompt, ids[start:] + ([] if record.options else [end]), given)
 
 
-def _join(record: Record, pieces: list[tuple[list[int], list[int]]]) -> Example:
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What a text starts with; models of the GPT-2 family separate texts by the token that ends them."""
+    token: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return token
+
+
+def _join(record: Record, pieces: list[_Piece]) -> Example:
     """One prompt for all options: what their tokenisations have in common before the first answer."""
-    shared = min(len(prompt) for prompt, _ in pieces)
-    while any(prompt[:shared] != pieces[0][0][:shared] for prompt, _ in pieces):
+    shared = min(len(piece.prompt) for piece in pieces)
+    while any(piece.prompt[:shared] != pieces[0].prompt[:shared] for piece in pieces):
         shared -= 1
     if shared == 0:
         raise ZofoError(
             f"the prompt {record.prompt!r} melts into the first token of an answer: end it with a line break, or "
             "start the answers with a space"
         )
-    answers = tuple(tuple((prompt + answer)[shared:]) for prompt, answer in pieces)
+    answers = tuple(tuple((piece.prompt + piece.answer)[shared:]) for piece in pieces)
     if len(set(answers)) < len(answers):
         raise ZofoError(f"two of the options {list(record.options)} become the same tokens: choose other words")
     texts = record.options or (record.completion,)
-    return Example(tuple(pieces[0][0][:shared]), answers, texts.index(record.completion), texts)
+    return Example(
+        prompt=tuple(pieces[0].prompt[:shared]),
+        answers=answers,
+        gold=texts.index(record.completion),
+        texts=texts,
+        given=tuple(len(piece.prompt) - shared + piece.given for piece in pieces) if record.partial else (),
+        references=record.references,
+        group=record.group,
+    )
+
+
+def _warn_of_beginnings(examples: Sequence[Example]) -> None:
+    """Says where an option is the beginning of another, which is then scored twice."""
+    found = [
+        (number, one, other)
+        for number, example in enumerate(examples, start=1)
+        for one, short in enumerate(example.answers)
+        for other, long in enumerate(example.answers)
+        if len(short) < len(long) and long[: len(short)] == short
+    ]
+    if found:
+        number, one, other = found[0]
+        texts = examples[number - 1].texts
+        logger.warning(
+            "%d of %d rows have an option that is the beginning of another (row %d: %r and %r): their scores "
+            "differ by the rest alone; a text behind both, such as a full stop, tells them apart",
+            len({number for number, *_ in found}), len(examples), number, texts[one], texts[other],
+        )  # fmt: skip
 
 
 def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -130,8 +207,7 @@ def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerB
             f"an answer of {example.length - len(example.prompt)} tokens leaves no room for a prompt in max_length "
             f"{max_length}: raise max_length, or shorten the answers"
         )
-    prompt = example.prompt[:head] + example.prompt[head + excess :]
-    return Example(prompt, example.answers, example.gold, example.texts)
+    return dataclasses.replace(example, prompt=example.prompt[:head] + example.prompt[head + excess :])
 
 
 def collate(examples: Sequence[Example], kind: LossKind, pad_id: int, padding_side: str = "left") -> Batch:
@@ -147,17 +223,22 @@ def collate(examples: Sequence[Example], kind: LossKind, pad_id: int, padding_si
         ZofoError: if `kind` is "options" and an example has none.
     """
     if kind == "lm":
-        return pad([(e.prompt, e.answers[e.gold]) for e in examples], pad_id, padding_side)
+        return pad([e.row(e.gold) for e in examples], pad_id, padding_side)
     if any(len(e.answers) < 2 for e in examples):
         raise ZofoError("loss is 'options', but a row has fewer than two: set loss to lm, or give options")
     gold = torch.tensor([e.gold for e in examples])
-    if all(len(answer) == 1 for e in examples for answer in e.answers):
+    if not has_several_tokens(examples):
         batch = pad([(e.prompt, e.answers[e.gold]) for e in examples], pad_id, padding_side)
         return {**batch, "candidates": _ragged([[a[0] for a in e.answers] for e in examples]), "gold": gold}
-    texts = [(e.prompt, answer) for e in examples for answer in e.answers]
+    texts = [e.row(j) for e in examples for j in range(len(e.answers))]
     numbers = iter(range(len(texts)))
     rows = _ragged([[next(numbers) for _ in e.answers] for e in examples])
     return {**pad(texts, pad_id, padding_side), "rows": rows, "gold": gold}
+
+
+def has_several_tokens(examples: Sequence[Example]) -> bool:
+    """Whether an option of the examples has more than one token."""
+    return any(len(answer) > 1 for e in examples for answer in e.answers)
 
 
 def pad(texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int, side: str) -> Batch:
@@ -198,23 +279,29 @@ class SharedPrompts(TypedDict):
     """Prompts once, answers apart: R answers of at most A tokens, of B prompts of at most S."""
 
     prompts: Batch  # (B, S), each with the first token of its right answer as target
-    answers: Batch  # (R, A - 1), padded on the right: what follows a first token; targets are the tokens after it
+    answers: Batch  # (R, A - 1), padded on the right, the shortest first; targets are the tokens that are scored
     owner: Tensor  # (R,) the prompt of each answer
     first: Tensor  # (R,) the first token of each answer
+    scored: Tensor  # (R,) whether that one is scored: it is not where it is given
     rows: Tensor  # (B, J) the answers of each prompt, as in `Batch`
 
 
 def collate_shared(examples: Sequence[Example], pad_id: int) -> SharedPrompts:
     """Examples for scoring that reads every prompt once, however many options it has."""
-    owner = [i for i, example in enumerate(examples) for _ in example.answers]
-    answers = [answer for example in examples for answer in example.answers]
-    numbers = iter(range(len(answers)))
+    answers = [(i, j) for i, example in enumerate(examples) for j in range(len(example.answers))]
+    answers.sort(key=lambda pair: len(examples[pair[0]].answers[pair[1]]))
+    number = {pair: r for r, pair in enumerate(answers)}
+    tokens = [examples[i].answers[j] for i, j in answers]
+    given = [examples[i].given[j] if examples[i].given else 0 for i, j in answers]
     return {
         "prompts": pad([(e.prompt, e.answers[e.gold][:1]) for e in examples], pad_id, "left"),
-        "answers": pad([(answer[:1], answer[1:]) for answer in answers], pad_id, "right"),
-        "owner": torch.tensor(owner),
-        "first": torch.tensor([answer[0] for answer in answers]),
-        "rows": _ragged([[next(numbers) for _ in e.answers] for e in examples]),
+        "answers": pad(
+            [(a[: max(g, 1)], a[max(g, 1) :]) for a, g in zip(tokens, given, strict=True)], pad_id, "right"
+        ),
+        "owner": torch.tensor([i for i, _ in answers]),
+        "first": torch.tensor([answer[0] for answer in tokens]),
+        "scored": torch.tensor([g == 0 for g in given]),
+        "rows": _ragged([[number[i, j] for j in range(len(e.answers))] for i, e in enumerate(examples)]),
     }
 
 

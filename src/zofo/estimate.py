@@ -162,15 +162,16 @@ def _examples(config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, base: PreT
     room = min(config.max_length, AdaptedModel(base).positions)
     if config.task is None:
         return [Example((0,) * (room - 1), ((0,), (1,)), 0, ("a", "b"))]
+    task = load_task(config.task, config.source)
     splits = split_records(
-        load_task(config.task).records(),
+        task.records(),
         train_size=config.train_size,
         dev_size=config.dev_size,
         test_size=config.test_size,
         lower_fraction=config.lower_fraction,
         seed=config.seed if config.data_seed is None else config.data_seed,
     )
-    return tokenize(splits.train[:_SAMPLE], tokenizer, room)[0]
+    return tokenize(task.reworded(splits.train[:_SAMPLE], config.template), tokenizer, room)[0]
 
 
 class _Batches:

@@ -12,32 +12,26 @@ compilation, and the global random state of torch is never touched.
 The high half of the 64-bit index `i` goes into `k0` and `k1`, so the stream does not repeat after 2**32
 elements. The multiplier of `n` is rounded to 15 significant bits and
 `n` has 9, so their product is exact in float32 and `w + scale * z` is rounded once, with or without
-fused multiply-add. The mixer's constants are those of C. Wellons, "Prospecting for Hash Functions"
-(2018), `lowbias32`.
+fused multiply-add. `noise_torch.py` has the arithmetic, `noise.c` the same in C.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zofo.errors import ZofoError
-from zofo.kernels import Hashed, Kernel, c_kernel
+from zofo.noise_c import Hashed, Kernel, c_kernel
+from zofo.noise_torch import compile_for, compiled, compiled_forms, eager
 
 Distribution = Literal["normal", "rademacher"]
 
-logger = logging.getLogger(__name__)
-
-_EAGER_CHUNK = 1 << 17  # elements: the temporaries of the eager form stay in a core's cache
 _BLOCK = 1 << 32  # elements that share one pair of 32-bit keys
-_BYTES = 0x00FF00FF
 _VARIANCE = 21845  # of the sum of four independent bytes: 4 (256**2 - 1) / 12
 
 
@@ -195,16 +189,16 @@ def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cp
         Whether the fast form is in use.
     """
     probe = torch.zeros(1031, dtype=dtype, device=device)
-    if probe.device.type != "cpu" and not _COMPILED and not _compile(dtype, probe.device):
+    if probe.device.type != "cpu" and not compiled_forms and not compile_for(dtype, probe.device):
         return False
     moved = torch.empty_like(probe)
     write_sum(probe, [Term(1, 1e-3)], moved)
     add_(probe, 1, 1e-3)
     expected = torch.zeros_like(probe)
-    _eager(expected, expected, 0, _hashed([Term(1, 1e-3)], 0, "normal"), False, 1.0, None)
+    eager(expected, expected, 0, _hashed([Term(1, 1e-3)], 0, "normal"), False, 1.0, None)
     assert torch.equal(probe, moved), "in place and apart, the noise has different bits"
     assert torch.equal(probe, expected), "the fast form of the noise differs from the eager form"
-    return _kernel(probe) is not _eager
+    return _kernel(probe) is not eager
 
 
 def _materialise(seed: int, start: int, count: int, distribution: Distribution) -> Tensor:
@@ -262,147 +256,13 @@ def _hashed(terms: Sequence[Term], block: int, distribution: Distribution) -> li
 
 def _kernel(read: Tensor) -> Kernel:
     if read.device.type == "cpu":
-        return c_kernel() or _eager
-    return _compiled if _COMPILED else _eager
-
-
-def _eager(
-    read: Tensor,
-    write: Tensor,
-    start: int,
-    terms: Sequence[Hashed],
-    rademacher: bool,
-    keep: float,
-    rounding: Hashed | None,
-) -> None:
-    """The form that defines the bits: torch operations, one after the other."""
-    scalars = _scalars(terms, rounding, read.device)
-    for low in range(0, read.numel(), _EAGER_CHUNK):
-        high, offset = low + _EAGER_CHUNK, _signed(start + low)
-        _sum(read[low:high], write[low:high], torch.tensor(offset, dtype=torch.int32), *scalars, rademacher, keep)
-
-
-def _compiled(
-    read: Tensor,
-    write: Tensor,
-    start: int,
-    terms: Sequence[Hashed],
-    rademacher: bool,
-    keep: float,
-    rounding: Hashed | None,
-) -> None:
-    """The same, compiled for an accelerator."""
-    if keep != 1.0 or read.numel() < 2:  # a compiler may fuse keep * W + n * factor, which rounds once and not twice
-        return _eager(read, write, start, terms, rademacher, keep, rounding)
-    scalars = (torch.tensor(_signed(start), dtype=torch.int32), *_scalars(terms, rounding, read.device), rademacher)
-    if read.data_ptr() == write.data_ptr():
-        _COMPILED["in_place"](_unrelated(write), *scalars)
-    else:
-        _COMPILED["apart"](_unrelated(read), _unrelated(write), *scalars)
-
-
-def _compile(dtype: torch.dtype, device: torch.device) -> bool:
-    """Compiles the kernels, or loads them from torch's disk cache; says whether that worked."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler about itself
-            _COMPILED["in_place"] = torch.compile(_sum_in_place, dynamic=True, fullgraph=True)
-            _COMPILED["apart"] = torch.compile(_sum, dynamic=True, fullgraph=True)
-            probe, terms = torch.zeros(1031, dtype=dtype, device=device), [(1, 2, 1e-3)]
-            for rounding in (None, (1, 2, 0.0)):
-                _compiled(probe, probe, 0, terms, False, 1.0, rounding)
-            _compiled(probe, torch.empty_like(probe), 0, terms, False, 1.0, None)
-    except Exception as error:  # no compiler, or one that fails: torch raises several unrelated types here
-        _COMPILED.clear()
-        logger.info("the noise could not be compiled: %s", error)
-    return bool(_COMPILED)
-
-
-def _unrelated(piece: Tensor) -> Tensor:
-    """The same memory as a tensor that is nobody's view: for views, the compiler specialises on their bases."""
-    return piece.new_empty(0).set_(piece.untyped_storage(), piece.storage_offset(), piece.shape, (1,))
-
-
-def _sum(
-    read: Tensor,
-    write: Tensor,
-    start: Tensor,
-    k0: Tensor,
-    k1: Tensor,
-    factors: Tensor,
-    rounding: Tensor | None,
-    rademacher: bool,
-    keep: float = 1.0,
-) -> None:
-    """The arithmetic of all forms; `k0`, `k1` and `factors` have one element for each term."""
-    index = torch.arange(read.numel(), dtype=torch.int32, device=read.device) + start
-    total = read.float() * keep
-    for j in range(len(factors)):
-        h = _mix(_mix(index ^ k0[j]) + k1[j])
-        total = total + (_sign(h) if rademacher else _bell(h)).float() * factors[j]
-    if rounding is not None and write.dtype != torch.float32:
-        total = _round_stochastically(total, _mix(_mix(index ^ rounding[0]) + rounding[1]), write.dtype)
-    write.copy_(total)
-
-
-def _sum_in_place(tensor: Tensor, *scalars: Any) -> None:
-    _sum(tensor, tensor, *scalars)
-
-
-# Two functions and not one: compiled for two views of one memory, a graph may be used again for views of two memories,
-# and then writes to the wrong one (seen with torch 2.13).
-_COMPILED: dict[Literal["in_place", "apart"], Callable[..., None]] = {}
-
-
-def _bell(h: Tensor) -> Tensor:
-    pairs = (h & _BYTES) + ((h >> 8) & _BYTES)
-    return ((pairs + (pairs >> 16)) & 0x7FF) - 510
-
-
-def _sign(h: Tensor) -> Tensor:
-    return ((h >> 31) & 1) * 2 - 1
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _signed(0x7FEB352D)
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _signed(0x846CA68B)
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _round_stochastically(total: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds float32 to a 16-bit dtype; adds random bits below the last kept one, then cuts them off."""
-    dropped = 16 if dtype == torch.bfloat16 else 13
-    # float16 has fewer exponent bits: shifted so, its subnormal numbers are float32's subnormal numbers
-    shift = 1.0 if dtype == torch.bfloat16 else 2.0**-112
-    mask = (1 << dropped) - 1
-    bits = (total * shift).view(torch.int32) + (random & mask)
-    return ((bits & ~mask).view(torch.float32) / shift).to(dtype)
+        return c_kernel() or eager
+    return compiled if compiled_forms else eager
 
 
 def _halves(key: int, block: int) -> tuple[int, int]:
     key = stream_key(key % (1 << 64), name=f"block {block}")
     return key & (_BLOCK - 1), key >> 32
-
-
-def _scalars(
-    terms: Sequence[Hashed], rounding: Hashed | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """k0, k1 and the factors of the terms, and k0 and k1 of the rounding."""
-    k0 = _integers([k0 for k0, _, _ in terms], device)
-    k1 = _integers([k1 for _, k1, _ in terms], device)
-    factors = torch.tensor([factor for _, _, factor in terms], dtype=torch.float32, device=device)
-    return k0, k1, factors, None if rounding is None else _integers(rounding[:2], device)
-
-
-def _integers(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([_signed(value) for value in values], dtype=torch.int32, device=device)
-
-
-def _signed(value: int) -> int:
-    value &= _BLOCK - 1
-    return value - _BLOCK if value >> 31 else value
 
 
 def _unit(distribution: Distribution) -> float:

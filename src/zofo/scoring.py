@@ -1,36 +1,52 @@
-"""Losses and scores of batches, and the evaluation of a set of examples."""
+"""Losses and scores of batches."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
-from zofo import metrics
 from zofo.adapters import AdaptedModel
 from zofo.data import (
     IGNORED,
     NO_CANDIDATE,
     Batch,
-    Example,
-    LossKind,
     SharedPrompts,
-    collate,
-    collate_shared,
-    pad,
     stack,
 )
-from zofo.errors import ZofoError
 
-_NEW_TOKENS = 32
 _ROWS_PER_PROMPT = 4  # of options behind shared prompts, in one forward
+
+
+@dataclass(frozen=True)
+class OptionTotals:
+    """What every option amounts to, of B examples with at most J options.
+
+    Args:
+        sums: (B, J) log-probability of its scored tokens; -inf where there is no option.
+        counts: (B, J) how many they are.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """(B, J) mean log-probability per token; -inf where there is no option."""
+        return self.sums / self.counts
+
+    @staticmethod
+    def of_rows(sums: Tensor, counts: Tensor, rows: Tensor) -> OptionTotals:
+        """From those of each row, and the row of each option (-1: none)."""
+        numbers, missing = rows.clamp(min=0), rows == NO_CANDIDATE
+        return OptionTotals(sums[numbers].masked_fill(missing, -torch.inf), counts[numbers])
 
 
 @dataclass
@@ -90,29 +106,30 @@ class Scorer:
         parts = zip(batches, logits.split(rows), targets.split(rows), strict=True)
         return [_loss(batch, own_logits, own_targets) for batch, own_logits, own_targets in parts]
 
-    def option_scores(self, batch: Batch) -> Tensor:
-        """(B, J) mean log-probability per token of each option; -inf where there is none."""
-        return _option_scores(batch, *self.logits(batch))
+    def option_totals(self, batch: Batch) -> OptionTotals:
+        """The log-probabilities of every option."""
+        return _option_totals(batch, *self.logits(batch))
 
     @torch.no_grad()
-    def shared_scores(self, batch: SharedPrompts) -> Tensor:
-        """The `option_scores` of the same examples; every prompt is read once, and its cache serves all options."""
+    def shared_totals(self, batch: SharedPrompts) -> OptionTotals:
+        """The `option_totals` of the same examples; every prompt is read once, and its cache serves all options."""
         prompts, answers, targets = batch["prompts"], batch["answers"], batch["answers"]["targets"]
         cache = DynamicCache(config=self.adapted.base.config)
         last = self._read(prompts, cache, {"logits_to_keep": 1} if self._windowed else {})
-        sums = functional.log_softmax(last[:, -1], dim=-1)[batch["owner"], batch["first"]]
+        sums = functional.log_softmax(last[:, -1], dim=-1)[batch["owner"], batch["first"]] * batch["scored"]
         rows = _ROWS_PER_PROMPT * len(last)  # all at once would hold a cache for every option
         for chunk in torch.arange(len(sums)).split(rows):
             owner = batch["owner"][chunk]
-            mask = torch.cat([prompts["attention_mask"][owner], answers["attention_mask"][chunk]], dim=1)
-            part: Batch = {"input_ids": answers["input_ids"][chunk], "attention_mask": mask, "targets": targets[chunk]}
-            logits = self._read(part, _selected(cache, owner), {})
-            losses = functional.cross_entropy(
-                logits.flatten(0, 1), targets[chunk].flatten(), ignore_index=IGNORED, reduction="none"
+            width = int(answers["attention_mask"][chunk].sum(1).max())
+            mask = torch.cat([prompts["attention_mask"][owner], answers["attention_mask"][chunk, :width]], dim=1)
+            ids, own = answers["input_ids"][chunk, :width], targets[chunk, :width]
+            if not width:
+                continue  # options of one token
+            logits = self._read(
+                {"input_ids": ids, "attention_mask": mask, "targets": own}, _selected(cache, owner), {}
             )
-            sums[chunk] -= losses.view(len(chunk), -1).sum(1)
-        missing = batch["rows"] == NO_CANDIDATE
-        return (sums / (1 + (targets != IGNORED).sum(1)))[batch["rows"].clamp(min=0)].masked_fill(missing, -torch.inf)
+            sums[chunk] -= _losses(logits, own).sum(1)
+        return OptionTotals.of_rows(sums, batch["scored"] + (targets != IGNORED).sum(1), batch["rows"])
 
     def _read(self, batch: Batch, cache: DynamicCache, extra: dict[str, Any]) -> Tensor:
         """The float32 logits behind a cache, which grows; the mask also covers what it holds already."""
@@ -126,23 +143,26 @@ class Scorer:
 
 def _loss(batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
     if "gold" in batch:
-        return functional.cross_entropy(_option_scores(batch, logits, targets), batch["gold"], reduction="sum")
+        return functional.cross_entropy(_option_totals(batch, logits, targets).means, batch["gold"], reduction="sum")
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def _option_scores(batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """(R, S) cross-entropy at each position, 0 where nothing is asked."""
+    return functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(targets.shape)
+
+
+def _option_totals(batch: Batch, logits: Tensor, targets: Tensor) -> OptionTotals:
     if "candidates" in batch:
         where = (targets != IGNORED).int().argmax(1)
         at_answer = functional.log_softmax(logits[torch.arange(len(where)), where], dim=-1)
         missing = batch["candidates"] == NO_CANDIDATE
-        return at_answer.gather(1, batch["candidates"].clamp(min=0)).masked_fill(missing, -torch.inf)
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(targets.shape)
-    means = -losses.sum(1) / (targets != IGNORED).sum(1)
+        sums = at_answer.gather(1, batch["candidates"].clamp(min=0)).masked_fill(missing, -torch.inf)
+        return OptionTotals(sums, torch.ones_like(batch["candidates"]))
     assert "rows" in batch
-    missing = batch["rows"] == NO_CANDIDATE
-    return means[batch["rows"].clamp(min=0)].masked_fill(missing, -torch.inf)
+    return OptionTotals.of_rows(-_losses(logits, targets).sum(1), (targets != IGNORED).sum(1), batch["rows"])
 
 
 def _selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:
@@ -156,106 +176,3 @@ def _selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:
 def count(batch: Batch) -> int:
     """What a batch's summed loss is divided by: its examples, or its answer tokens."""
     return len(batch["gold"]) if "gold" in batch else int((batch["targets"] != IGNORED).sum())
-
-
-def require_scorable(adapted: AdaptedModel, metric: str) -> None:
-    """Refuses what cannot be scored right.
-
-    Raises:
-        ZofoError: for generated text behind virtual tokens, where peft's `generate` differs from its own forward.
-    """
-    if metric in metrics.TEXT_METRICS and adapted.prompt_learning:
-        raise ZofoError(
-            f"{metric} needs generated text, which peft gets wrong behind virtual tokens on several models: choose "
-            "lora, or give options"
-        )
-
-
-@torch.no_grad()
-def evaluate(
-    scorer: Scorer,
-    examples: Sequence[Example],
-    *,
-    metric: str,
-    kind: LossKind,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    place: Callable[[Any], Any] = lambda batch: batch,
-) -> dict[str, float]:
-    """The metric and the mean loss of a set of examples, in eval mode.
-
-    Args:
-        scorer: the model, with the adapter to evaluate in use.
-        examples: the set.
-        metric: one of `metrics.METRICS`.
-        kind: of the loss.
-        tokenizer: for padding and generated text.
-        batch_size: examples per forward; they are sorted by length first.
-        place: moves a batch to the model's device.
-
-    Returns:
-        {metric: value, "loss": value, "rows": number of examples}.
-    """
-    require_scorable(scorer.adapted, metric)
-    scorer.adapted.model.eval()
-    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-    total, parts, chosen = 0.0, 0, dict[int, str]()
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        group = [examples[i] for i in numbers]
-        if kind == "options":
-            scores = _scores(scorer, group, tokenizer, place)
-            gold = torch.tensor([e.gold for e in group], device=scores.device)
-            total += float(functional.cross_entropy(scores, gold, reduction="sum"))
-            texts = [e.texts[int(j)] for e, j in zip(group, scores.argmax(1), strict=True)]
-            parts += len(group)
-        else:
-            batch = place(collate(group, kind, _pad_id(tokenizer), scorer.padding_side))
-            total += float(scorer.loss(batch))
-            texts = _answers(scorer, group, metric, tokenizer, place)
-            parts += count(batch)
-        chosen.update(zip(numbers, texts, strict=True))
-    answers = [e.texts[e.gold] for e in examples]
-    value = metrics.score(metric, [chosen[i] for i in range(len(examples))], answers)
-    return {metric: value, "loss": total / parts, "rows": len(examples)}
-
-
-def _scores(
-    scorer: Scorer,
-    group: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    place: Callable[[Any], Any],
-) -> Tensor:
-    """The scores of all options, by the cheapest way that the options and the model allow."""
-    several = any(len(answer) > 1 for example in group for answer in example.answers)
-    if several and scorer.shares_prompts:
-        return scorer.shared_scores(place(collate_shared(group, _pad_id(tokenizer))))
-    return scorer.option_scores(place(collate(group, "options", _pad_id(tokenizer), scorer.padding_side)))
-
-
-def _answers(
-    scorer: Scorer,
-    group: list[Example],
-    metric: str,
-    tokenizer: PreTrainedTokenizerBase,
-    place: Callable[[Any], Any],
-) -> list[str]:
-    """What the model says: the best option, or for generation the greedy text up to a line break."""
-    if metric in metrics.OPTION_METRICS:
-        scores = _scores(scorer, group, tokenizer, place)
-        return [e.texts[int(j)] for e, j in zip(group, scores.argmax(1), strict=True)]
-    # a dummy answer of one token: what is left to read is the prompt
-    batch = place(pad([(e.prompt, (0,)) for e in group], _pad_id(tokenizer), "left"))
-    ids = batch["input_ids"]
-    room = max(1, min(_NEW_TOKENS, scorer.adapted.positions - ids.shape[1]))
-    config = GenerationConfig(max_new_tokens=room, do_sample=False, pad_token_id=_pad_id(tokenizer))
-    config.eos_token_id = tokenizer.eos_token_id
-    model: Any = scorer.adapted.model
-    output = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config)
-    texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return [text.strip().split("\n")[0] for text in texts]
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    assert isinstance(tokenizer.pad_token_id, int)
-    return tokenizer.pad_token_id

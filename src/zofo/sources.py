@@ -15,10 +15,10 @@ from datasets import load_dataset
 
 from zofo.errors import ZofoError
 from zofo.models import PACKAGE_SCHEME, package_file
-
-Row = dict[str, Any]
+from zofo.records import Row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+SPLITS = ("train", "dev", "validation", "test")
 
 
 def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
@@ -26,24 +26,55 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
 
     Args:
         source: a path relative to `folder`, `pkg://PACKAGE/PATH`, or a Hub data set as `ID` or `ID:CONFIG`. Files are
-            JSONL, JSON (a list), CSV, TSV, Parquet or text (one row a line, in the column `text`); `.gz` too.
+            JSONL, JSON (a list), CSV, TSV, Parquet or text (one row a line, in the column `text`); `.gz` too. A folder
+            has a file for each split, such as train.jsonl. `#SPLIT` behind a data set or a folder takes one of them.
         folder: where relative paths start.
 
     Returns:
-        {"all": rows} for a file; the data set's own splits otherwise.
+        {"all": rows} for a file or one split; {split: rows} otherwise.
 
     Raises:
         ZofoError: if it is missing, empty, broken (with file and line) or in another encoding than UTF-8.
     """
-    if not source.startswith(PACKAGE_SCHEME) and _suffix(Path(source)) not in SUFFIXES:
-        return _hub(source)
-    path = package_file(source) if source.startswith(PACKAGE_SCHEME) else folder / Path(source).expanduser()
+    if source.startswith(PACKAGE_SCHEME):
+        return {"all": _rows_of(package_file(source))}
+    path = folder / Path(source).expanduser()
+    if _suffix(path) in SUFFIXES:
+        return {"all": _rows_of(path)}
+    if path.is_file():
+        raise ZofoError(f"{path} is no data file: it must end in {', '.join(SUFFIXES)}, or be a Hub data set's id")
+    location, _, split = source.partition("#")
+    inside = folder / Path(location).expanduser()
+    splits = _read_folder(inside, split) if inside.is_dir() else _hub(location)
+    if not split:
+        return splits
+    if split not in splits:
+        raise ZofoError(f"{location} has no split {split!r}: it has {', '.join(splits) or 'none'}")
+    return {"all": splits[split]}
+
+
+def _read_folder(folder: Path, wanted: str) -> dict[str, list[Row]]:
+    """{split: rows} of the files in a folder that are named after splits; only of the wanted one, if one is."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        name = file.name.split(".")[0]
+        if file.is_file() and _suffix(file) in SUFFIXES and name in SPLITS:
+            found.setdefault(name, []).append(file)
+    twice = next((files for files in found.values() if len(files) > 1), None)
+    if twice:
+        raise ZofoError(f"{folder} has both {twice[0].name} and {twice[1].name}: keep one, or name a file in `source`")
+    if not found:
+        raise ZofoError(f"{folder} holds no data: it needs files named after splits, such as train.jsonl or test.csv")
+    return {name: _rows_of(files[0]) for name, files in found.items() if name == wanted or not wanted}
+
+
+def _rows_of(path: Path) -> list[Row]:
     if not path.is_file():
         raise ZofoError(f"there is no data file {path}: correct `source`; paths are relative to the task file")
     rows = _read_file(path)
     if not rows:
         raise ZofoError(f"{path} is empty: give a file with at least one row")
-    return {"all": rows}
+    return rows
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -52,7 +83,7 @@ def _read_file(path: Path) -> list[Row]:
         if suffix == ".parquet":
             return pyarrow.parquet.read_table(path).to_pylist()
         if suffix in (".csv", ".tsv"):
-            return _read_csv(path, "," if suffix == ".csv" else "\t")
+            return _read_csv(path)
         text = _read_text(path)
     except UnicodeDecodeError as error:
         raise ZofoError(f"{path} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
@@ -68,15 +99,23 @@ def _read_text(path: Path) -> str:
     return data.decode("utf-8-sig")
 
 
-def _read_csv(path: Path, delimiter: str) -> list[Row]:
-    if not _read_text(path).strip():
+def _read_csv(path: Path) -> list[Row]:
+    text = _read_text(path)
+    if not text.strip():
         return []
     table = pyarrow.csv.read_csv(
         path,
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=_delimiter(text), newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
     )
     return table.to_pylist()
+
+
+def _delimiter(text: str) -> str:
+    """What stands between the columns: spreadsheets write commas, semicolons or tabs, as their language has it."""
+    header = text.lstrip("\r\n").splitlines()[0]
+    outside = "".join(header.split('"')[::2])
+    return max(",;\t", key=outside.count)
 
 
 def _parse_json_lines(path: Path, text: str) -> list[Row]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from zofo.errors import ZofoError
-from zofo.tasks import Record
+from zofo.records import Record
 
 DEV_ROWS = 200
 TEST_ROWS = 400
@@ -24,6 +25,11 @@ class Splits:
     dev: list[Record]
     test: list[Record]
     notes: tuple[str, ...] = ()
+
+    def reworded(self, words: Callable[[list[Record]], list[Record]]) -> Splits:
+        """The same rows, each part put through `words`."""
+        parts = (words(part) for part in (self.lower, self.upper, self.dev, self.test))
+        return Splits(*parts, notes=self.notes)
 
     @property
     def train(self) -> list[Record]:
@@ -44,7 +50,8 @@ def split_records(
 
     Test is cut first, then dev, then the training rows, all along one seeded order in which every stretch has
     nearly the class shares of the whole: so the test rows do not depend on how many rows the others get. A prompt
-    that occurs more than once is kept once, test before dev before train.
+    that occurs more than once is kept once, test before dev before train. Rows of one group stay together, so a part
+    may get a few rows less than wanted.
 
     Args:
         records: {"all": ...}, or {"train": ...} with "dev" or "test" where the source has them.
@@ -62,7 +69,7 @@ def split_records(
         raise ZofoError(
             f"the source has the splits {', '.join(records) or 'none'}, but no train: name one in `source`"
         )
-    queues = {name: iter(_ordered(rows, seed)) for name, rows in records.items()}
+    queues = {name: _grouped(_ordered(rows, seed)) for name, rows in records.items()}
     pool = queues["all"] if "all" in queues else queues["train"]
     taken = _Taken(set(), 0)
     total = len(records["all"] if "all" in records else records["train"])
@@ -92,24 +99,31 @@ def halves(rows: list[Record], fraction: float, seed: int) -> tuple[list[Record]
 
 @dataclass
 class _Taken:
-    prompts: set[str]
+    seen: set[tuple[Any, ...]]
     dropped: int
 
-    def take(self, queue: Iterator[Record], wanted: int | None, key: str, default: int) -> list[Record]:
+    def take(self, queue: deque[list[Record]], wanted: int | None, key: str, default: int) -> list[Record]:
         """The next `wanted` records whose prompts are new; if that is None, `default` of them or fewer."""
+        most = default if wanted is None else wanted
         taken: list[Record] = []
-        while len(taken) < (default if wanted is None else wanted):
-            record = next(queue, None)
-            if record is None:
-                break
-            if record.prompt in self.prompts:
-                self.dropped += 1
-            else:
-                self.prompts.add(record.prompt)
-                taken.append(record)
-        if wanted is not None and len(taken) < wanted:
+        while queue and len(taken) < most and (not taken or len(taken) + len(queue[0]) <= most):
+            for record in queue.popleft():
+                if record.identity in self.seen:
+                    self.dropped += 1
+                else:
+                    self.seen.add(record.identity)
+                    taken.append(record)
+        if wanted is not None and len(taken) < wanted and not queue:
             raise ZofoError(f"{key} is {wanted}, but only {len(taken)} rows are left for it: ask for fewer")
         return taken
+
+
+def _grouped(rows: list[Record]) -> deque[list[Record]]:
+    """The rows one by one, or where they have groups all rows of a group where its first one stands."""
+    groups: dict[Any, list[Record]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.group or number, []).append(row)
+    return deque(groups.values())
 
 
 def _ordered(rows: list[Record], seed: int) -> list[Record]:

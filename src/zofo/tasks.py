@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,43 +13,49 @@ import yaml
 
 from zofo.errors import ZofoError
 from zofo.metrics import METRICS, OPTION_METRICS
-from zofo.sources import Row, read_rows
-from zofo.templates import Render, expression, text_template
+from zofo.records import Record, Row, checked
+from zofo.sources import read_rows
+from zofo.templates import Render, expression
+from zofo.wording import WORDING_KEYS, Convert, metaicl_record, wording
 
-KEYS = ("name", "description", "source", "where", "prompt", "answer", "options", "metric", "format")
+__all__ = ["Record", "Task", "checked", "load_task", "parse_task", "task_names"]
+
+KEYS = ("name", "description", "licence", "source", "where", *WORDING_KEYS, "group", "templates", "metric", "format")
 SPLIT_NAMES = ("train", "dev", "test")
 _SOURCE_NAMES = {"validation": "dev"}
 
 
 @dataclass(frozen=True)
-class Record:
-    """One example as text.
+class Task:
+    """A task file, checked. Make one with `load_task`.
 
     Args:
-        prompt: what the model reads.
-        completion: the right answer, as it continues the prompt.
-        options: the candidates, one of which is `completion`; empty for generation.
+        name: of the task.
+        description: what its rows are, and where they are from.
+        licence: of the data, as far as it is known.
+        source: "all", or "train" with "dev" or "test": where `read_rows` finds them.
+        metrics: the first one decides.
+        folder: where relative paths start.
+        templates: the ways to put a row into words; the first one is the file's own.
+        keep: which rows are used.
     """
-
-    prompt: str
-    completion: str
-    options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task file, checked. Make one with `load_task`."""
 
     name: str
     description: str
-    source: dict[str, str]  # "all", or "train" with "dev" or "test"
-    metric: str
+    licence: str
+    source: dict[str, str]
+    metrics: tuple[str, ...]
     folder: Path
-    convert: Callable[[Row], Record] = field(repr=False)
+    templates: tuple[Convert, ...] = field(repr=False)
     keep: Render | None = field(repr=False, default=None)
 
+    @property
+    def has_options(self) -> bool:
+        """Whether candidates are compared, and not text generated."""
+        return self.metrics[0] in OPTION_METRICS
+
     def records(self) -> dict[str, list[Record]]:
-        """Every row as a record, by split: {"all": ...}, or the splits that the source has.
+        """Every row as a record, in the words of the first template, by split: {"all": ...}, or what the source has.
 
         Raises:
             ZofoError: with the first three bad rows, if any row cannot be rendered.
@@ -63,13 +69,44 @@ class Task:
                 splits[name] = found.get("all", found.get(name, []))
         return {name: self._render(rows, name) for name, rows in splits.items() if name in ("all", *SPLIT_NAMES)}
 
-    def _render(self, rows: list[Row], split: str) -> list[Record]:
+    def reworded(self, records: Sequence[Record], template: int) -> list[Record]:
+        """The same rows in the words of another template.
+
+        Args:
+            records: as `records` gave them, or some of them.
+            template: its number, from 0.
+
+        Raises:
+            ZofoError: if there is no such template, or it cannot render a row.
+        """
+        if not 0 <= template < len(self.templates):
+            raise ZofoError(
+                f"task {self.name} has no template {template}: it has {len(self.templates)}, numbered from 0; "
+                f"`zofo tasks {self.name}` shows them"
+            )
+        if template == 0:
+            return list(records)
+        rows = [record.row for record in records]
+        assert all(row is not None for row in rows), "records that were made from no rows"
+        return self._render([row for row in rows if row is not None], f"template {template}", template, filtered=True)
+
+    def from_source(self, source: str) -> Task:
+        """The same task with its rows from local files: a folder of train.* and validation.*, or one file."""
+        path = Path(source).expanduser().resolve()
+        if not path.is_dir():
+            return replace(self, source={"all": str(path)})
+        parts = {name: str(own).partition("#")[2] or name for name, own in self.source.items()}
+        return replace(
+            self, source={name: str(path) if name == "all" else f"{path}#{part}" for name, part in parts.items()}
+        )
+
+    def _render(self, rows: list[Row], split: str, template: int = 0, filtered: bool = False) -> list[Record]:
         records: list[Record] = []
         bad: list[tuple[int, str]] = []
         for number, row in enumerate(rows, start=1):
             try:
-                if self.keep is None or self.keep(row):
-                    records.append(self.convert(row))
+                if filtered or self.keep is None or self.keep(row):
+                    records.append(self.templates[template](row))
             except ZofoError as error:
                 bad.append((number, str(error)))
         if bad:
@@ -92,11 +129,12 @@ def task_names() -> list[str]:
     return sorted(Path(str(file)).stem for file in files("zofo").joinpath("task_files").iterdir())
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str, source: str | None = None) -> Task:
     """A task by its name, or from a YAML file.
 
     Args:
         name: one of `task_names()`, or the path of a task file.
+        source: a folder of train.* and validation.*, or a file, to read in place of the task's own source.
 
     Raises:
         ZofoError: if there is none, or the file is wrong: with the file, the key, and the nearest right one.
@@ -110,10 +148,34 @@ def load_task(name: str) -> Task:
         path = Path(str(files("zofo").joinpath("task_files", f"{name}.yaml")))
     if not path.is_file():
         raise ZofoError(f"there is no task file {path}")
-    return _parse(path)
+    task = parse_task(_read(path), path)
+    return task.from_source(source) if source else task
 
 
-def _parse(path: Path) -> Task:
+def parse_task(spec: dict[str, Any], path: Path) -> Task:
+    """A task from the content of its file.
+
+    Args:
+        spec: the keys.
+        path: the file, for messages and as the start of relative paths.
+
+    Raises:
+        ZofoError: if a key is unknown, missing or wrong.
+    """
+    _check_keys(spec, path)
+    return Task(
+        name=str(spec.get("name", path.stem)),
+        description=" ".join(str(spec.get("description", "")).split()),
+        licence=" ".join(str(spec.get("licence", "not stated")).split()),
+        source=_sources(spec["source"], path),
+        metrics=_metrics(spec, path),
+        folder=path.parent,
+        templates=_templates(spec, path),
+        keep=expression(str(spec["where"]), f"{path}, where") if "where" in spec else None,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -122,34 +184,45 @@ def _parse(path: Path) -> Task:
         raise ZofoError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(spec, dict):
         raise ZofoError(f"{path} is no task file: it must name {', '.join(KEYS)}")
-    _check_keys(spec, path)
-    convert = _metaicl_record if spec.get("format") == "metaicl" else _record_maker(spec, path)
-    return Task(
-        name=str(spec.get("name", path.stem)),
-        description=" ".join(str(spec.get("description", "")).split()),
-        source=_sources(spec["source"], path),
-        metric=_metric(spec, path),
-        folder=path.parent,
-        convert=convert,
-        keep=expression(str(spec["where"]), f"{path}, where") if "where" in spec else None,
-    )
+    return spec
 
 
 def _check_keys(spec: dict[str, Any], path: Path) -> None:
-    for key in spec:
-        if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}"
-            raise ZofoError(f"{path}: unknown key {key!r}; {hint}")
+    _refuse_unknown(spec, KEYS, str(path))
     if spec.get("format") not in (None, "metaicl"):
         raise ZofoError(f"{path}: format is {spec['format']!r}, but only 'metaicl' is known; leave it out otherwise")
-    own = [key for key in ("prompt", "answer", "options") if key in spec]
+    own = [key for key in (*WORDING_KEYS, "templates") if key in spec]
     if spec.get("format") == "metaicl" and own:
         raise ZofoError(f"{path}: rows of format metaicl bring their own {own[0]}: leave the key out")
     needed = ["source"] if spec.get("format") == "metaicl" else ["source", "prompt", "answer"]
     for key in needed:
         if key not in spec:
             raise ZofoError(f"{path}: the key {key!r} is missing")
+
+
+def _refuse_unknown(spec: dict[str, Any], known: Sequence[str], where: str) -> None:
+    for key in spec:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+            raise ZofoError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _templates(spec: dict[str, Any], path: Path) -> tuple[Convert, ...]:
+    if spec.get("format") == "metaicl":
+        return (metaicl_record,)
+    more = spec.get("templates", [])
+    if not isinstance(more, list) or not all(isinstance(entry, dict) for entry in more):
+        raise ZofoError(f"{path}: templates must be a list of entries like {{prompt: ..., answer: ...}}")
+    own = {key: spec[key] for key in (*WORDING_KEYS, "group") if key in spec}
+    made = [wording(own, str(path))]
+    for number, entry in enumerate(more, start=1):
+        where = f"{path}, template {number}"
+        _refuse_unknown(entry, WORDING_KEYS, where)
+        if ("options" in entry) > ("options" in own):
+            raise ZofoError(f"{where} has options, but the task generates: leave them out")
+        made.append(wording({**own, **entry}, where))
+    return tuple(made)
 
 
 def _sources(source: Any, path: Path) -> dict[str, str]:
@@ -162,75 +235,19 @@ def _sources(source: Any, path: Path) -> dict[str, str]:
     raise ZofoError(f"{path}: source must be a path, or {{train: PATH, test: PATH}} (and dev), but is {source!r}")
 
 
-def _metric(spec: dict[str, Any], path: Path) -> str:
+def _metrics(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
     has_options = "options" in spec or spec.get("format") == "metaicl"
-    metric = spec.get("metric", "accuracy" if has_options else "exact_match")
-    if metric not in METRICS:
-        near = difflib.get_close_matches(str(metric), METRICS, n=1)
-        raise ZofoError(f"{path}: unknown metric {metric!r}; {f'did you mean {near[0]}?' if near else METRICS}")
-    if spec.get("format") != "metaicl" and (metric in OPTION_METRICS) != has_options:
-        kind = "options" if has_options else "no options"
-        fitting = [m for m in METRICS if (m in OPTION_METRICS) == has_options]
-        raise ZofoError(f"{path}: metric {metric} does not go with {kind}: choose {' or '.join(fitting)}")
-    return metric
-
-
-def _record_maker(spec: dict[str, Any], path: Path) -> Callable[[Row], Record]:
-    prompt = text_template(_text(spec, "prompt", path), f"{path}, prompt")
-    answer = text_template(_text(spec, "answer", path), f"{path}, answer")
-    options = _options_maker(spec.get("options"), path)
-
-    def convert(row: Row) -> Record:
-        return checked(Record(prompt(row), answer(row), tuple(options(row))))
-
-    return convert
-
-
-def _text(spec: dict[str, Any], key: str, path: Path) -> str:
-    if not isinstance(spec[key], str):
-        raise ZofoError(f"{path}: {key} must be text, but is {spec[key]!r}")
-    return spec[key]
-
-
-def _options_maker(options: Any, path: Path) -> Render:
-    if options is None or (isinstance(options, list) and options and all(isinstance(o, str) for o in options)):
-        fixed: tuple[str, ...] = tuple(options or ())
-        return lambda row: fixed
-    if not isinstance(options, str):
-        raise ZofoError(f"{path}: options must be a list of texts, or a template that gives one, but is {options!r}")
-    per_row = expression(options, f"{path}, options")
-
-    def evaluate(row: Row) -> list[str]:
-        value = per_row(row)
-        if not isinstance(value, list | tuple) or not all(isinstance(o, str) for o in value):
-            raise ZofoError(f"{path}: options must give a list of texts, but gave {value!r}")
-        return list(value)
-
-    return evaluate
-
-
-def _metaicl_record(row: Row) -> Record:
-    missing = [key for key in ("input", "output") if not isinstance(row.get(key), str)]
-    if missing:
-        raise ZofoError(f"rows of format metaicl need the text fields input and output: {missing[0]} is missing")
-    options = row.get("options") or []
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise ZofoError(f"options of a metaicl row must be a list of texts, but are {options!r}")
-    return checked(Record(row["input"] + "\n", row["output"], tuple(options)))
-
-
-def checked(record: Record) -> Record:
-    """The record itself, if it makes sense.
-
-    Raises:
-        ZofoError: if a field is empty, the completion is none of the options, or two options are equal.
-    """
-    if not record.prompt.strip():
-        raise ZofoError("the prompt is empty")
-    if not record.completion.strip():
-        raise ZofoError("the answer is empty")
-    if record.options and record.completion not in record.options:
-        raise ZofoError(f"the answer {record.completion!r} is none of the options {list(record.options)}")
-    if len(set(record.options)) < len(record.options):
-        raise ZofoError(f"the options {list(record.options)} repeat one")
-    return record
+    given = spec.get("metric", "accuracy" if has_options else "exact_match")
+    metrics: list[str] = [str(metric) for metric in given] if isinstance(given, list) and given else [str(given)]
+    for metric in metrics:
+        if metric not in METRICS:
+            near = difflib.get_close_matches(str(metric), METRICS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METRICS)}"
+            raise ZofoError(f"{path}: unknown metric {metric!r}; {hint}")
+        if spec.get("format") != "metaicl" and (metric in OPTION_METRICS) != has_options:
+            kind = "options" if has_options else "no options"
+            fitting = [m for m in METRICS if (m in OPTION_METRICS) == has_options]
+            raise ZofoError(f"{path}: metric {metric} does not go with {kind}: choose {' or '.join(fitting)}")
+        if metric == "group_exact_match" and "group" not in spec:
+            raise ZofoError(f"{path}: metric {metric} scores groups of rows: say with the key group what they share")
+    return tuple(metrics)

@@ -26,14 +26,16 @@ from zofo.config import ZOFOConfig
 from zofo.cost import Cost, CostCallback
 from zofo.data import Example, collate, tokenize
 from zofo.errors import ZofoError
+from zofo.evaluation import evaluate, require_scorable
 from zofo.levels import NonFiniteLossError
 from zofo.methods import make_method
 from zofo.models import load_model, require_fitting_tokenizer
 from zofo.optimizers import JointOptimizer, ZerothOrderOptimizer
 from zofo.progress import LossBar
-from zofo.scoring import Scorer, Tokens, evaluate, require_scorable
+from zofo.prompting import as_chat
+from zofo.records import Record, checked
+from zofo.scoring import Scorer, Tokens
 from zofo.splits import halves
-from zofo.tasks import Record, checked
 
 Rows = Sequence[Record] | Sequence[dict[str, Any]]
 
@@ -53,7 +55,7 @@ class ZOFOTrainer(Trainer):
         eval_dataset: rows for model selection, which no level trains on.
         processing_class: the tokenizer; loaded with the model if not given.
         peft_config: of the adapter; by default what `args.adapter` names.
-        metric: of evaluations; by default accuracy for rows with options, else exact_match.
+        metrics: of evaluations, the first one decides; by default accuracy for rows with options, else exact_match.
         callbacks: more transformers callbacks.
 
     Raises:
@@ -77,7 +79,7 @@ class ZOFOTrainer(Trainer):
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
-        metric: str | None = None,
+        metrics: Sequence[str] = (),
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         set_seed(args.seed)
@@ -92,8 +94,9 @@ class ZOFOTrainer(Trainer):
         if args.activation_checkpointing:
             self.adapted.require_checkpointing()
         rows = _levels(args, train_dataset, upper_dataset)
-        self.metric = metric or ("accuracy" if rows[0][0].options else "exact_match")
-        require_scorable(self.adapted, self.metric)
+        self.metrics = tuple(metrics) or ("accuracy" if rows[0][0].options else "exact_match",)
+        require_scorable(self.adapted, self.metrics[0])
+        self.args = args
         self.cost = Cost()
         self.truncated = 0
         self._tokenizer = processing_class
@@ -119,6 +122,8 @@ class ZOFOTrainer(Trainer):
 
     def examples(self, rows: Sequence[Record]) -> list[Example]:
         """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
+        if self.args.chat_template:
+            rows = [as_chat(row, self._tokenizer, self.args.system_prompt) for row in rows]
         made, cut = tokenize(rows, self._tokenizer, self._room)
         self.truncated += cut
         return made
@@ -305,7 +310,7 @@ class ZOFOTrainer(Trainer):
         return evaluate(
             Scorer(self.adapted, Tokens()),
             rows,
-            metric=self.metric,
+            metrics=self.metrics,
             kind=self.args.loss,
             tokenizer=self._tokenizer,
             batch_size=self.args.per_device_eval_batch_size,

@@ -1,0 +1,199 @@
+"""`zofo eval`: a model on the rows of tasks, in every way that a row can be put to it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from zofo.adapters import AdaptedModel
+from zofo.data import Example, LossKind, tokenize
+from zofo.errors import ZofoError
+from zofo.evaluation import Scoring, evaluate
+from zofo.metrics import OPTION_METRICS
+from zofo.models import DType, load_model
+from zofo.own_data import TASK_FILE
+from zofo.prompting import as_channel, as_chat, behind_premise, demonstrations, in_context
+from zofo.records import Record
+from zofo.scoring import Scorer, Tokens
+from zofo.splits import Splits, split_records
+from zofo.tasks import Task, load_task
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Which rows `zofo eval` reads, and how; the defaults are those of a training run.
+
+    Args:
+        test_size: rows of test, as in training.
+        dev_size: rows of dev, as in training.
+        data_seed: of the order of the rows, and of the choice of examples in context.
+        max_length: tokens of all that is read.
+        loss: which loss to report.
+        dtype: of the model.
+        template: which of the task's templates, or all.
+        shots: training rows to show in context.
+        scoring: how options are compared.
+        source: where the rows are, in place of the task's own source.
+        chat_template: put prompts into the model's chat format.
+        system_prompt: of the chat.
+    """
+
+    test_size: int | None = None
+    dev_size: int | None = None
+    data_seed: int = 42
+    max_length: int = 512
+    loss: LossKind = "options"
+    dtype: DType = "float32"
+    template: str = "0"
+    shots: int = 0
+    scoring: Scoring = "mean"
+    source: str | None = None
+    chat_template: bool = False
+    system_prompt: str | None = None
+
+
+def eval_settings(model: str, tasks: list[str], given: dict[str, Any]) -> EvalSettings:
+    """The settings of the run that `model` is the backbone of, if it is one, and over them what is given.
+
+    So that the rows called test are those that the run held out, and never some that it trained on.
+    """
+    config = Path(model).parent / "config.yaml"
+    stored: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if stored and Path(str(stored.get("task") or TASK_FILE)).stem not in [Path(task).stem for task in tasks]:
+        # its sizes are of another task
+        stored = {key: stored.get(key) for key in ("loss", "dtype", "max_length", "chat_template", "system_prompt")}
+    elif stored and stored.get("data_seed") is None:
+        stored["data_seed"] = stored.get("seed", EvalSettings.data_seed)
+    chosen = {name: value for name, value in [*stored.items(), *given.items()] if value is not None}
+    chosen["template"] = str(chosen.get("template", EvalSettings.template))
+    names = [field.name for field in fields(EvalSettings)]
+    return EvalSettings(**{name: value for name, value in chosen.items() if name in names})
+
+
+def evaluate_model(
+    model: str,
+    adapter: str | None,
+    tasks: list[str],
+    split: str,
+    batch_size: int,
+    settings: EvalSettings,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task.
+
+    Of all templates: {task: {"templates": [those of each], metric: {"mean", "std", "worst"}, ...}}.
+
+    Raises:
+        ZofoError: if a task or template is wrong, or a row cannot be put to the model so; before the model is loaded,
+            where that can be known.
+    """
+    parts = {task.name: (task, _split(task, settings)) for task in (load_task(t, settings.source) for t in tasks)}
+    for task, splits in parts.values():
+        for number in _numbers(task, settings):
+            task.reworded(splits.test, number)
+    loaded, tokenizer = load_model(model, settings.dtype)
+    base = AdaptedModel(loaded, stored=adapter)
+    found: dict[str, Any] = {}
+    for name, (task, splits) in parts.items():
+        rows = {"test": splits.test, "dev": splits.dev, "train": splits.train}[split]
+        numbers = _numbers(task, settings)
+        scores = [
+            _of_template(base, tokenizer, task, rows, splits, number, batch_size, settings, say) for number in numbers
+        ]
+        found[name] = scores[0] if settings.template != ALL else {"templates": scores, **spread(scores)}
+    return found
+
+
+def spread(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean, standard deviation and worst of every number that differs between templates.
+
+    Examples:
+        >>> spread([{"accuracy": 0.5}, {"accuracy": 0.75}])["accuracy"]["worst"]
+        0.5
+    """
+    made: dict[str, dict[str, float]] = {}
+    for key in scores[0]:
+        values = [own[key] for own in scores]
+        if key not in ("rows", "shots_least", "shots_mean"):
+            worst = max(values) if key == "loss" else min(values)
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            made[key] = {"mean": statistics.mean(values), "std": deviation, "worst": worst}
+    return made
+
+
+def _numbers(task: Task, settings: EvalSettings) -> list[int]:
+    if settings.template == ALL:
+        return list(range(len(task.templates)))
+    if not settings.template.isdigit():
+        raise ZofoError(f"template is {settings.template!r}, but must be a number from 0, or {ALL}")
+    return [int(settings.template)]
+
+
+def _split(task: Task, settings: EvalSettings) -> Splits:
+    return split_records(
+        task.records(),
+        train_size=None,
+        dev_size=settings.dev_size,
+        test_size=settings.test_size,
+        lower_fraction=0.5,
+        seed=settings.data_seed,
+    )
+
+
+def _of_template(
+    base: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: list[Record],
+    splits: Splits,
+    template: int,
+    batch_size: int,
+    settings: EvalSettings,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    kind = settings.loss if task.metrics[0] in OPTION_METRICS else "lm"
+    asked = task.reworded(rows, template)
+    if settings.scoring != "mean" and not asked[0].options:
+        raise ZofoError(f"scoring {settings.scoring} compares options, but task {task.name} has none: leave it out")
+    shown = task.reworded(demonstrations(splits.train, settings.shots, settings.data_seed, rows), template)
+    room = min(settings.max_length, base.positions)
+    pose = partial(_posed, shown=shown, tokenizer=tokenizer, room=room, settings=settings)
+    examples, cut, used = pose(asked)
+    words = f"{task.name}, template {template}"
+    if cut:
+        say(f"{words}: {cut} rows are longer than {room} tokens: they lost their beginning")
+    premises = pose([behind_premise(record) for record in asked])[0] if settings.scoring == "pmi" else []
+    found = evaluate(
+        Scorer(base, Tokens()), examples, metrics=task.metrics, kind=kind, tokenizer=tokenizer, batch_size=batch_size,
+        scoring=settings.scoring, premises=premises,
+    )  # fmt: skip
+    if settings.shots:
+        say(f"{words}: {min(used)} to {max(used)} of {settings.shots} examples fit in front of a row")
+        found = {**found, "shots_least": min(used), "shots_mean": statistics.mean(used)}
+    return found
+
+
+def _posed(
+    records: list[Record],
+    *,
+    shown: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    settings: EvalSettings,
+) -> tuple[list[Example], int, list[int]]:
+    """The records as they are put to the model, how many of them were cut, and the examples in front of each."""
+    if settings.scoring == "channel":
+        records, shown = [as_channel(r) for r in records], [as_channel(r) for r in shown]
+    records, used = in_context(records, shown, tokenizer, room)
+    if settings.chat_template:
+        records = [as_chat(r, tokenizer, settings.system_prompt) for r in records]
+    return *tokenize(records, tokenizer, room), used

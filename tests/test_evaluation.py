@@ -1,0 +1,164 @@
+"""Every way to score equals a plain scorer that reads one candidate in one forward."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from test_scoring import MULTI, PAD, PROMPTS, SINGLE, TOKENIZER, adapted, plain_log_probabilities, pytestmark  # noqa: F401
+from zofo.data import collate, collate_shared, pad, tokenize
+from zofo.evaluation import evaluate, option_totals
+from zofo.prompting import as_channel, behind_premise
+from zofo.records import Record
+from zofo.scoring import Scorer, Tokens
+
+SUFFIX = " and i would see it again"
+
+
+def plain_totals(model, record, scored=None):
+    """The log-probability of each option (with its suffix), from text; of its last `scored(option)` tokens only."""
+    start = TOKENIZER(record.prompt)["input_ids"] if record.prompt else [TOKENIZER.bos_token_id]
+    totals = []
+    for option in record.options:
+        whole = TOKENIZER(record.prompt + option + record.suffix)["input_ids"]
+        whole = whole if record.prompt else start + whole
+        assert whole[: len(start)] == start
+        parts = plain_log_probabilities(model, tuple(start), tuple(whole[len(start) :]))
+        totals.append(float((parts[-scored(option) :] if scored else parts).sum()))
+    return torch.tensor(totals)
+
+
+def of(record, completion=None):
+    return dataclasses.replace(record, completion=completion or record.options[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "prompts once"])
+@pytest.mark.parametrize("partial", [False, True], ids=["with the option", "the suffix alone"])
+def test_a_suffix_is_scored_as_in_one_forward_for_each_candidate(family, shared, partial):
+    made = adapted(family)
+    records = [Record(p, MULTI[0], MULTI, suffix=SUFFIX, partial=partial) for p in PROMPTS]
+    rows, _ = tokenize(records, TOKENIZER, 128)
+    suffix = len(TOKENIZER(SUFFIX)["input_ids"])
+    expected = torch.stack([plain_totals(made.model, r, (lambda _: suffix) if partial else None) for r in records])
+    scorer = Scorer(made, Tokens())
+    if shared:
+        found = scorer.shared_totals(collate_shared(rows, PAD))
+    else:
+        with torch.no_grad():
+            found = scorer.option_totals(collate(rows, "options", PAD, scorer.padding_side))
+    torch.testing.assert_close(found.sums, expected, rtol=1e-4, atol=1e-4)
+    sizes = [suffix + (0 if partial else len(TOKENIZER(option)["input_ids"])) for option in MULTI]
+    assert found.counts.tolist() == [sizes] * len(records)
+
+
+def test_partial_scores_are_trained_on_too():
+    made = adapted()
+    rows, _ = tokenize([Record("the", " a", SINGLE, suffix=SUFFIX, partial=True)], TOKENIZER, 128)
+    scorer = Scorer(made, Tokens())
+    batch = collate(rows, "options", PAD, "left")
+    with torch.no_grad():
+        means = scorer.option_totals(batch).means
+        assert float(scorer.loss(batch)) == pytest.approx(float(-means.log_softmax(1)[0, 0]), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [SINGLE, MULTI], ids=["one token", "more tokens"])
+def test_sums_and_calibrated_scores_choose_what_a_plain_scorer_chooses(options):
+    made = adapted()
+    records = [
+        Record(p, option, tuple(options), premise=premise)
+        for p in PROMPTS
+        for option in options
+        for premise in ("it was", "")
+    ]
+    rows, premises = (tokenize(r, TOKENIZER, 128)[0] for r in (records, [behind_premise(r) for r in records]))
+    expected = {"sum": [plain_totals(made.model, r) for r in records]}
+    expected["pmi"] = [
+        own - plain_totals(made.model, behind_premise(r)) for own, r in zip(expected["sum"], records, strict=True)
+    ]
+    for scoring, scores in expected.items():
+        found = evaluate(
+            Scorer(made, Tokens()), rows, metrics=["accuracy"], kind="options", tokenizer=TOKENIZER, batch_size=5,
+            scoring=scoring, premises=premises if scoring == "pmi" else (),
+        )  # fmt: skip
+        hits = [int(s.argmax()) == row.gold for s, row in zip(scores, rows, strict=True)]
+        losses = [-float(s.log_softmax(0)[row.gold]) for s, row in zip(scores, rows, strict=True)]
+        assert found["accuracy"] == sum(hits) / len(rows)
+        assert found["loss"] == pytest.approx(sum(losses) / len(rows), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_channel_scores_are_those_of_the_prompt_behind_each_option(family):
+    made = adapted(family)
+    records = [as_channel(Record(p, MULTI[0], MULTI)) for p in PROMPTS]
+    rows, _ = tokenize(records, TOKENIZER, 128)
+    for row, record, prompt in zip(rows, records, PROMPTS, strict=True):
+        expected = plain_totals(made.model, record, lambda _, prompt=prompt: len(TOKENIZER(prompt)["input_ids"]))
+        found = option_totals(Scorer(made, Tokens()), [row], TOKENIZER).sums[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_of_several_right_options_is_right():
+    made = adapted()
+    records = [Record(PROMPTS[0], " bad", MULTI, references=(" bad", option)) for option in MULTI]
+    rows, _ = tokenize(records, TOKENIZER, 128)
+    best = int(plain_mean(made.model, records[0]).argmax())
+    found = evaluate(
+        Scorer(made, Tokens()), rows, metrics=["accuracy"], kind="options", tokenizer=TOKENIZER, batch_size=2
+    )
+    assert found["accuracy"] == sum(MULTI[best] in r.references for r in records) / 3
+
+
+def plain_mean(model, record):
+    sizes = torch.tensor([len(TOKENIZER(option)["input_ids"]) for option in record.options])
+    return plain_totals(model, record) / sizes
+
+
+MODEL = adapted("gpt2")
+TEXTS = st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(TEXTS, st.integers(1, 6), st.randoms(use_true_random=False), st.booleans())
+def test_batch_size_and_order_change_no_score(prompts, batch_size, random, partial):
+    records = [Record(f"{p} {i}", MULTI[0], MULTI, suffix=SUFFIX, partial=partial) for i, p in enumerate(prompts)]
+    rows, _ = tokenize(records, TOKENIZER, 128)
+    alone = [option_totals(Scorer(MODEL, Tokens()), [row], TOKENIZER).sums[0] for row in rows]
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        found = option_totals(Scorer(MODEL, Tokens()), [rows[i] for i in numbers], TOKENIZER).sums
+        for i, own in zip(numbers, found, strict=True):
+            torch.testing.assert_close(own, alone[i], rtol=0, atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(TEXTS, st.sampled_from([torch.int64, torch.int32, torch.bool]))
+def test_the_padding_side_and_the_dtype_of_the_mask_change_no_score(prompts, dtype):
+    rows, _ = tokenize([Record(f"{p} {i}", MULTI[0], MULTI) for i, p in enumerate(prompts)], TOKENIZER, 128)
+    found = []
+    for side in ("left", "right"):
+        batch = collate(rows, "options", PAD, side)
+        batch["attention_mask"] = batch["attention_mask"].to(dtype)
+        with torch.no_grad():
+            found.append(Scorer(MODEL, Tokens()).option_totals(batch))
+    torch.testing.assert_close(found[0].sums, found[1].sums, rtol=0, atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=60), st.text(min_size=1, max_size=10).filter(str.strip), st.integers(16, 200))
+def test_truncation_keeps_the_answer_and_the_suffix(prompt, option, room):
+    options = (f" {option}", f" not {option}")
+    record = Record(f"x {prompt}", options[0], options, suffix=" end", partial=True)
+    whole = tokenize([record], TOKENIZER, 10_000)[0][0]
+    if whole.length - len(whole.prompt) >= room:
+        return
+    (short,), _ = tokenize([record], TOKENIZER, room)
+    assert short.length <= room
+    assert (short.answers, short.given) == (whole.answers, whole.given)
+    assert whole.prompt[len(whole.prompt) - len(short.prompt) :] == short.prompt
+    batch = pad([short.row(0)], PAD, "left")
+    assert int((batch["targets"] != -100).sum()) == len(short.answers[0]) - short.given[0] > 0
