@@ -1,6 +1,6 @@
 """Writes `docs/task-pages.md`: what `zofo tasks NAME` prints for three tasks of the box.
 
-    python benchmarks/task_pages.py
+python benchmarks/task_pages.py
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ FILE = Path(__file__).parents[1] / "docs" / "task-pages.md"
 TASKS = ("movie_reviews", "question_types", "sms_spam")
 _HEAD = """# What a model sees: three tasks of the box
 
-Written by `python benchmarks/task_pages.py`: the output of `zofo tasks NAME`, which works for every task, one of yours too.
-Lines behind a bar are the prompt; an option follows it without anything between.
+Written by `python benchmarks/task_pages.py`: the output of `zofo tasks NAME`, which works for every
+task, one of yours too. Lines behind a bar are the prompt; an option follows it without anything between.
 """
 
 

@@ -111,7 +111,9 @@ def _add_eval(verbs: Any) -> None:
     )
     parser.add_argument("--model", required=True, help="Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
     parser.add_argument("--adapter", help="a PEFT folder, such as RUN/upper; none by default")
-    parser.add_argument("--task", required=True, nargs="+", help="names from `zofo tasks`, or task files")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--task", nargs="+", help="names from `zofo tasks`, or task files")
+    which.add_argument("--harness", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, by its own rules")
     parser.add_argument("--split", default="test", choices=["test", "dev", "train"], help="default: test")
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     parser.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
@@ -210,6 +212,8 @@ def _estimate(arguments: list[str]) -> int:
 def _eval(options: argparse.Namespace) -> int:
     _require_new(options.output)
     _settle()
+    if options.harness:
+        return _harness(options)
     from zofo import commands, evaluator
 
     commands.quiet_libraries()
@@ -224,11 +228,37 @@ def _eval(options: argparse.Namespace) -> int:
         "settings": dataclasses.asdict(settings),
         "tasks": scores,
     }
-    text = json.dumps(said, indent=2)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
+    _report(said, options.output)
     return 0
+
+
+def _harness(options: argparse.Namespace) -> int:
+    taken = ("split", "test_size", "dev_size", "data_seed", "loss", "source", "template", "scoring", "system_prompt")
+    stated = vars(options)
+    given = [name for name in (*taken, "chat_template") if stated[name] not in (None, "test")]
+    if given:
+        raise ZofoError(f"--{given[0]} is of zofo's own tasks: the harness has its own rows, words and scores")
+    from zofo import commands, harness
+
+    commands.quiet_libraries()
+    scores = harness.evaluate_with_harness(
+        options.model,
+        options.adapter,
+        options.harness,
+        batch_size=options.batch_size,
+        shots=options.shots or 0,
+        dtype=options.dtype or "float32",
+        max_length=options.max_length,
+    )
+    _report({"model": options.model, "adapter": options.adapter, "harness": scores}, options.output)
+    return 0
+
+
+def _report(found: dict[str, Any], file: Path | None) -> None:
+    text = json.dumps(found, indent=2)
+    print(text)
+    if file:
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def _merge(options: argparse.Namespace) -> int:
