@@ -67,7 +67,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"SmolLM2-135M-Instruct in float32 on {here['threads']} threads of {here['processor']}, one seed, "
         "200 test rows of each task, 95 % intervals (Wilson).",
         "Training reads 1,280 rows, forwards and backwards counted alike: 80 steps of batch 8 for FO-LoRA, "
-        "20 iterations of batch 4 with T = 3 for Bilevel ZOFO. The rates are those of the demo, tuned on movie reviews; "
+        "20 iterations of batch 4 with T = 3 for Bilevel ZOFO. The rates are those of the demo, for movie reviews; "
         "that of the backbone is automatic. The prompt is the task's first template, the score of an option its mean "
         "log-probability.",
         "",
