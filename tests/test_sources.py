@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from zofo import sources
 from zofo.errors import ZofoError
 from zofo.sources import read_rows
 
@@ -148,3 +149,16 @@ def test_an_unknown_format_says_which_are_known(tmp_path):
     with pytest.raises(ZofoError, match=r"rows\.xlsx.*\.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt.*Hub") as caught:
         read_rows("rows.xlsx", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_of_a_hub_data_set_only_the_wanted_split_is_read(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [{"text": split}] if split else {"train": [{"text": "a"}], "test": [{"text": "b"}]}
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    assert read_rows("owner/set:part#validation", tmp_path) == {"all": [{"text": "validation"}]}
+    assert read_rows("owner/set", tmp_path) == {"train": [{"text": "a"}], "test": [{"text": "b"}]}
+    assert asked == [("owner/set", "part", "validation"), ("owner/set", None, None)]

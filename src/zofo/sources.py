@@ -45,7 +45,7 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
         raise ZofoError(f"{path} is no data file: it must end in {', '.join(SUFFIXES)}, or be a Hub data set's id")
     location, _, split = source.partition("#")
     inside = folder / Path(location).expanduser()
-    splits = _read_folder(inside, split) if inside.is_dir() else _hub(location)
+    splits = _read_folder(inside, split) if inside.is_dir() else _hub(location, split)
     if not split:
         return splits
     if split not in splits:
@@ -147,16 +147,16 @@ def _require_row(row: Any, where: str) -> Row:
     return row
 
 
-def _hub(source: str) -> dict[str, list[Row]]:
+def _hub(source: str, split: str) -> dict[str, list[Row]]:
     name, _, config = source.partition(":")
     try:
-        splits: Any = load_dataset(name, config or None)
+        found: Any = load_dataset(name, config or None, split=split or None)
     except Exception as error:  # datasets raises many unrelated types for one cause: it could not be had
         raise ZofoError(
             f"cannot load the data set {source!r} ({str(error).splitlines()[0]}): give a file that ends in "
             f"{', '.join(SUFFIXES)}, or the id of a Hub data set that can be reached"
         ) from error
-    return {name: list(rows) for name, rows in splits.items()}
+    return {split: list(found)} if split else {name: list(rows) for name, rows in found.items()}
 
 
 def _suffix(path: Path) -> str:
