@@ -45,8 +45,9 @@ def test_harness_and_own_task_agree_with_an_adapter(tmp_path, capsys):
     save_tiny_model(tmp_path / "model")
     rows = [{"text": f"the film was {'great' if i % 3 else 'bad'} {i}", "label": i % 2} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({**row, "text": f"so {row['text']}"}) for row in rows))
     own = {
-        "source": {"train": "rows.jsonl", "test": "rows.jsonl"},
+        "source": {"train": "train.jsonl", "test": "rows.jsonl"},
         "prompt": "{{ text }} it was",
         "answer": "{{ [' terrible', ' great'][label] }}",
         "options": [" terrible", " great"],
