@@ -51,8 +51,7 @@ def checked(record: Record) -> Record:
     """The record itself, if it makes sense.
 
     Raises:
-        ZofoError: if a field is empty, the completion is none of the options, or an option repeats another or is its
-            beginning.
+        ZofoError: if a field is empty, the completion is none of the options, or an option repeats another.
     """
     if not record.prompt.strip():
         raise ZofoError("the prompt is empty")
