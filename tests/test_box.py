@@ -217,4 +217,4 @@ def test_a_page_shows_every_template_with_the_answer_marked(tmp_path):
 def test_a_trainer_takes_the_records_of_a_task(tmp_path):
     rows = load_task("copa", str(write_source(tmp_path, "copa"))).records()["train"]
     trainer = make_trainer(tmp_path / "run", train=rows, max_length=1024)
-    trainer.train()
+    assert trainer.train().global_step == 3

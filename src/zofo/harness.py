@@ -24,7 +24,6 @@ def evaluate_with_harness(
     shots: int = 0,
     dtype: DType = "float32",
     max_length: int | None = None,
-    limit: int | None = None,
 ) -> dict[str, Any]:
     """What `lm_eval` reports for each of its tasks: {task: {"acc,none": value, ...}}.
 
@@ -36,7 +35,6 @@ def evaluate_with_harness(
         shots: its `num_fewshot`.
         dtype: of the model.
         max_length: tokens of all that is read; None for all positions that the model has.
-        limit: rows of each task; None for all.
 
     Raises:
         ZofoError: if the extra is not installed, or a task is unknown to the harness; before the model is loaded.
@@ -57,7 +55,7 @@ def evaluate_with_harness(
         batch_size=batch_size,
         max_length=max_length or min(adapted.positions, 1 << 15),
     )
-    found = lm_eval.simple_evaluate(lm, tasks=wanted, task_manager=manager, num_fewshot=shots or None, limit=limit)
+    found = lm_eval.simple_evaluate(lm, tasks=wanted, task_manager=manager, num_fewshot=shots or None)
     assert found is not None, "only further processes get no result"
     return {name: dict(scores) for name, scores in found["results"].items()}
 
