@@ -124,28 +124,22 @@ def zeroth_order_rows() -> list[Row]:
     def bare() -> None:
         scorer.loss(batch)
 
-    times = interleaved(
+    step = step_of(made)
+    one = interleaved(
         {
-            "bare": times_(2 * QUERIES, bare),
-            "steps": times_(QUERIES, step_of(made)),
-            "step, q = 8": step_of(many),
+            "bare": times_(2, bare),
+            "step": step,
             "usual": lambda: usual.mezo_step(backbone, loss, usual.gaussian(0), EPS, 1e-9),
-        }
+        },
+        rounds=11,
     )
-    step = times["steps"] / QUERIES  # a mean of so many: one step alone is as noisy as the bar is narrow
+    eight = interleaved({"steps": times_(QUERIES, step), "step": step_of(many)})
+    way = "4 out-of-place Gaussian passes, 2 forwards with all logits"
     return [
-        Row("two-sided ZO step, q = 1", "its two bare forwards", times["steps"] / times["bare"], 1.15),
-        Row(
-            "MeZO step", "4 out-of-place Gaussian passes, 2 forwards with all logits", times["usual"] / step, 3.0, True
-        ),
-        Row(
-            "the limit of this: its two bare forwards alone",
-            "the same",
-            times["usual"] / (times["bare"] / QUERIES),
-            None,
-            True,
-        ),
-        Row("ZO step, q = 8", "8 steps with q = 1", times["step, q = 8"] / times["steps"], 1.0),
+        Row("two-sided ZO step, q = 1", "its two bare forwards", one["step"] / one["bare"], 1.15),
+        Row("MeZO step", way, one["usual"] / one["step"], 3.0, True),
+        Row("the limit of this: its two bare forwards alone", "the same", one["usual"] / one["bare"], None, True),
+        Row("ZO step, q = 8", "8 steps with q = 1", eight["step"] / eight["steps"], 1.0),
     ]
 
 
@@ -341,7 +335,7 @@ def scoring_rows() -> list[Row]:
     )  # fmt: skip
     letter = "to the editor of a small paper in the far north of this country, where winter is long and news is rare, "
     prompts = [
-        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i % 7 + 6)}about" for i in range(16)
+        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i % 7 + 6)}about" for i in range(8)
     ]
     return [
         *scored(made, tokenizer, prompts, sentences, "6 options of 6 or 7 tokens"),
@@ -368,13 +362,13 @@ def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ..
 
     @torch.no_grad()
     def bare() -> None:
-        for _ in range(8):
+        for _ in range(2):
             scorer.loss(bundle)
 
-    times = interleaved({"ours": ours, "one by one": one_by_one, "bare": bare}, rounds=3)
+    times = interleaved({"ours": ours, "one by one": one_by_one, "bare": bare})
     for key, value in found["one by one"].items():
         assert abs(value - found["ours"][key]) < 1e-4, f"{key} differs: {found}"
-    limit = times["bare"] / (8 * int(bundle["attention_mask"].sum())) * counted.forward
+    limit = times["bare"] / (2 * int(bundle["attention_mask"].sum())) * counted.forward
     way, theirs = "one forward per option, batch 1", times["one by one"]
     return [
         Row(f"scoring {what} behind prompts of about 50", way, theirs / times["ours"], 8.0, True),
@@ -407,9 +401,10 @@ def process_rows() -> list[Row]:
         "q = 8": ["zo", folder, "num_perturbations=8"],
         "inference": ["inference", folder],
     }
-    largest = child("inference", folder)["largest"]
     # what malloc keeps between tensors differs from process to process: medians of three
-    peaks = {name: statistics.median(child(*words)["peak"] for _ in range(3)) for name, words in runs.items()}
+    made = {name: [child(*words) for _ in range(3)] for name, words in runs.items()}
+    peaks = {name: statistics.median(one["peak"] for one in three) for name, three in made.items()}
+    largest = made["inference"][0]["largest"]
     print({name: f"{peak / 2**20:,.0f} MiB" for name, peak in peaks.items()})
     starts = [(child("first-step", folder)["seconds"], child("loading", folder)["seconds"]) for _ in range(4)][1:]
     first, loading = (sorted(values)[1] for values in zip(*starts, strict=True))

@@ -10,7 +10,9 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { NORMAL, RADEMACHER };
-enum { BLOCK = 2048, PARALLEL_FROM = 1 << 15 }; /* elements: a block's sum stays in the first cache */
+/* Elements. A thread takes blocks; of a block, one part after the other is read, summed and written: parts so small
+ * that reading and writing memory go on while the next ones are computed. */
+enum { BLOCK = 2048, PART = 64, PARALLEL_FROM = 1 << 15 };
 
 typedef struct {
     uint32_t k0, k1;
@@ -122,9 +124,9 @@ static void add(float *sum, int64_t count, uint32_t index, term t, int distribut
 /* One after the other; `start` is the index of the first element, modulo 2**32. */
 static void write_serially(const void *read, void *write, int from, int to, int64_t count, uint32_t start,
                            const term *terms, int number, int distribution, float keep, const term *rounding) {
-    float sum[BLOCK];
-    for (int64_t low = 0; low < count; low += BLOCK) {
-        int64_t size = count - low < BLOCK ? count - low : BLOCK;
+    float sum[PART];
+    for (int64_t low = 0; low < count; low += PART) {
+        int64_t size = count - low < PART ? count - low : PART;
         uint32_t index = start + (uint32_t)low;
         load(sum, read, from, low, size, keep);
         for (int j = 0; j < number; j++) add(sum, size, index, terms[j], distribution);
