@@ -27,12 +27,12 @@ def main() -> None:
 
 
 def training(method: str, model: str, keys: dict[str, Any]) -> dict[str, float]:
-    """Peak bytes during four steps."""
+    """Peak bytes during four steps, or `max_steps`."""
     from timing import trainer
 
     adapter = "none" if method == "zo" else "lora"
-    made = trainer(model, method=method, adapter=adapter, lower_steps=1, **{k: int(v) for k, v in keys.items()})
-    made.args.max_steps = 4
+    settings = {"lower_steps": 1, "max_steps": 4, **{key: int(value) for key, value in keys.items()}}
+    made = trainer(model, method=method, adapter=adapter, **settings)
     made.train()
     return {"peak": made.cost.peak_memory_bytes, "seconds": made.cost.wall_seconds}
 

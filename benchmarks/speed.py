@@ -7,6 +7,7 @@ three processes each). The embedded SmolLM2-135M in float32, batch 8 x 48 tokens
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def noise_rows() -> list[Row]:
             {
                 "axpy": lambda w=weights, o=other: w.add_(o, alpha=1e-9),
                 "noise": lambda w=weights: noise.update_(w, [noise.Term(1, 1e-9)], 2),
-                "eager": lambda w=weights: noise_torch.eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, None),
+                "eager": lambda w=weights: noise_torch.eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, math.inf, None),
                 "torch.normal": lambda w=weights: w.add_(
                     torch.normal(0.0, 1.0, (ELEMENTS,), device=device()), alpha=1e-9
                 ),
@@ -195,38 +196,39 @@ def bilevel_rows() -> list[Row]:
     adam_theta = torch.optim.Adam(list(adapted.backbone.values()), lr=1e-9)
     scorer, level = two.method.scorer, two.method.p
 
-    def bare(points: int) -> Callable[[], None]:
-        """Forwards and backwards for p; then F and G(p) at so many points, and G(s) at two."""
+    def for_p() -> None:
+        for stream in ("upper", "penalty"):
+            level.gradient(bundle[stream], "the loss")
+        level.clear()
 
-        def run() -> None:
-            for stream in ("upper", "penalty"):
-                level.gradient(bundle[stream], "the loss")
-            level.clear()
-            with torch.no_grad():
-                for _ in range(points):
-                    scorer.losses([bundle["upper"][0], bundle["penalty"][0]])
-                for _ in range(2):
-                    scorer.loss(bundle["penalty"][0])
+    @torch.no_grad()
+    def at_a_point() -> None:
+        scorer.losses([bundle["upper"][0], bundle["penalty"][0]])
 
-        return run
+    @torch.no_grad()
+    def of_s() -> None:
+        scorer.loss(bundle["penalty"][0])
 
     steps = {name: step_of(trainer_) for name, trainer_ in made.items()}
     times = interleaved(
         {
             **steps,
-            "bare two-sided": bare(2),
-            "bare one-sided": bare(1),
+            "for p": for_p,
+            "at a point": at_a_point,
+            "of s": of_s,
             "stored gradient": lambda: stored(usual.gaussian(0), adam_p, adam_theta),
         }
     )
     way = "2 forwards with backward, 6 forwards, 3 Gaussian passes, a stored gradient, Adam over θ"
     theirs = times["stored gradient"]
+    # forwards and backwards for p; F and G(p) at two points or at one, and G(s) at two
+    bare = {points: times["for p"] + points * times["at a point"] + 2 * times["of s"] for points in (1, 2)}
     return [
         Row("upper update of `bilevel`, two-sided", way, theirs / times["two_sided"], 1.6, True),
         Row(
             "the limit of this: its forwards and backwards alone",
             "the same",
-            theirs / times["bare two-sided"],
+            theirs / bare[2],
             None,
             True,
         ),
@@ -234,7 +236,7 @@ def bilevel_rows() -> list[Row]:
         Row(
             "the limit of this: its forwards and backwards alone",
             "the same",
-            theirs / times["bare one-sided"],
+            theirs / bare[1],
             None,
             True,
         ),
@@ -398,7 +400,7 @@ def process_rows() -> list[Row]:
         "fo": ["fo", folder],
         "bilevel": ["bilevel", folder],
         "zo": ["zo", folder],
-        "q = 8": ["zo", folder, "num_perturbations=8"],
+        "q = 8": ["zo", folder, "num_perturbations=8", "max_steps=2"],
         "inference": ["inference", folder],
     }
     # what malloc keeps between tensors differs from process to process: medians of three

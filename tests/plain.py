@@ -28,7 +28,9 @@ def make_rows(count, first=0, options=ONE_TOKEN):
     ]
 
 
-def make_trainer(folder, train=None, upper=None, family="llama", model=None, peft=None, eval_rows=None, **keys):
+def make_trainer(
+    folder, train=None, upper=None, family="llama", model=None, peft=None, eval_rows=None, tokenizer=None, **keys
+):
     """A trainer of a tiny model on 12 lower and 10 upper rows; `keys` go to its configuration."""
     callbacks = keys.pop("callbacks", None)
     args = ZOFOConfig(
@@ -47,7 +49,7 @@ def make_trainer(folder, train=None, upper=None, family="llama", model=None, pef
             **keys,
         }
     )
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     return ZOFOTrainer(
         model or tiny_model(family, vocab_size=len(tokenizer)),
         args,

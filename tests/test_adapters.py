@@ -8,8 +8,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from tiny import FAMILIES, save_tiny_model, tiny_model, token_batch
-from zofo.adapters import LOWER, UPPER, AdaptedModel, adapter_config, attach, merged
+from zofo.adapters import LOWER, UPPER, AdaptedModel, adapter_config, merged
 from zofo.errors import ZofoError
+from zofo.peft_models import attach
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # peft, of its prefixes
@@ -204,5 +205,5 @@ def test_a_stored_adapter_that_is_pickled_is_never_opened(tmp_path):
 def test_virtual_tokens_cannot_be_merged(tmp_path, kind):
     stored = saved_adapter(tmp_path / "run", kind)
     backbone = save_tiny_model(tmp_path / "base")
-    with pytest.raises(ZofoError, match=r"virtual tokens .* cannot be merged|does not fit"):
+    with pytest.raises(ZofoError, match="virtual tokens, which cannot be merged"):
         merged(str(backbone), str(stored))

@@ -211,7 +211,7 @@ MODELS = {
     "no tokenizer": (no_tokenizer, "{model} has no tokenizer that can be loaded"),
     "code of its own": (needs_its_own_code, "cannot load {model}: it needs trust_remote_code"),
     "a pickle": (pickled, "{model} holds no safetensors files; pytorch_model.bin is a pickle"),
-    "truncated weights": (truncated, "cannot load the weights of {model}"),
+    "truncated weights": (truncated, "{model}/model.safetensors is no complete safetensors file"),
     "another model's tokenizer": (another_tokenizer, "320 tokens and the model 300 embeddings"),
 }
 

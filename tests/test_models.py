@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from plain import make_trainer, write_config, write_task
 from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
-from zofo import models
+from zofo import commands, models
+from zofo.cli import main
 from zofo.errors import ZofoError
 from zofo.models import load_model, load_weights, local_source, require_fitting_tokenizer
 
@@ -250,6 +252,48 @@ def test_a_gguf_file_that_is_none(tmp_path, monkeypatch):
     for _ in range(2):  # the second time nothing half-made stands in the way
         assert "is it a complete GGUF of a causal model?" in refused(tmp_path / "m.gguf")
     assert "there is no file" in refused(tmp_path / "none.gguf")
+
+
+# ---- quantised weights
+
+
+QUANTISED = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "gguf": {"quant_method": "gguf"},
+}
+
+
+@pytest.mark.parametrize("how", QUANTISED)
+@pytest.mark.parametrize("keys", [["--method", "zo", "--adapter", "none"], ["--method", "bilevel"],
+                                  ["--method", "two_stage"], ["--method", "fo", "--adapter", "none"]])  # fmt: skip
+def test_quantised_weights_cannot_move_and_are_not_even_loaded(tmp_path, monkeypatch, capsys, how, keys):
+    folder = write_task(tmp_path)
+    file = folder / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": QUANTISED[how]}))
+    monkeypatch.setattr(commands, "load_model", lambda *args: pytest.fail("the weights were loaded"))
+    config = write_config(folder, "run", max_steps=1)
+    given = [word for word in keys if word not in ("--adapter", "none")]
+    more = ["--adapter", "none"] if "none" in keys else ["--adapter", "lora"]
+    capsys.readouterr()
+    assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "run"), *given, *more]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert f"quantised ({how}) and cannot be moved" in errors
+    assert "or method fo with an adapter" in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("method", "refused_"), [("bilevel", True), ("zo", True), ("fo", False)])
+def test_of_a_loaded_model_the_config_tells(tmp_path, method, refused_):
+    model = tiny_model(vocab_size=320)
+    model.config.quantization_config = QUANTISED["gptq"]
+    adapter = "none" if method == "zo" else "lora"
+    if refused_:
+        with pytest.raises(ZofoError, match=r"quantised \(gptq\)"):
+            make_trainer(tmp_path, model=model, method=method, adapter=adapter)
+    else:
+        make_trainer(tmp_path, model=model, method=method, adapter=adapter)
 
 
 # ---- the cache of converted files; the conversion itself is replaced by a slow one

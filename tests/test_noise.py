@@ -370,12 +370,14 @@ def test_an_update_of_zero_changes_no_bit(dtype):
 
 # every form must write the bits of the eager one: terms, Rademacher?, keep, rounding
 FORMS = [
-    ([(1, 2, 1e-3)], False, 1.0, None),
-    ([(1, 2, 1e-3)], True, 1.0, None),
-    ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], False, 1.0, (7, 8, 0.0)),
-    ([(2**32 - 1, 2**31, 1e-3)], False, 0.999, (7, 8, 0.0)),
-    ([], False, 0.999, (7, 8, 0.0)),
-    ([], False, 1.0, None),
+    ([(1, 2, 1e-3)], False, 1.0, math.inf, None),
+    ([(1, 2, 1e-3)], True, 1.0, math.inf, None),
+    ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], False, 1.0, math.inf, (7, 8, 0.0)),
+    ([(2**32 - 1, 2**31, 1e-3)], False, 0.999, math.inf, (7, 8, 0.0)),
+    ([], False, 0.999, math.inf, (7, 8, 0.0)),
+    ([], False, 1.0, math.inf, None),
+    ([(1, 2, 0.5)], False, 1.0, 0.75, None),
+    ([(1, 2, 0.5)], False, 0.9, 0.75, (7, 8, 0.0)),
 ]
 SIZES = [0, 1, 2, 17, 2047, 2048, 2049, 140_001]  # around a block, and enough for several threads
 
@@ -421,7 +423,7 @@ def test_c_reads_every_sixteen_bit_number(c_kernel):
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in DTYPES[1:]:
         out = torch.empty(2**16)
-        c_kernel(patterns.view(dtype), out, 0, [], False, 1.0, None)
+        c_kernel(patterns.view(dtype), out, 0, [], False, 1.0, math.inf, None)
         expected = patterns.view(dtype).float()
         assert torch.equal(bits(out)[~expected.isnan()], bits(expected)[~expected.isnan()])
         assert out[expected.isnan()].isnan().all()
@@ -436,7 +438,7 @@ def test_c_rounds_to_sixteen_bits_as_torch_does(c_kernel):
     )
     for dtype in DTYPES[1:]:
         out = torch.empty(len(floats), dtype=dtype)
-        c_kernel(floats, out, 0, [], False, 1.0, None)
+        c_kernel(floats, out, 0, [], False, 1.0, math.inf, None)
         expected = floats.to(dtype)
         assert torch.equal(bits(out)[~floats.isnan()], bits(expected)[~floats.isnan()])
         assert out[floats.isnan()].isnan().all()

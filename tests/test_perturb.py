@@ -1,5 +1,6 @@
 """Evaluating at θ + scale z: θ is never written, nothing is left behind, nothing is missed, however it is read."""
 
+import functools
 import gc
 import weakref
 
@@ -340,3 +341,71 @@ def test_a_scratch_serves_inference_mode_and_training_in_turn():
         first = model(x).sum().item()
     with torch.no_grad(), perturbed(model, theta_of(model), SEED, EPS, scratch=scratch):
         assert model(x).sum().item() == first
+
+
+# Mixtures of experts.
+
+
+def mixture(implementation, visited):
+    """Four experts in one tensor, of which tokens are sent to some."""
+    model = tiny_model("mixtral")
+    model.set_experts_implementation(implementation)
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.mlp.gate.weight.zero_()
+        layer.mlp.gate.register_forward_hook(functools.partial(send, visited))
+    return model
+
+
+def send(visited, module, args, output):
+    logits, scores, indices = output
+    return logits, scores, torch.tensor(visited)[torch.arange(indices.numel()) % len(visited)].view_as(indices)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_that_no_token_visits_are_neither_missed_nor_in_the_way(implementation):
+    model, other = mixture(implementation, [0, 2]), mixture("eager", [0, 2])
+    before = snapshot(model)
+    with torch.no_grad():
+        for name, parameter in moved_copy(model, (SEED, EPS)).named_parameters():
+            dict(other.named_parameters())[name].copy_(parameter)
+    with perturbed(model, theta_of(model), SEED, EPS):
+        torch.testing.assert_close(logits(model), logits(other))
+    assert same_bits(model, before)
+
+
+def test_an_item_of_a_parameter_costs_its_own_noise_alone(monkeypatch):
+    written, write_sum = [], noise.write_sum
+    monkeypatch.setattr(noise, "write_sum", lambda w, *args: written.append(w.numel()) or write_sum(w, *args))
+    weight = nn.Parameter(torch.randn(4, 3, 5))
+    model = nn.ParameterDict({"experts": weight})
+    z = direction({"experts": weight}, SEED)["experts"]
+    with torch.no_grad(), perturbed(model, {"experts": weight}, SEED, EPS):
+        whole = weight * 1
+        written.clear()
+        items = [weight[i] for i in (0, -1, torch.tensor(2))]
+    assert written == [15, 15, 15]
+    assert all(torch.equal(item, whole[i]) for item, i in zip(items, (0, 3, 2), strict=True))
+    torch.testing.assert_close(whole, weight.detach() + EPS * z, rtol=1e-4, atol=1e-6)
+    with pytest.raises(IndexError), torch.no_grad(), perturbed(model, {"experts": weight}, SEED, EPS):
+        weight[4]
+
+
+class Experts(nn.Module):
+    """Experts as modules of their own, of which one is visited."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(4))
+        self.other = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(2))
+
+    def forward(self, x, other):
+        return self.experts[2](x) + sum(self.other[i](x) for i in other)
+
+
+def test_of_experts_in_modules_one_must_be_read_and_of_others_all():
+    model = Experts()
+    with perturbed(model, theta_of(model), SEED, EPS):
+        model(torch.ones(3), [0, 1])
+    with pytest.raises(ZofoError, match=r"other\.1\.weight"), perturbed(model, theta_of(model), SEED, EPS):
+        model(torch.ones(3), [0])

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
+import re
 
 import pytest
 import torch
@@ -13,9 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plain import make_trainer, moved, same, weights, write_config, write_task
-from tiny import FAMILIES
 from zofo import ZOFOTrainer, commands
-from zofo.adapters import merged
 from zofo.cli import main
 from zofo.config import parse_config
 
@@ -140,8 +138,6 @@ def test_merge_of_a_run_without_adapters_is_its_backbone(folder, trainers, tmp_p
 @pytest.mark.parametrize(
     ("run", "more", "message"),
     [
-        ("prompt", [], "cannot be merged"),
-        ("prefix", [], "cannot be merged"),
         ("fo", ["--adapter", "lower"], "no adapter 'lower'"),
         ("model", [], "no finished run"),
     ],
@@ -152,6 +148,32 @@ def test_merge_refuses_what_it_cannot_do(folder, trainers, tmp_path, capsys, run
     assert (status, errors.count("\n")) == (2, 1)
     assert message in errors
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", ["prompt", "prefix"])
+def test_virtual_tokens_are_kept_beside_the_backbone(folder, trainers, tmp_path, capsys, run):
+    output, inputs = tmp_path / "merged", text(folder)
+    assert main(["merge", "--run", str(folder / run), "--output", str(output)]) == 0
+    assert f"virtual tokens, which cannot be merged: it is kept in {output / 'upper'}" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert same(dict(model.named_parameters()), trainers[run].adapted.backbone)
+    found = logits(PeftModel.from_pretrained(model, output / "upper"), inputs)
+    assert difference(found, of_trainer(trainers[run], "upper", inputs)) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "stored", "most"), [(None, "float32", 1e-5), ("bfloat16", "bfloat16", 0.2)])
+def test_merge_says_how_far_the_rounded_logits_are(folder, trainers, tmp_path, capsys, dtype, stored, most):
+    output = tmp_path / "merged"
+    more = ["--dtype", dtype] if dtype else []
+    assert main(["merge", "--run", str(folder / "bilevel"), "--output", str(output), *more]) == 0
+    said = re.search(rf"rounded to {stored}: the logits differ by (\S+) from", capsys.readouterr().out)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert {str(p.dtype) for p in model.parameters()} == {f"torch.{stored}"}
+    ids = torch.linspace(0, 319, 32).long().view(2, 16)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    wanted = difference(logits(model, inputs).float(), of_trainer(trainers["bilevel"], "upper", inputs))
+    assert float(said[1]) == pytest.approx(wanted, rel=0.1, abs=2e-6)
+    assert (1e-4 if dtype else 0) <= wanted < most
 
 
 def test_merge_writes_over_nothing(folder, trainers, tmp_path, capsys):
@@ -293,42 +315,6 @@ def test_there_is_no_pickle_outside_checkpoints(folder, trainers):
         for file in files:
             assert file.suffix in (".json", ".yaml", ".md", ".png", ".safetensors", ".jinja", ".txt")
             assert file.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_architecture_trains_two_steps_and_comes_back(tmp_path, family):
-    trainer = make_trainer(tmp_path, family=family, max_steps=2)
-    adapted = trainer.adapted
-    start = {part: weights(adapted, part) for part in ("backbone", "upper", "lower")}
-    trainer.train()
-    trainer.save_model()
-    end = {part: weights(adapted, part) for part in start}
-    for part, before in start.items():
-        assert moved(before, end[part]) == before.keys()
-    inputs = trainer.processing_class(["the film", "a story was"], return_tensors="pt", padding=True)
-    for adapter in ("upper", "lower"):
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
-        found = logits(PeftModel.from_pretrained(plain, tmp_path / adapter), inputs)
-        wanted = of_trainer(trainer, adapter, inputs)
-        assert difference(found, wanted) < 1e-5
-        assert difference(logits(merged(str(tmp_path / "backbone"), str(tmp_path / adapter)), inputs), wanted) < 1e-5
-    fresh = make_trainer(tmp_path, family=family).adapted
-    fresh.load(Path(tmp_path))
-    for part, wanted in end.items():
-        assert same(weights(fresh, part), wanted)
-
-
-@pytest.mark.parametrize("keys", [{"adapter": "prefix"}, {"adapter": "prompt"}], ids=lambda keys: keys["adapter"])
-def test_virtual_tokens_train_and_come_back(tmp_path, keys):
-    trainer = make_trainer(tmp_path, max_steps=2, **keys)
-    start = {part: weights(trainer.adapted, part) for part in ("backbone", "upper", "lower")}
-    trainer.train()
-    trainer.save_model()
-    fresh = make_trainer(tmp_path, **keys).adapted
-    fresh.load(Path(tmp_path))
-    for part, before in start.items():
-        assert moved(before, weights(trainer.adapted, part)) == before.keys()
-        assert same(weights(fresh, part), weights(trainer.adapted, part))
 
 
 @pytest.mark.parametrize("method", ["bilevel", "zo"])

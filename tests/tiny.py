@@ -12,16 +12,43 @@ _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 _GATED = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True}  # 2 < 4: GQA
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # inside any vocabulary, else transformers warns
 
+_EXPERTS = {**_GATED, "moe_intermediate_size": 16, "num_experts_per_tok": 1}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
 # family -> (config class, arguments)
 _CONFIGS = {
     "llama": ("LlamaConfig", _GATED),
     "opt": ("OPTConfig", {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
-    "gpt2": ("GPT2Config", {**_SIZES, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2": ("GPT2Config", {**_SIZES, **_NO_DROPOUT, "attn_pdrop": 0.0}),
     "qwen3": ("Qwen3Config", {**_GATED, "head_dim": 8}),
     "gemma2": ("Gemma2Config", {**_GATED, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}),
     "gpt_neox": ("GPTNeoXConfig", {**_SIZES, "intermediate_size": 48}),
 }
+_MORE = {
+    "mistral": ("MistralConfig", {**_GATED, "sliding_window": 8, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2Config", _GATED),
+    "gemma3_text": ("Gemma3TextConfig", {**_GATED, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "phi": ("PhiConfig", {**_SIZES, "intermediate_size": 48}),
+    "phi3": ("Phi3Config", {**_GATED, "tie_word_embeddings": False}),
+    "falcon": ("FalconConfig", _SIZES),
+    "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "olmo2": ("Olmo2Config", _GATED),
+    "granite": ("GraniteConfig", {**_GATED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
+    "cohere": ("CohereConfig", {**_GATED, "logit_scale": 0.5}),
+    "stablelm": ("StableLmConfig", {**_GATED, "tie_word_embeddings": False}),
+    "mixtral": ("MixtralConfig", {**_GATED, "num_local_experts": 4, "num_experts_per_tok": 1}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "head_dim": 8, "num_experts": 4}),
+    "gpt_oss": ("GptOssConfig", {**_GATED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1}),
+    "deepseek_v3": ("DeepseekV3Config", {
+        **_EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 8, "num_mtp_layers": 0,
+    }),
+    "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "lfm2": ("Lfm2Config", {**_GATED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+}  # fmt: skip
 FAMILIES = tuple(_CONFIGS)
+ALL_FAMILIES = (*_CONFIGS, *_MORE)
 
 SENTENCES = (
     "the film was great and i would see it again",
@@ -37,15 +64,15 @@ SENTENCES = (
 )
 
 
-def tiny_model(family="llama", vocab_size=VOCAB_SIZE, seed=0, **config):
-    """A random causal LM of about 20,000 parameters in float32 and eval mode; the global random state is kept."""
+def tiny_model(family="llama", vocab_size=VOCAB_SIZE, seed=0, dtype=torch.float32, **config):
+    """A random causal LM of about 20,000 parameters in eval mode; the global random state is kept."""
     import transformers
 
-    name, arguments = _CONFIGS[family]
+    name, arguments = {**_CONFIGS, **_MORE}[family]
     built = getattr(transformers, name)(vocab_size=vocab_size, **_TOKENS, **{**arguments, **config})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(built).eval()
+        model = transformers.AutoModelForCausalLM.from_config(built, dtype=dtype).eval()
         _spread(model)
     return model
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,24 +18,22 @@ from peft import (
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
 )
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.save_and_load import get_base_model_state_dict
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from zofo.errors import ZofoError
-from zofo.models import DType, load_weights
+from zofo.models import DTYPES, DType, load_weights
+from zofo.peft_models import LOWER, UPPER, attach, real_keys_and_values, with_adapters
 
-UPPER = "upper"
-LOWER = "lower"
 _UNLIMITED = 1 << 30
+_TRAINED = "adapters.safetensors"  # in a checkpoint: every adapter as it is trained
 KINDS = ("lora", "prefix", "prompt", "none")
 
 
@@ -45,8 +41,8 @@ def adapter_config(adapter: str, model: PreTrainedModel) -> PeftConfig | None:
     """The PEFT config behind the key `adapter`.
 
     Args:
-        adapter: "lora" (r=8, alpha=16, on the modules peft chooses for this model), "prefix" (5 virtual tokens),
-            "prompt" (10 virtual tokens, from the vocabulary), "none", or the path of a PEFT config JSON.
+        adapter: "lora" (r=8, alpha=16, on queries and values), "prefix" (5 virtual tokens), "prompt" (10 virtual
+            tokens, from the vocabulary), "none", or the path of a PEFT config JSON.
         model: the backbone it is meant for.
 
     Raises:
@@ -55,21 +51,34 @@ def adapter_config(adapter: str, model: PreTrainedModel) -> PeftConfig | None:
     if adapter == "none":
         return None
     if adapter == "lora":
-        known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=8,
             lora_alpha=16,
-            target_modules=None if known else "all-linear",
+            target_modules=_lora_targets(model),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layout
         )
     if adapter == "prefix":
         return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5)
     if adapter == "prompt":
+        heads = model.config.to_dict().get("num_attention_heads", 1)  # peft asks for it, and does not use it
         return PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=10, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB
-        )
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=10, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+            num_attention_heads=heads,
+        )  # fmt: skip
     return _read_config(Path(adapter))
+
+
+def _lora_targets(model: PreTrainedModel) -> list[str] | str:
+    """Queries and values where they are modules of their own; else what peft knows; else what is there instead."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    last = {name.split(".")[-1] for name in linear}
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
+    for names in (("q_proj", "v_proj"), tuple(known), ("in_proj", "x_proj")):  # the last are those of a state space
+        if names and last.issuperset(names):
+            return list(names)
+    attention = {name.split(".")[-1] for name in linear if "attn" in name or "attention" in name}
+    return sorted(attention) or "all-linear"
 
 
 def _read_config(path: Path) -> PeftConfig:
@@ -96,6 +105,7 @@ class AdaptedModel:
         config: of the adapter; None for a backbone alone.
         twins: add `lower`, with the values of `upper`.
         stored: instead of `config`, a PEFT folder whose adapter to use.
+        real_prefix: start a prefix from the keys and values of real tokens, and not from peft's random numbers.
 
     Raises:
         ZofoError: if peft cannot put this adapter, or two of it, on this model.
@@ -107,6 +117,7 @@ class AdaptedModel:
         config: PeftConfig | None = None,
         twins: bool = False,
         stored: str | None = None,
+        real_prefix: bool = False,
     ) -> None:
         self.base = base
         self.backbone: dict[str, Tensor] = dict(base.named_parameters())
@@ -114,7 +125,13 @@ class AdaptedModel:
         for parameter in self.backbone.values():
             parameter.requires_grad_(False)
         self._alone = False
-        self._peft = attach(base, stored) if stored else None if config is None else _wrap(base, config, twins)
+        self._peft: PeftModel | None = None
+        if stored:
+            self._peft = attach(base, stored)
+        elif config is not None:
+            start = real_keys_and_values(base, config) if real_prefix else None
+            self._peft = with_adapters(base, config, twins, start)
+        self.movable = self._without_replaced()
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -144,6 +161,25 @@ class AdaptedModel:
                 finally:
                     self._alone = False
 
+    @torch.no_grad()
+    def require_prompts(self) -> None:
+        """Refuses virtual tokens that peft can make for this model, but the model cannot read: by a tiny forward.
+
+        Raises:
+            ZofoError: with what the model says.
+        """
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.base.device)
+        try:
+            if self.prompt_learning:
+                self.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+            assert self._peft is not None
+            kind = PeftType(self._peft.peft_config[UPPER].peft_type).value
+            raise ZofoError(
+                f"this {self.base.config.model_type} model does not work with {kind} of peft "
+                f"({' '.join(str(error).split())[:200]}): choose another adapter, such as lora"
+            ) from error
+
     def require_checkpointing(self) -> None:
         """Refuses what cannot compute activations again in the backward pass.
 
@@ -162,6 +198,19 @@ class AdaptedModel:
                 f"gradient_checkpointing is true, but would drop the adapter's keys and values ({name}) in the "
                 "backward pass: leave it out, or choose the adapter lora or prompt"
             )
+
+    def _without_replaced(self) -> dict[str, Tensor]:
+        """The backbone without the modules that the adapter puts its own copies in the place of."""
+        replaced: set[int] = set()
+        for module in self.model.modules():
+            original: Any = None
+            if isinstance(module, ModulesToSaveWrapper):
+                original = module.original_module
+            elif isinstance(module, LNTuningLayer):
+                original = module.base_layer
+            if original is not None:
+                replaced |= {id(p) for p in original.parameters()}
+        return {name: p for name, p in self.backbone.items() if id(p) not in replaced}
 
     def adapter_parameters(self, adapter: str) -> dict[str, Tensor]:
         """The weights of one adapter, by name."""
@@ -197,9 +246,19 @@ class AdaptedModel:
         prompt: Any = self._peft.peft_config[UPPER]
         return most - prompt.num_virtual_tokens
 
+    def save_trained(self, folder: Path) -> None:
+        """Writes the adapters as they are trained.
+
+        peft's folders do not always hold that: of p-tuning, they hold the prompt and not the network that makes it.
+        """
+        save_file(
+            {name: p.detach().contiguous() for a in self.adapters for name, p in self.adapter_parameters(a).items()},
+            folder / _TRAINED,
+        )
+
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Copies the weights that `save` wrote into this model, bit for bit.
+        """Copies what `save` and `save_trained` wrote into this model, bit for bit.
 
         Raises:
             ZofoError: if they are not there or are not of this model.
@@ -211,72 +270,45 @@ class AdaptedModel:
             raise ZofoError(f"{folder} holds another model's backbone: {odd} is in one and not in the other")
         for name, parameter in self.backbone.items():
             parameter.copy_(values[name])
-        for adapter in self.adapters:
-            assert self._peft is not None
-            weights = load_peft_weights(str(folder / adapter), device="cpu")
-            expected = get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False)
-            if weights.keys() != expected.keys():
-                raise ZofoError(f"{folder / adapter} holds an adapter of another kind than this run's")
-            set_peft_model_state_dict(self._peft, weights, adapter_name=adapter)
+        trained = {name: p for adapter in self.adapters for name, p in self.adapter_parameters(adapter).items()}
+        stored = load_file(folder / _TRAINED) if trained else {}
+        if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in trained.items()}:
+            raise ZofoError(f"{folder} holds adapters of another kind than this run's")
+        for name, parameter in trained.items():
+            parameter.copy_(stored[name])
 
 
-def _wrap(base: PreTrainedModel, config: PeftConfig, twins: bool) -> PeftModel:
-    try:
-        model = get_peft_model(base, config, adapter_name=UPPER)
-        assert isinstance(model, PeftModel)
-        if twins:
-            model.add_adapter(LOWER, copy.deepcopy(config))
-            values = get_peft_model_state_dict(model, adapter_name=UPPER, save_embedding_layers=False)
-            set_peft_model_state_dict(model, values, adapter_name=LOWER)
-            model.set_adapter(UPPER)
-    except (ValueError, NotImplementedError, KeyError, TypeError) as error:
-        raise ZofoError(
-            f"peft cannot put {config.peft_type} on this {base.config.model_type} model: {error}"
-        ) from error
-    return model
-
-
-def merged(backbone: str, adapter: str, dtype: DType = "float32") -> PreTrainedModel:
+@torch.no_grad()
+def merged(backbone: str, adapter: str, dtype: DType = "float32") -> tuple[PreTrainedModel, float]:
     """The backbone with an adapter merged into its weights: a plain transformers model.
 
     Args:
         backbone: what `load_model` takes.
         adapter: a PEFT folder.
-        dtype: of the result; the sum is taken in it.
+        dtype: of the result; the sum is taken in float32 and rounded once.
+
+    Returns:
+        The model, and the largest difference of its logits to those of backbone and adapter in float32, over some
+        tokens from all of the vocabulary.
 
     Raises:
         ZofoError: if the adapter cannot be merged, as prompts and prefixes cannot.
     """
-    adapted = attach(load_weights(backbone, dtype), adapter)
-    config = adapted.peft_config[UPPER]
-    if config.is_prompt_learning:
-        raise ZofoError(
-            f"{adapter} consists of virtual tokens ({config.peft_type}), which cannot be merged into weights: deploy "
-            "backbone/ and the adapter's folder together with peft"
-        )
-    return adapted.merge_and_unload(safe_merge=True)
-
-
-def attach(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """Puts a stored adapter on a model.
-
-    Raises:
-        ZofoError: if the folder is no PEFT folder, or does not fit.
-    """
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ZofoError(f"{adapter} is no adapter: give a folder with adapter_config.json, such as RUN/upper")
-    if not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise ZofoError(
-            f"{adapter} has no adapter_model.safetensors: pickles (.bin) are never read; save it again in peft"
-        )
+    adapted = attach(load_weights(backbone, "float32"), adapter)
+    if adapted.peft_config[UPPER].is_prompt_learning:
+        raise ZofoError(f"{adapter} consists of virtual tokens, which cannot be merged into weights")
+    words = adapted.get_input_embeddings().weight.shape[0]
+    probe = torch.linspace(0, words - 1, 32).long().view(2, 16)
+    wanted = adapted.eval()(input_ids=probe).logits
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # missing keys are an error below, and not a warning
-            attached = PeftModel.from_pretrained(model, adapter, adapter_name=UPPER)
-        stored = load_peft_weights(adapter, device="cpu").keys()
-    except (ValueError, RuntimeError, OSError, KeyError, SafetensorError) as error:
-        raise ZofoError(f"the adapter {adapter} does not fit this model: {str(error).splitlines()[0]}") from error
-    lost = get_peft_model_state_dict(attached, adapter_name=UPPER, save_embedding_layers=False).keys() - stored
-    if lost:
-        raise ZofoError(f"the adapter {adapter} is not complete: {min(lost)} is missing; save it again in peft")
-    return attached
+        model = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError) as error:
+        raise ZofoError(f"peft cannot merge {adapter} ({error}): deploy it beside the backbone, with peft") from error
+    for parameter in model.parameters():  # and no buffers: rotations stay as precise as they are when it is loaded
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    return model, float((model(input_ids=probe).logits.float() - wanted).abs().max())
+
+
+def is_prompt(adapter: Path) -> bool:
+    """Whether a PEFT folder holds virtual tokens, which cannot be merged."""
+    return PeftConfig.from_pretrained(str(adapter)).is_prompt_learning

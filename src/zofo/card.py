@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from zofo.adapters import KINDS
 from zofo.config import ZOFOConfig
+from zofo.models import PACKAGE_SCHEME, package_file
+from zofo.tasks import Task
 
 _METHODS = {
     "bilevel": "Bilevel ZOFO: the backbone moved by forward passes only, beside adapters trained by backpropagation",
@@ -17,13 +20,13 @@ _METHODS = {
 }
 
 
-def model_card(config: ZOFOConfig, results: dict[str, Any], description: str, steps: int) -> str:
+def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: int) -> str:
     """The card as Markdown, with front matter that the Hub reads.
 
     Args:
         config: of the run.
         results: what `results.json` holds.
-        description: of the task.
+        task: that was trained on.
         steps: that were trained.
     """
     rows = [("zero-shot", results["zero_shot"]), *((f"`{a}`", m) for a, m in results["metrics"].items())]
@@ -33,19 +36,24 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], description: str, st
         "|---|" + "---|" * len(names),
         *("| " + label + " | " + " | ".join(_number(m[n]) for n in names) + " |" for label, m in rows),
     ]
-    cost = results["cost"]
+    cost, licence = results["cost"], base_licence(config.model or "")
     return "\n".join(
         [
             "---",
             "library_name: zofo",
             f"base_model: {json.dumps(config.model)}",
+            *([f"license: {licence}"] if licence else []),
             f"tags: [zofo, {config.method}, {config.adapter if config.adapter in KINDS else 'peft'}]",
             "---",
             f"# {config.model} on {results['task']}",
             "",
             f"{_METHODS[config.method]}; adapter: {config.adapter}; seed {config.seed}, {steps} steps.",
             "",
-            description,
+            f"Licence of the base model: {licence or 'not stated'}. It holds for what is made from it.",
+            "",
+            "## Data",
+            "",
+            f"{task.description} Licence: {task.licence}.",
             "",
             "## Test metrics",
             "",
@@ -73,10 +81,30 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], description: str, st
             ),
             "```",
             "",
-            "`zofo train --config config.yaml --output_dir NEW` repeats the run.",
+            "This command, in this folder, repeats the run:",
+            "",
+            "```bash",
+            "zofo train --config config.yaml --output_dir NEW",
+            "```",
             "",
         ]
     )
+
+
+def base_licence(model: str) -> str | None:
+    """The licence that a model's card or the metadata of a GGUF file states, or None."""
+    try:
+        from gguf import GGUFReader  # here, since every run would wait for it at its start
+        from huggingface_hub import ModelCard
+
+        path = Path(package_file(model) if model.startswith(PACKAGE_SCHEME) else model).expanduser()
+        if path.suffix == ".gguf":
+            field = GGUFReader(path).fields.get("general.license")
+            return None if field is None else str(field.contents())
+        card = path / "README.md" if path.is_dir() else model
+        return ModelCard.load(card).data.to_dict().get("license")
+    except Exception:  # no card, no network, no valid YAML: nothing that a finished run should fail for
+        return None
 
 
 def _number(value: float) -> str:

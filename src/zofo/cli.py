@@ -149,7 +149,9 @@ def _add_merge(verbs: Any) -> None:
     parser.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
     parser.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
     parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the result; default: the backbone's"
+    )
     parser.set_defaults(run=_merge)
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import yaml
 
-from zofo.adapters import UPPER, AdaptedModel, merged
+from zofo.adapters import UPPER, AdaptedModel, is_prompt, merged
 from zofo.card import model_card
 from zofo.checkpoint import last_sealed, read_seal, require_same, writing
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.models import DType, load_model, load_weights
+from zofo.models import DType, load_model, load_weights, require_movable, stored_dtype
 from zofo.own_data import TASK_FILE, introduction, make_table_task, task_text
 from zofo.plots import plot_curves
 from zofo.splits import Splits, split_records
@@ -53,6 +53,8 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     splits = _split(task, config, say)
     for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
         say(line)
+    if config.moves_backbone:
+        require_movable(config.model, f"method {config.method}")
     model, tokenizer = load_model(config.model, config.dtype)
     trainer = ZOFOTrainer(
         model,
@@ -87,17 +89,24 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     trainer.save_model()
     trainer.save_state()
     plot_curves(trainer.state.log_history, f"{config.method} ({config.adapter}) on {task.name}", run / "curves.png")
-    (run / "README.md").write_text(
-        model_card(config, results, task.description, trainer.state.global_step), encoding="utf-8"
-    )
+    (run / "README.md").write_text(model_card(config, results, task, trainer.state.global_step), encoding="utf-8")
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for adapter, scores in metrics.items():
         say(f"{adapter} on test: {_words(scores)}")
     return results
 
 
-def merge(run: Path, adapter: str, output: Path, dtype: DType, say: Say) -> None:
+def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) -> None:
     """Writes the backbone of a run, with one of its adapters merged in, as a plain Hugging Face folder.
+
+    An adapter of virtual tokens cannot be merged, and is put into a folder of its own beside the backbone.
+
+    Args:
+        run: the output_dir of a run.
+        adapter: "upper" or "lower".
+        output: the new folder.
+        dtype: of the weights; the backbone's if not given.
+        say: where to tell what is done.
 
     Raises:
         ZofoError: if there is no such run or adapter, it cannot be merged, or `output` exists.
@@ -106,10 +115,15 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType, say: Say) -> None
         raise ZofoError(f"{run} is no finished run: it holds no backbone/; give the output_dir of zofo train")
     if output.exists():
         raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
-    backbone = str(run / "backbone")
+    backbone, beside = str(run / "backbone"), None
+    dtype = dtype or stored_dtype(backbone)
     _, tokenizer = load_model(backbone, dtype)
-    if (run / adapter).is_dir():
-        model = merged(backbone, str(run / adapter), dtype)
+    if (run / adapter).is_dir() and is_prompt(run / adapter):
+        beside, model = adapter, load_weights(backbone, dtype)
+        say(f"{run / adapter} consists of virtual tokens, which cannot be merged: it is kept in {output / adapter}")
+    elif (run / adapter).is_dir():
+        model, difference = merged(backbone, str(run / adapter), dtype)
+        say(f"merged in float32, rounded to {dtype}: the logits differ by {difference:.1e} from backbone and adapter")
     elif (run / UPPER).is_dir():
         raise ZofoError(f"{run} has no adapter {adapter!r}, only upper: this run was trained without twins")
     else:
@@ -120,6 +134,8 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType, say: Say) -> None
     with writing(output):
         model.save_pretrained(half)
         tokenizer.save_pretrained(half)
+        if beside:
+            shutil.copytree(run / beside, half / beside)
         half.rename(output)
 
 

@@ -82,6 +82,12 @@ class ZOFOConfig(TrainingArguments):
     zo_estimator: EstimatorName = _key("two_sided", "two_sided or one_sided differences")
     zo_optimizer: Literal["sgd"] = _key("sgd", "rule of the zeroth-order level")
     zo_weight_decay: float = _key(0.0, "decoupled weight decay of the zeroth-order level; not on biases and norms")
+    zo_parameters: list[str] | None = _key(
+        None, "backbone weights that move: kinds (attention, mlp, embeddings, norms, head), parts of names or patterns"
+    )
+    zo_exclude: list[str] | None = _key(None, "backbone weights that stay, in the same words")
+    zo_layers: str | None = _key(None, "blocks whose weights move, from 0, such as 0-11,20; all if not given")
+    zo_sparsity: float = _key(0.0, "share of each matrix that stays fixed: its largest weights (Sparse MeZO)")
     zo_distribution: Distribution = _key("normal", "of the directions: normal or rademacher")
     penalty: float = _key(1.0, "λ, how strongly the upper level is held to the lower level's optimum")
     penalty_schedule: Schedule = _key("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
@@ -111,6 +117,7 @@ class ZOFOConfig(TrainingArguments):
         for name in _NOT_NEGATIVE:
             self._require(name, ">=", 0)
         self._check_zo_learning_rate()
+        self._check_selection()
         if self.max_steps != -1:
             self._require("max_steps", ">", 0)
         for name in ("lower_fraction", "two_stage_fraction"):
@@ -151,6 +158,17 @@ class ZOFOConfig(TrainingArguments):
             raise ZofoError(f"zo_learning_rate is {self.zo_learning_rate!r}, but must be a number or auto") from error
         self._require("zo_learning_rate", ">", 0)
 
+    def _check_selection(self) -> None:
+        if not 0 <= self.zo_sparsity < 1:
+            raise ZofoError(f"zo_sparsity is {self.zo_sparsity}, but must be at least 0 and less than 1")
+        given = [key for key in ("zo_parameters", "zo_exclude", "zo_layers") if vars(self)[key]]
+        if given and (self.method == "fo" or not self.moves_backbone):
+            raise ZofoError(
+                f"{given[0]} chooses weights of the backbone, but method {self.method} with adapter {self.adapter} "
+                "moves none of them by forward passes: leave it out, or choose bilevel, two_stage, or zo with adapter "
+                "none"
+            )
+
     def _check_combinations(self) -> None:
         if self.method in ("bilevel", "two_stage") and self.adapter == "none":
             raise ZofoError(
@@ -165,6 +183,11 @@ class ZOFOConfig(TrainingArguments):
             raise ZofoError(
                 "bf16 and fp16 switch autocast on, which zofo does not use: set dtype: bfloat16 or float16"
             )
+
+    @property
+    def moves_backbone(self) -> bool:
+        """Whether the backbone's weights change."""
+        return self.method in ("bilevel", "two_stage") or (self.method != "none" and self.adapter == "none")
 
     def identity(self) -> dict[str, Any]:
         """The keys that must not change when a run is resumed, as JSON values."""

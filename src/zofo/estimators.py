@@ -8,8 +8,8 @@ Forward Passes" (2023), Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from zofo import noise
@@ -31,6 +31,7 @@ class Estimate:
         projected: one projected gradient for each of the q directions.
         distribution: of the directions.
         curvature: zᵀHz along the first direction, where it was measured.
+        limits: name -> the |W| above which a parameter's weights stay, and the directions are zero.
 
     Examples:
         >>> Estimate(seed=0, step=3, projected=(2.0, -1.0)).terms("w", factor=-0.1)[0].scale
@@ -42,6 +43,7 @@ class Estimate:
     projected: tuple[float, ...]
     distribution: Distribution = "normal"
     curvature: float | None = None
+    limits: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def terms(self, name: str, factor: float) -> list[Term]:
         """The addends of `factor * g` for the parameter `name`."""

@@ -24,6 +24,7 @@ from zofo.estimators import ESTIMATORS, Estimate, Evaluate, curvature
 from zofo.optimizers import ZOSGD, AutomaticZOSGD, ZerothOrderOptimizer
 from zofo.perturb import Scratch, perturbed
 from zofo.scoring import Scorer, count
+from zofo.selection import magnitude_limits
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ class ZerothOrderLevel:
             rule, factor = ZOSGD(args.zo_weight_decay), rate
         else:
             rule, factor = AutomaticZOSGD(args.zo_weight_decay, args.zo_eps), 1.0
-        self.optimizer = ZerothOrderOptimizer(self._parameters, rule, factor)
+        limits = magnitude_limits(self._parameters, args.zo_sparsity)
+        self.optimizer = ZerothOrderOptimizer(self._parameters, rule, factor, limits)
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
 
@@ -152,6 +154,7 @@ class ZerothOrderLevel:
             number,
             query,
             distribution=self._args.zo_distribution,
+            limits=self.optimizer.limits,
             scratch=self._scratch,
             require_all=strict,
         )
@@ -177,7 +180,7 @@ class ZerothOrderLevel:
     def accept(self, number: int, projected: tuple[float, ...]) -> float:
         """Hands the estimate of step `number` to the optimizer; returns its root mean square."""
         self.optimizer.estimate = Estimate(
-            self._args.seed, number, projected, self._args.zo_distribution, self._curvature
+            self._args.seed, number, projected, self._args.zo_distribution, self._curvature, self.optimizer.limits
         )
         size = math.sqrt(sum(g * g for g in projected) / len(projected))
         if not self._accepted:

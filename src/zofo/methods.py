@@ -23,6 +23,7 @@ from zofo.estimators import Evaluate
 from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses, random_state
 from zofo.optimizers import JointOptimizer
 from zofo.scoring import Scorer
+from zofo.selection import select
 
 Logs = dict[str, float]
 
@@ -84,7 +85,8 @@ class ZerothOrder(Method):
     def __init__(self, adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig, backbone: bool = False) -> None:
         self.plan = Plan(upper=1)
         self._scorer = scorer
-        moved = adapted.adapter_parameters(UPPER) if adapted.adapters and not backbone else adapted.backbone
+        whole = backbone or not adapted.adapters
+        moved = _moved_backbone(adapted, args) if whole else adapted.adapter_parameters(UPPER)
         self._level = ZerothOrderLevel(adapted, moved, args)
         self.optimizer = self._level.optimizer
 
@@ -133,7 +135,7 @@ class Bilevel(Method):
         self.s = FirstOrderLevel(adapted, scorer, LOWER, args.learning_rate, args)
         self.p = FirstOrderLevel(adapted, scorer, UPPER, args.upper_learning_rate, args)
         self._before: tuple[list[Tensor], dict[str, Any]] | None = None
-        self.theta = ZerothOrderLevel(adapted, adapted.backbone, args)
+        self.theta = ZerothOrderLevel(adapted, _moved_backbone(adapted, args), args)
         members = {"lower": self.s.optimizer, "upper": self.p.optimizer, "zo": self.theta.optimizer}
         self.optimizer = JointOptimizer(members, stepped=("upper", "zo"))
 
@@ -234,6 +236,11 @@ def make_method(adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> Meth
             return ZerothOrder(adapted, scorer, args)
         case "fo" | "none":
             return FirstOrder(adapted, scorer, args)
+
+
+def _moved_backbone(adapted: AdaptedModel, args: ZOFOConfig) -> dict[str, Tensor]:
+    """The backbone's weights that the zeroth-order level moves."""
+    return select(adapted.base, adapted.movable, args.zo_parameters or (), args.zo_exclude or (), args.zo_layers)
 
 
 def _batches(micro: Sequence[Bundle], stream: Stream, index: int = 0) -> list[Batch]:

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from zofo.cache import cache_folder
 from zofo.errors import ZofoError
+from zofo.model_files import pickle_hint, require_dense, require_model_folder, require_plausible
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -64,13 +65,15 @@ def load_model(name: str, dtype: DType = "float32") -> tuple[PreTrainedModel, Pr
 def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     """The model of `load_model` without its tokenizer."""
     source = local_source(name)
-    _causal_config(source, name)
+    config = _causal_config(source, name)
+    if Path(source).is_dir():
+        require_plausible(config, Path(source))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **_NO_CODE
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ZofoError(f"cannot load the weights of {name}: {_explained(error)}{_pickle_hint(source)}") from error
+    except Exception as error:  # a hostile config fails in any way
+        raise ZofoError(f"cannot load the weights of {name}: {_explained(error)}{pickle_hint(source)}") from error
     model, report = loaded
     lost = [*report["missing_keys"], *report["mismatched_keys"]]
     if lost:
@@ -78,7 +81,34 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
             f"the weights of {name} do not fit its config.json: {lost[0]} is missing or has another shape "
             f"({len(lost)} such tensors); use the complete checkpoint"
         )
+    extra = sorted(report["unexpected_keys"])
+    if extra:
+        raise ZofoError(
+            f"the weights of {name} do not fit its config.json: there is no place for {extra[0]} ({len(extra)} such "
+            "tensors); use the config.json that they were saved with"
+        )
     return model.eval()
+
+
+def stored_dtype(name: str) -> DType:
+    """The dtype in which a model was saved; float32 if its config does not say."""
+    found = _causal_config(local_source(name), name).dtype
+    names: list[DType] = [name for name, dtype in DTYPES.items() if dtype == found]
+    return names[0] if names else "float32"
+
+
+def require_movable(name: str, purpose: str) -> None:
+    """Refuses a model whose weights cannot move, before they are loaded or downloaded.
+
+    Args:
+        name: as in `load_model`.
+        purpose: what would move them.
+
+    Raises:
+        ZofoError: if they are quantised; or if there is no such model.
+    """
+    source = local_source(name)
+    require_dense(_causal_config(source, name), name, purpose)
 
 
 def load_hollow(name: str, dtype: DType = "float32") -> PreTrainedModel:
@@ -128,7 +158,7 @@ def local_source(name: str) -> str:
             raise ZofoError(f"there is no file {path}: give the path of an existing .gguf file")
         return str(_converted(path))
     if path.is_dir():
-        _require_model_folder(path)
+        require_model_folder(path)
         return str(path)
     if path.is_file() or name.startswith((PACKAGE_SCHEME, ".", "/", "~")) or name.count("/") > 1:
         raise ZofoError(
@@ -195,27 +225,6 @@ def _convert(file: Path, folder: Path) -> None:
         del model.config.quantization_config
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-
-
-def _require_model_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        if (path / "backbone").is_dir():
-            raise ZofoError(f"{path} is a run, not a model: give {path}/backbone (and --adapter {path}/upper)")
-        raise ZofoError(
-            f"{path} is no model folder: it has no config.json; give the folder that save_pretrained wrote"
-        )
-    if not any(path.glob("*.safetensors")):
-        raise ZofoError(f"{path} holds no safetensors files{_pickle_hint(str(path))}")
-
-
-def _pickle_hint(source: str) -> str:
-    pickles = [f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in Path(source).glob(pattern)]
-    if not pickles:
-        return ""
-    return (
-        f"; {pickles[0]} is a pickle, which can run code when it is opened, and is never read: convert it with "
-        "model.save_pretrained(FOLDER) in transformers"
-    )
 
 
 def _causal_config(source: str, name: str) -> Any:

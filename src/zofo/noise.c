@@ -1,10 +1,11 @@
 /* The noise of noise.py on a CPU: the same bits as its torch form, at the speed of memory.
  *
- *   write[i] = round(keep * read[i] + sum_j factor[j] * n_j(start + i))
+ *   write[i] = round(keep * read[i] + sum_j factor[j] * n_j(start + i))   where |read[i]| <= limit, else read[i]
  *
  * Integer arithmetic makes n; each product is exact in float, so only the additions and the last step round. Compile
  * without -ffast-math and with -ffp-contract=off. `read` and `write` are the same memory or do not overlap.
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -114,6 +115,11 @@ static void store_stochastically(const float *sum, void *to, int dtype, int64_t 
         for (uint32_t i = 0; i < count; i++) half[i] = to_float16_stochastically(sum[i], hash(index + i, k0, k1));
 }
 
+/* What is larger in magnitude than the limit keeps its value, and so its bits: rounding changes no 16-bit number. */
+static void keep_large(float *sum, const float *was, int64_t count, float limit) {
+    for (int64_t i = 0; i < count; i++) sum[i] = fabsf(was[i]) <= limit ? sum[i] : was[i];
+}
+
 static void add(float *sum, int64_t count, uint32_t index, term t, int distribution) {
     if (distribution == NORMAL)
         for (uint32_t i = 0; i < count; i++) sum[i] += normal(hash(index + i, t.k0, t.k1)) * t.factor;
@@ -123,13 +129,18 @@ static void add(float *sum, int64_t count, uint32_t index, term t, int distribut
 
 /* One after the other; `start` is the index of the first element, modulo 2**32. */
 static void write_serially(const void *read, void *write, int from, int to, int64_t count, uint32_t start,
-                           const term *terms, int number, int distribution, float keep, const term *rounding) {
-    float sum[PART];
+                           const term *terms, int number, int distribution, float keep, float limit,
+                           const term *rounding) {
+    float sum[PART], was[PART];
     for (int64_t low = 0; low < count; low += PART) {
         int64_t size = count - low < PART ? count - low : PART;
         uint32_t index = start + (uint32_t)low;
         load(sum, read, from, low, size, keep);
         for (int j = 0; j < number; j++) add(sum, size, index, terms[j], distribution);
+        if (limit < INFINITY) {
+            load(was, read, from, low, size, 1);
+            keep_large(sum, was, size, limit);
+        }
         if (rounding && to != FLOAT32)
             store_stochastically(sum, write, to, low, size, index, rounding);
         else
@@ -141,19 +152,19 @@ static int64_t bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 /* `rounding`: null rounds to the nearest. */
 void write_sum(const void *read, void *write, int from, int to, int64_t count, uint32_t start, const term *terms,
-               int number, int distribution, float keep, const term *rounding, int threads) {
+               int number, int distribution, float keep, float limit, const term *rounding, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL_FROM)
     for (int64_t low = 0; low < count; low += BLOCK)
         write_serially((const char *)read + low * bytes(from), (char *)write + low * bytes(to), from, to,
                        count - low < BLOCK ? count - low : BLOCK, start + (uint32_t)low, terms, number, distribution,
-                       keep, rounding);
+                       keep, limit, rounding);
 }
 
 /* Row i of `write` is row rows[i] of the matrix `read`, with its noise: what an embedding looks up. */
 void write_rows(const void *read, void *write, int dtype, int64_t width, const int64_t *rows, int64_t count,
-                const term *terms, int number, int distribution, int threads) {
+                const term *terms, int number, int distribution, float limit, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count * width >= PARALLEL_FROM)
     for (int64_t i = 0; i < count; i++)
         write_serially((const char *)read + rows[i] * width * bytes(dtype), (char *)write + i * width * bytes(dtype),
-                       dtype, dtype, width, (uint32_t)(rows[i] * width), terms, number, distribution, 1, 0);
+                       dtype, dtype, width, (uint32_t)(rows[i] * width), terms, number, distribution, 1, limit, 0);
 }

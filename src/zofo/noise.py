@@ -123,23 +123,34 @@ def add_(tensor: Tensor, seed: int, scale: float, start: int = 0, distribution: 
 
 @torch.no_grad()
 def write_sum(
-    tensor: Tensor, terms: Sequence[Term], out: Tensor, start: int = 0, distribution: Distribution = "normal"
+    tensor: Tensor,
+    terms: Sequence[Term],
+    out: Tensor,
+    start: int = 0,
+    distribution: Distribution = "normal",
+    limit: float = math.inf,
 ) -> None:
     """Out <- tensor + sum of the terms, summed in float32 and rounded once to `out`'s dtype.
 
-    `out` may be `tensor` itself. Costs one pass over memory for any number of terms.
+    `out` may be `tensor` itself. What is larger in magnitude than `limit` keeps its value. Costs one pass over memory
+    for any number of terms.
     """
     _require_float(tensor)
     target = _flat(out)
     source = target if out is tensor else _flat(tensor)
-    _sum_into(source, target, start, terms, distribution)
+    _sum_into(source, target, start, terms, distribution, limit=limit)
     if target.data_ptr() != out.data_ptr():
         out.copy_(target.view(out.shape))
 
 
 @torch.no_grad()
 def write_rows(
-    tensor: Tensor, numbers: Tensor, terms: Sequence[Term], out: Tensor, distribution: Distribution = "normal"
+    tensor: Tensor,
+    numbers: Tensor,
+    terms: Sequence[Term],
+    out: Tensor,
+    distribution: Distribution = "normal",
+    limit: float = math.inf,
 ) -> bool:
     """Rows of what `write_sum` would write for the whole matrix: out[i] <- tensor[numbers[i]] + sum of its terms.
 
@@ -149,6 +160,7 @@ def write_rows(
         terms: as for the whole matrix.
         out: (R, D), contiguous, of the matrix's dtype.
         distribution: "normal" or "rademacher".
+        limit: what is larger in magnitude keeps its value.
 
     Returns:
         False, with `out` as it was, where only the C form could do it and is not in use.
@@ -157,15 +169,20 @@ def write_rows(
     if kernel is None or not tensor.is_contiguous() or tensor.numel() > _BLOCK:
         return False
     _require_float(tensor)
-    kernel.rows(tensor, out, numbers, _hashed(terms, 0, distribution), distribution == "rademacher")
+    kernel.rows(tensor, out, numbers, _hashed(terms, 0, distribution), distribution == "rademacher", limit)
     return True
 
 
 @torch.no_grad()
 def update_(
-    tensor: Tensor, terms: Sequence[Term], rounding_key: int, distribution: Distribution = "normal", keep: float = 1.0
+    tensor: Tensor,
+    terms: Sequence[Term],
+    rounding_key: int,
+    distribution: Distribution = "normal",
+    keep: float = 1.0,
+    limit: float = math.inf,
 ) -> None:
-    """W <- keep * W + sum of the terms; bfloat16 and float16 are rounded stochastically.
+    """W <- keep * W + sum of the terms, where |W| <= limit; bfloat16 and float16 are rounded stochastically.
 
     Stochastic rounding goes up or down with the probability that makes the result right on average, so
     that steps far below the distance of two neighbours still move the weights by their sum. Its random
@@ -173,7 +190,7 @@ def update_(
     """
     _require_float(tensor)
     target = _flat(tensor)
-    _sum_into(target, target, 0, terms, distribution, keep, rounding_key)
+    _sum_into(target, target, 0, terms, distribution, keep, limit, rounding_key)
     if target.data_ptr() != tensor.data_ptr():
         tensor.copy_(target.view(tensor.shape))
 
@@ -195,7 +212,7 @@ def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cp
     write_sum(probe, [Term(1, 1e-3)], moved)
     add_(probe, 1, 1e-3)
     expected = torch.zeros_like(probe)
-    eager(expected, expected, 0, _hashed([Term(1, 1e-3)], 0, "normal"), False, 1.0, None)
+    eager(expected, expected, 0, _hashed([Term(1, 1e-3)], 0, "normal"), False, 1.0, math.inf, None)
     assert torch.equal(probe, moved), "in place and apart, the noise has different bits"
     assert torch.equal(probe, expected), "the fast form of the noise differs from the eager form"
     return _kernel(probe) is not eager
@@ -230,6 +247,7 @@ def _sum_into(
     terms: Sequence[Term],
     distribution: Distribution,
     keep: float = 1.0,
+    limit: float = math.inf,
     rounding_key: int | None = None,
 ) -> None:
     """Write <- keep * read + the terms, for flat tensors that are the same memory or do not overlap at all."""
@@ -238,7 +256,7 @@ def _sum_into(
         block, offset = divmod(start + low, _BLOCK)
         rounding = None if rounding_key is None else (*_halves(rounding_key, block), 0.0)
         hashed = _hashed(terms, block, distribution)
-        kernel(read[low:high], write[low:high], offset, hashed, rademacher, keep, rounding)
+        kernel(read[low:high], write[low:high], offset, hashed, rademacher, keep, limit, rounding)
 
 
 def _pieces(start: int, count: int) -> Iterator[tuple[int, int]]:

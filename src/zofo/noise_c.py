@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 Hashed = tuple[int, int, float]
 """(k0, k1, factor): what one term is made of, in one block of its stream."""
-Kernel = Callable[[Tensor, Tensor, int, Sequence[Hashed], bool, float, Hashed | None], None]
-"""(read, write, start modulo 2**32, terms, Rademacher?, keep, rounding): see `write_sum` in `noise.c`."""
+Kernel = Callable[[Tensor, Tensor, int, Sequence[Hashed], bool, float, float, Hashed | None], None]
+"""(read, write, start modulo 2**32, terms, Rademacher?, keep, limit, rounding): see `write_sum` in `noise.c`."""
 
 _SOURCE = Path(__file__).with_name("noise.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
@@ -49,9 +49,11 @@ class CKernel:
         self._sum.restype = self._rows.restype = None
         self._sum.argtypes = (
             pointer, pointer, integer, integer, whole, ctypes.c_uint32, pointer, integer, integer, ctypes.c_float,
-            pointer, integer,
+            ctypes.c_float, pointer, integer,
         )  # fmt: skip
-        self._rows.argtypes = (pointer, pointer, integer, whole, pointer, whole, pointer, integer, integer, integer)
+        self._rows.argtypes = (
+            pointer, pointer, integer, whole, pointer, whole, pointer, integer, integer, ctypes.c_float, integer,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -61,6 +63,7 @@ class CKernel:
         terms: Sequence[Hashed],
         rademacher: bool,
         keep: float,
+        limit: float,
         rounding: Hashed | None,
     ) -> None:
         """As `Kernel`."""
@@ -75,11 +78,14 @@ class CKernel:
             len(terms),
             rademacher,
             keep,
+            limit,
             None if rounding is None else (_Term * 1)(rounding),
             torch.get_num_threads(),
         )
 
-    def rows(self, read: Tensor, write: Tensor, numbers: Tensor, terms: Sequence[Hashed], rademacher: bool) -> None:
+    def rows(
+        self, read: Tensor, write: Tensor, numbers: Tensor, terms: Sequence[Hashed], rademacher: bool, limit: float
+    ) -> None:
         """Row i of `write` <- row `numbers[i]` of `read` and its terms; the stream's index runs through all of `read`.
 
         Args:
@@ -88,6 +94,7 @@ class CKernel:
             numbers: (R,) int64, each in [0, V).
             terms: hashed for block 0.
             rademacher: signs, or else the bell.
+            limit: what is larger in magnitude keeps its value.
         """
         self._rows(
             read.data_ptr(),
@@ -99,6 +106,7 @@ class CKernel:
             (_Term * len(terms))(*terms),
             len(terms),
             rademacher,
+            limit,
             torch.get_num_threads(),
         )
 

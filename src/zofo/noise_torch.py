@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -29,10 +30,11 @@ def eager(
     terms: Sequence[Hashed],
     rademacher: bool,
     keep: float,
+    limit: float,
     rounding: Hashed | None,
 ) -> None:
     """The form that defines the bits: torch operations, one after the other."""
-    scalars = _scalars(terms, rounding, read.device)
+    scalars = _scalars(terms, rounding, limit, read.device)
     for low in range(0, read.numel(), _CHUNK):
         high, offset = low + _CHUNK, _signed(start + low)
         _sum(read[low:high], write[low:high], torch.tensor(offset, dtype=torch.int32), *scalars, rademacher, keep)
@@ -45,12 +47,17 @@ def compiled(
     terms: Sequence[Hashed],
     rademacher: bool,
     keep: float,
+    limit: float,
     rounding: Hashed | None,
 ) -> None:
     """The same, compiled for an accelerator."""
     if keep != 1.0 or read.numel() < 2:  # a compiler may fuse keep * W + n * factor, which rounds once and not twice
-        return eager(read, write, start, terms, rademacher, keep, rounding)
-    scalars = (torch.tensor(_signed(start), dtype=torch.int32), *_scalars(terms, rounding, read.device), rademacher)
+        return eager(read, write, start, terms, rademacher, keep, limit, rounding)
+    scalars = (
+        torch.tensor(_signed(start), dtype=torch.int32),
+        *_scalars(terms, rounding, limit, read.device),
+        rademacher,
+    )
     if read.data_ptr() == write.data_ptr():
         compiled_forms["in_place"](_unrelated(write), *scalars)
     else:
@@ -66,8 +73,8 @@ def compile_for(dtype: torch.dtype, device: torch.device) -> bool:
             compiled_forms["apart"] = torch.compile(_sum, dynamic=True, fullgraph=True)
             probe, terms = torch.zeros(1031, dtype=dtype, device=device), [(1, 2, 1e-3)]
             for rounding in (None, (1, 2, 0.0)):
-                compiled(probe, probe, 0, terms, False, 1.0, rounding)
-            compiled(probe, torch.empty_like(probe), 0, terms, False, 1.0, None)
+                compiled(probe, probe, 0, terms, False, 1.0, math.inf, rounding)
+            compiled(probe, torch.empty_like(probe), 0, terms, False, 1.0, math.inf, None)
     except Exception as error:  # no compiler, or one that fails: torch raises several unrelated types here
         compiled_forms.clear()
         logger.info("the noise could not be compiled: %s", error)
@@ -87,6 +94,7 @@ def _sum(
     k1: Tensor,
     factors: Tensor,
     rounding: Tensor | None,
+    limit: Tensor | None,
     rademacher: bool,
     keep: float = 1.0,
 ) -> None:
@@ -96,6 +104,8 @@ def _sum(
     for j in range(len(factors)):
         h = _mix(_mix(index ^ k0[j]) + k1[j])
         total = total + (_sign(h) if rademacher else _bell(h)).float() * factors[j]
+    if limit is not None:
+        total = torch.where(read.float().abs() <= limit, total, read.float())
     if rounding is not None and write.dtype != torch.float32:
         total = _round_stochastically(total, _mix(_mix(index ^ rounding[0]) + rounding[1]), write.dtype)
     write.copy_(total)
@@ -138,13 +148,14 @@ def _round_stochastically(total: Tensor, random: Tensor, dtype: torch.dtype) -> 
 
 
 def _scalars(
-    terms: Sequence[Hashed], rounding: Hashed | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """k0, k1 and the factors of the terms, and k0 and k1 of the rounding."""
+    terms: Sequence[Hashed], rounding: Hashed | None, limit: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """k0, k1 and the factors of the terms, k0 and k1 of the rounding, and the limit."""
     k0 = _integers([k0 for k0, _, _ in terms], device)
     k1 = _integers([k1 for _, k1, _ in terms], device)
     factors = torch.tensor([factor for _, _, factor in terms], dtype=torch.float32, device=device)
-    return k0, k1, factors, None if rounding is None else _integers(rounding[:2], device)
+    most = None if limit == math.inf else torch.tensor(limit, dtype=torch.float32, device=device)
+    return k0, k1, factors, None if rounding is None else _integers(rounding[:2], device), most
 
 
 def _integers(values: Sequence[int], device: torch.device) -> Tensor:

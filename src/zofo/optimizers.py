@@ -75,7 +75,8 @@ class ZOSGD:
             keep = 1 - learning_rate * self.weight_decay if parameter.ndim >= 2 else 1.0
             rounding_key = noise.stream_key(estimate.seed, estimate.step, -1, name)
             terms = estimate.terms(name, -learning_rate)
-            noise.update_(parameter, terms, rounding_key, estimate.distribution, keep)
+            limit = estimate.limits.get(name, math.inf)
+            noise.update_(parameter, terms, rounding_key, estimate.distribution, keep, limit)
         return state
 
 
@@ -136,6 +137,7 @@ class ZerothOrderOptimizer(Optimizer):
         parameters: name -> tensor; none of them ever gets a `.grad`.
         rule: how they move.
         lr: the learning rate, in the group like any optimizer's, so that schedulers can change it.
+        limits: name -> the |W| above which a parameter's weights stay; part of the state.
 
     Examples:
         >>> optimizer = ZerothOrderOptimizer({"w": torch.zeros(3)}, ZOSGD(), lr=0.1)
@@ -143,17 +145,29 @@ class ZerothOrderOptimizer(Optimizer):
         >>> optimizer.step()
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], rule: ZerothOrderRule, lr: float) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        rule: ZerothOrderRule,
+        lr: float,
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(list(parameters.items()), {"lr": lr})
         self.rule = rule
         self.estimate: Estimate | None = None
         self.param_groups[0]["rule_state"] = rule.init(parameters)
+        self.param_groups[0]["limits"] = dict(limits or {})
 
     @property
     def rate(self) -> float:
         """The rate of the last step, or of the first one where the learning rate is given."""
         group = self.param_groups[0]
         return group["rule_state"].get("rate", group["lr"])
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Name -> the |W| above which a parameter's weights stay."""
+        return self.param_groups[0]["limits"]
 
     def wants_curvature(self, step: int) -> bool:
         """Whether the estimate of a step should come with a curvature."""

@@ -8,6 +8,8 @@ out-of-memory error or Ctrl-C inside the block has nothing to undo.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,6 +83,7 @@ def perturbed(
     query: int = 0,
     *,
     distribution: Distribution = "normal",
+    limits: Mapping[str, float] | None = None,
     scratch: Scratch | None = None,
     require_all: bool = True,
 ) -> Generator[None]:
@@ -99,11 +102,13 @@ def perturbed(
         step: the optimizer step.
         query: which of the step's directions.
         distribution: "normal" or "rademacher".
+        limits: name -> the |W| up to which a parameter's weights move; a name that is not there moves as a whole.
         scratch: buffers to use again; new ones by default.
         require_all: refuse if something ran in the block but some of the parameters were never read.
 
     Raises:
-        ZofoError: if a parameter is not one of the model's, is written inside the block, or was never read.
+        ZofoError: if a parameter is not one of the model's, is written inside the block, or was never read. Of the
+            experts of a mixture (`experts.0`, `experts.1`, ...) it is enough that one was: a batch need not visit all.
 
     Examples:
         >>> layer = nn.Linear(2, 1)
@@ -114,15 +119,16 @@ def perturbed(
         True
     """
     _require_members(model, parameters)
-    block = _Block.of(parameters, (seed, step, query), scale, distribution)
+    block = _Block.of(parameters, (seed, step, query), scale, distribution, limits or {})
     with _reader(scratch) as reader, reader.joined_by(block):
         yield
-    missed = [name for name in parameters if name not in block.seen]
+    seen = {_of_any_expert(name) for name in block.seen}
+    missed = [name for name in parameters if _of_any_expert(name) not in seen]
     if require_all and block.ran and missed:
         raise ZofoError(
             f"the forward never read {', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''} through torch: such a "
-            f"parameter cannot be moved by forward passes; leave it out of `parameters` ({len(missed)} of "
-            f"{len(parameters)} are affected), or use a model whose layers are plain torch"
+            f"parameter cannot be moved by forward passes; leave it out of `parameters`, in a config by zo_exclude "
+            f"({len(missed)} of {len(parameters)} are affected), or use a model whose layers are plain torch"
         )
 
 
@@ -150,6 +156,10 @@ def direction(
         name: draw(noise.stream_key(seed, step, query, name), 0, p.numel()).view(p.shape).to(p.device)
         for name, p in parameters.items()
     }
+
+
+def _of_any_expert(name: str) -> str:
+    return re.sub(r"(expert\w*)\.\d+\.", r"\1.*.", name)
 
 
 @contextmanager
@@ -184,18 +194,24 @@ class _Block:
     names: dict[int, str]
     terms: dict[int, Term]
     distribution: Distribution
+    limits: dict[int, float]
     seen: set[str] = field(default_factory=set)
     ran: bool = False  # whether anything that could read was called; known at the end
 
     @staticmethod
     def of(
-        parameters: Mapping[str, Tensor], direction: tuple[int, int, int], scale: float, distribution: Distribution
+        parameters: Mapping[str, Tensor],
+        direction: tuple[int, int, int],
+        scale: float,
+        distribution: Distribution,
+        limits: Mapping[str, float],
     ) -> _Block:
         return _Block(
             tensors={id(p): p for p in parameters.values()},
             names={id(p): name for name, p in parameters.items()},
             terms={id(p): Term(noise.stream_key(*direction, name), scale) for name, p in parameters.items()},
             distribution=distribution,
+            limits={id(p): limits[name] for name, p in parameters.items() if name in limits},
         )
 
 
@@ -211,8 +227,8 @@ class _Reader(TorchFunctionMode):
 
     @contextmanager
     def joined_by(self, block: _Block) -> Generator[None]:
-        if any(other.distribution != block.distribution for other in self._blocks):
-            raise ZofoError("nested perturbed blocks must share one distribution; use the outer one's in both")
+        if any((other.distribution, other.limits) != (block.distribution, block.limits) for other in self._blocks):
+            raise ZofoError("nested perturbed blocks must share one distribution and the same limits")
         before, ran_before = self._targets, self._ran
         self._blocks.append(block)
         self._targets = before | block.terms.keys()
@@ -233,6 +249,8 @@ class _Reader(TorchFunctionMode):
         if not (self._any_target(args) or (kwargs and self._any_target(kwargs.values()))) or func in _METADATA:
             return func(*args, **kwargs)
         if func is functional.embedding and (found := self._looked_up(*args, **kwargs)) is not None:
+            return found
+        if func is Tensor.__getitem__ and (found := self._item(*args)) is not None:
             return found
         self._refuse(func, args, kwargs)
         # the largest first: a small one must not occupy the buffer that fits a large one
@@ -263,18 +281,19 @@ class _Reader(TorchFunctionMode):
 
     def _perturbed_copy(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """(the buffer, its view as W + scale·z)."""
-        terms, distribution = self._read(parameter)
+        terms, distribution, limit = self._read(parameter)
         buffer = self._scratch.take(parameter)
         copy = buffer[: parameter.numel()].view(parameter.shape)
-        noise.write_sum(parameter.detach(), terms, copy, 0, distribution)
+        noise.write_sum(parameter.detach(), terms, copy, 0, distribution, limit)
         return buffer, copy
 
-    def _read(self, parameter: Tensor) -> tuple[list[Term], Distribution]:
-        """What is added to a parameter that is about to be read."""
+    def _read(self, parameter: Tensor) -> tuple[list[Term], Distribution, float]:
+        """What is added to a parameter that is about to be read, and up to which magnitude."""
         blocks = [block for block in self._blocks if id(parameter) in block.terms]
         for block in blocks:
             block.seen.add(block.names[id(parameter)])
-        return [block.terms[id(parameter)] for block in blocks], blocks[0].distribution
+        limit = blocks[0].limits.get(id(parameter), math.inf)
+        return [block.terms[id(parameter)] for block in blocks], blocks[0].distribution, limit
 
     def _looked_up(self, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor | None:
         """The rows of an embedding that are asked for, or None where the whole of it must be moved to tell."""
@@ -285,10 +304,26 @@ class _Reader(TorchFunctionMode):
         if not len(numbers) or int(numbers.min()) < 0 or int(numbers.max()) >= len(weight):
             return None  # torch says what is wrong with them
         rows = weight.new_empty(len(numbers), weight.shape[1])
-        terms, distribution = self._read(weight)
-        if not noise.write_rows(weight.detach(), numbers, terms, rows, distribution):
+        terms, distribution, limit = self._read(weight)
+        if not noise.write_rows(weight.detach(), numbers, terms, rows, distribution, limit):
             return None
         return rows.view(*input.shape, weight.shape[1])
+
+    def _item(self, tensor: Tensor, index: Any) -> Tensor | None:
+        """One item of a parameter, as one of many experts, or None where the whole of it must be moved to tell."""
+        number = (
+            int(index) if isinstance(index, Tensor) and not index.ndim and not index.is_floating_point() else index
+        )
+        if id(tensor) not in self._targets or type(number) is not int or tensor.ndim < 2 or not tensor.is_contiguous():
+            return None
+        if not -len(tensor) <= number < len(tensor):
+            return None  # torch says what is wrong with it
+        number %= len(tensor)
+        item = tensor.detach()[number]
+        terms, distribution, limit = self._read(tensor)
+        moved = torch.empty_like(item)
+        noise.write_sum(item, terms, moved, number * item.numel(), distribution, limit)
+        return moved
 
     def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises for what cannot be answered with a copy: a write, or the address of the weights."""

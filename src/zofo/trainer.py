@@ -29,6 +29,7 @@ from zofo.errors import ZofoError
 from zofo.evaluation import evaluate, require_scorable
 from zofo.levels import NonFiniteLossError
 from zofo.methods import make_method
+from zofo.model_files import require_dense
 from zofo.models import load_model, require_fitting_tokenizer
 from zofo.optimizers import JointOptimizer, ZerothOrderOptimizer
 from zofo.progress import LossBar
@@ -89,8 +90,12 @@ class ZOFOTrainer(Trainer):
         if processing_class is None:
             raise ZofoError("a loaded model comes without its tokenizer: pass it as processing_class")
         require_fitting_tokenizer(processing_class, model)
+        if args.moves_backbone:
+            require_dense(model.config, model.config.name_or_path or type(model).__name__, f"method {args.method}")
         config = peft_config or adapter_config(args.adapter, model)
-        self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel")
+        real_prefix = peft_config is None and args.adapter == "prefix"
+        self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel", real_prefix=real_prefix)
+        self.adapted.require_prompts()
         if args.activation_checkpointing:
             self.adapted.require_checkpointing()
         rows = _levels(args, train_dataset, upper_dataset)
@@ -291,6 +296,7 @@ class ZOFOTrainer(Trainer):
             with writing(folder):
                 unseal(folder)
                 super()._save_checkpoint(model, trial)
+                self.adapted.save_trained(folder)
                 seal(folder, {"config": self.args.identity(), "cost": self.cost.as_json()})
         finally:
             self.args.save_total_limit = limit

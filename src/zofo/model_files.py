@@ -1,0 +1,109 @@
+"""What is checked of a model's folder before its weights are loaded: no pickles, nothing damaged, nothing absurd."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from zofo.errors import ZofoError
+
+
+def require_model_folder(path: Path) -> None:
+    """Refuses a folder that holds no model.
+
+    Raises:
+        ZofoError: if there is no config.json or no safetensors file, or one of these is damaged.
+    """
+    if not (path / "config.json").is_file():
+        if (path / "backbone").is_dir():
+            raise ZofoError(f"{path} is a run, not a model: give {path}/backbone (and --adapter {path}/upper)")
+        raise ZofoError(
+            f"{path} is no model folder: it has no config.json; give the folder that save_pretrained wrote"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ZofoError(f"{path} holds no safetensors files{pickle_hint(str(path))}")
+
+
+def pickle_hint(source: str) -> str:
+    """What to say about pickles in a folder, if there are some."""
+    pickles = [f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in Path(source).glob(pattern)]
+    if not pickles:
+        return ""
+    return (
+        f"; {pickles[0]} is a pickle, which can run code when it is opened, and is never read: convert it with "
+        "model.save_pretrained(FOLDER) in transformers"
+    )
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor in the safetensors files of a folder, from their headers.
+
+    Raises:
+        ZofoError: if one of the files is damaged.
+    """
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                tensors.update({name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()})
+        except (SafetensorError, OSError) as error:
+            raise ZofoError(f"{file} is no complete safetensors file ({error}): copy or download it again") from error
+    return tensors
+
+
+def require_plausible(config: Any, folder: Path) -> None:
+    """Refuses a config that cannot be that of the folder's weights, before memory is taken for it.
+
+    Args:
+        config: a transformers config.
+        folder: of its config.json and weights.
+
+    Raises:
+        ZofoError: if it asks for more layers than there are tensors, or a dimension that no tensor has room for, or
+            for sizes that are not positive; or if weights are stored as integers without saying how.
+    """
+    tensors = stored_tensors(folder)
+    most = sum(math.prod(shape) for _, shape in tensors.values())
+    text = config.get_text_config()
+    limits = {"num_hidden_layers": len(tensors), "vocab_size": most, "hidden_size": most, "num_attention_heads": most}
+    for key, limit in limits.items():
+        value = text.to_dict().get(key, text.attribute_map.get(key) and text.to_dict().get(text.attribute_map[key]))
+        if isinstance(value, int) and not 0 < value <= limit:
+            raise ZofoError(
+                f"{folder / 'config.json'} says {key} = {value}, but {len(tensors)} tensors of {most:,} numbers "
+                "in all cannot be that: config and weights do not belong together"
+            )
+    if config.to_dict().get("quantization_config"):
+        return
+    for name, (dtype, shape) in tensors.items():
+        if dtype[0] in "IU" and name.endswith(".weight") and len(shape) > 1:
+            raise ZofoError(
+                f"{folder}: {name} of shape {shape} holds integers ({dtype}), but config.json does not say how they "
+                "are quantised: use the original weights"
+            )
+
+
+def require_dense(config: Any, name: str, purpose: str) -> None:
+    """Refuses quantised weights, which cannot move.
+
+    Args:
+        config: a transformers config.
+        name: of the model.
+        purpose: what would move them.
+
+    Raises:
+        ZofoError: if the config says that the weights are quantised.
+    """
+    found = config.to_dict().get("quantization_config")
+    if not found:
+        return
+    how = found.get("quant_method", "unknown method") if isinstance(found, dict) else "unknown method"
+    raise ZofoError(
+        f"the weights of {name} are quantised ({how}) and cannot be moved, as {purpose} would: use the original "
+        "model, or model.dequantize() and save_pretrained in transformers, or a GGUF file, which zofo dequantises; or "
+        "method fo with an adapter, which leaves them as they are"
+    )

@@ -1,0 +1,149 @@
+"""What peft makes of a backbone: an adapter or two on it, fresh or stored."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from zofo.errors import ZofoError
+
+UPPER = "upper"
+LOWER = "lower"
+_FRESH_STARTS = (True, False, "gaussian", "orthogonal")  # of LoRA: those that leave the backbone as it is
+
+
+def with_adapters(base: PreTrainedModel, config: PeftConfig, twins: bool, start: Tensor | None = None) -> PeftModel:
+    """Puts a fresh adapter `upper` on a backbone; with `twins` also `lower`, with the same values.
+
+    Args:
+        base: the backbone.
+        config: of the adapter.
+        twins: whether there are two.
+        start: of a prefix: its keys and values, (2 x layers, heads, tokens, size).
+
+    Raises:
+        ZofoError: if the adapter changes the backbone, or peft cannot put it, or two of it, on this model.
+    """
+    _require_separate(config)
+    try:
+        if start is not None:
+            config = _of_shape(cast(PrefixTuningConfig, config), start)
+        model = get_peft_model(base, config, adapter_name=UPPER)
+        assert isinstance(model, PeftModel)
+        if start is not None:
+            encoders: Any = model.prompt_encoder
+            with torch.no_grad():
+                encoders[UPPER].embedding.weight.copy_(start.permute(2, 0, 1, 3).flatten(1))
+        if twins:
+            model.add_adapter(LOWER, copy.deepcopy(config))
+            _copy_values(model)
+            model.set_adapter(UPPER)
+    except (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ZofoError(
+            f"peft cannot put {'two ' * twins}{PeftType(config.peft_type).value} on this {base.config.model_type} "
+            f"model: {' '.join(str(error).split())}"
+        ) from error
+    return model
+
+
+def _require_separate(config: PeftConfig) -> None:
+    """Refuses an adapter that changes or trains the backbone's own weights."""
+    values = config.to_dict()
+    start = values.get("init_lora_weights", True)
+    if start not in _FRESH_STARTS:
+        raise ZofoError(
+            f"init_lora_weights is {start!r}, which changes the backbone or needs data when the adapter is made, so "
+            "that the twins p and s could not share it: use true, false, gaussian or orthogonal"
+        )
+    if values.get("bias", "none") != "none":
+        raise ZofoError(
+            f"bias is {values['bias']!r}, which trains biases of the backbone as if they were the adapter's: use none"
+        )
+
+
+@torch.no_grad()
+def _copy_values(model: PeftModel) -> None:
+    """Gives `lower` the values of `upper`."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if UPPER in name.split("."):
+            twin = ".".join(LOWER if part == UPPER else part for part in name.split("."))
+            parameters[twin].copy_(parameter)
+
+
+@torch.no_grad()
+def real_keys_and_values(base: PreTrainedModel, config: PeftConfig) -> Tensor | None:
+    """The keys and values of a few random words, for a prefix: (2 x layers, heads, tokens, size), float32.
+
+    None where a model's layers have keys of different shapes, or keep something else. X. L. Li and P. Liang,
+    "Prefix-Tuning" (2021), section 7.4: such a start is better than random numbers.
+    """
+    if config.peft_type != PeftType.PREFIX_TUNING:
+        return None
+    number = cast(PrefixTuningConfig, config).num_virtual_tokens
+    embeddings: Any = base.get_input_embeddings()
+    ids = torch.randint(embeddings.weight.shape[0], (1, number), device=base.device)
+    cache = base(input_ids=ids, use_cache=True).get("past_key_values")
+    layers = list(cache.layers) if isinstance(cache, DynamicCache) else []
+    found = [tensor for layer in layers if isinstance(layer, DynamicLayer) for tensor in (layer.keys, layer.values)]
+    tensors = [tensor[0] for tensor in found if tensor is not None]
+    if not tensors or len(tensors) < 2 * len(layers) or len({tensor.shape for tensor in tensors}) > 1:
+        return None
+    return torch.stack(tensors).float()
+
+
+def _of_shape(config: PrefixTuningConfig, start: Tensor) -> PrefixTuningConfig:
+    """The config with the sizes of the model's own cache, where peft would guess them from names in its config."""
+    layers, heads, _, size = start.shape
+    config = copy.deepcopy(config)
+    config.num_layers, config.num_attention_heads, config.token_dim = layers // 2, heads, heads * size
+    return config
+
+
+def attach(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """Puts a stored adapter on a model.
+
+    Raises:
+        ZofoError: if the folder is no PEFT folder, or does not fit.
+    """
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ZofoError(f"{adapter} is no adapter: give a folder with adapter_config.json, such as RUN/upper")
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise ZofoError(
+            f"{adapter} has no adapter_model.safetensors: pickles (.bin) are never read; save it again in peft"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing keys are an error below, and not a warning
+            attached = PeftModel.from_pretrained(model, adapter, adapter_name=UPPER)
+        stored = load_peft_weights(adapter, device="cpu").keys()
+    except (ValueError, RuntimeError, OSError, KeyError, SafetensorError) as error:
+        raise ZofoError(f"the adapter {adapter} does not fit this model: {str(error).splitlines()[0]}") from error
+    expected = get_peft_model_state_dict(attached, adapter_name=UPPER, save_embedding_layers=False).keys()
+    if expected - stored:
+        raise ZofoError(
+            f"the adapter {adapter} is not complete: {min(expected - stored)} is missing; save it again in peft"
+        )
+    if stored - expected:
+        raise ZofoError(
+            f"the adapter {adapter} does not fit this model: there is no place for {min(stored - expected)}; use the "
+            "adapter_config.json that it was saved with"
+        )
+    return attached

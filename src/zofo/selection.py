@@ -1,0 +1,166 @@
+"""Which weights the zeroth-order level moves: by name or kind, by layer, by magnitude."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zofo.errors import ZofoError
+
+WEIGHT_KINDS = ("attention", "mlp", "embeddings", "norms", "head")
+# What mixes the tokens of a block, as transformers names its classes; the rest of a block works on each token alone.
+_MIXERS = re.compile(r"attention|attn|mixer|mamba|deltanet|shortconv|recurrent|retention", re.IGNORECASE)
+_BLOCK = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def select(
+    model: PreTrainedModel,
+    parameters: Mapping[str, Tensor],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+) -> dict[str, Tensor]:
+    """The parameters that move: those of `include` (all, if empty) and of `layers`, without those of `exclude`.
+
+    Args:
+        model: whose parameters they are.
+        parameters: name -> tensor; a tied weight stands once, and is found under each of its names and kinds.
+        include: words: a kind (attention, mlp, embeddings, norms, head), a part of a name between dots (`q_proj`,
+            `layers.3`), or a pattern (`*.mlp.*.weight`).
+        exclude: the same.
+        layers: numbers of blocks, from 0: "0-11", "3,7", "20-29,31".
+
+    Raises:
+        ZofoError: if a word or a layer fits no parameter, with near ones, or nothing remains.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 16}
+        >>> llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+        >>> list(select(llama, dict(llama.named_parameters()), ["attention"], ["o_proj", "v_proj"], "1"))
+        ['model.layers.1.self_attn.q_proj.weight', 'model.layers.1.self_attn.k_proj.weight']
+    """
+    names = _all_names(model, parameters)
+    kinds = _kinds(model, parameters)
+    chosen = _found(include, names, kinds) if include else set(parameters)
+    if layers is not None:
+        chosen &= _of_layers(layers, parameters)
+    chosen -= _found(exclude, names, kinds)
+    if not chosen:
+        raise ZofoError(
+            f"no weight remains to be moved: zo_parameters {list(include) or 'all'}, zo_layers {layers or 'all'} and "
+            f"zo_exclude {list(exclude)} leave none of {len(parameters)}"
+        )
+    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+
+
+@torch.no_grad()
+def magnitude_limits(parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
+    """For each matrix the |W| that a share 1 - sparsity of its weights does not exceed: what is larger stays.
+
+    Vectors (biases, norms) have no limit.
+
+    Args:
+        parameters: name -> tensor.
+        sparsity: the share that stays, in [0, 1).
+
+    Examples:
+        >>> magnitude_limits({"w": torch.tensor([[1.0, -2.0], [3.0, -4.0]]), "b": torch.ones(2)}, 0.5)
+        {'w': 2.0}
+
+    References:
+        Y. Liu et al., "Sparse MeZO" (arXiv 2402.15751).
+    """
+    limits: dict[str, float] = {}
+    for name, parameter in parameters.items():
+        if sparsity > 0 and parameter.ndim >= 2:
+            moved = max(1, round((1 - sparsity) * parameter.numel()))
+            limits[name] = float(parameter.abs().flatten().float().kthvalue(moved).values)
+    return limits
+
+
+def _found(words: Iterable[str], names: Mapping[str, list[str]], kinds: Mapping[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    for word in words:
+        hits = kinds[word] & names.keys() if word in kinds else _named(word, names)
+        if not hits:
+            raise ZofoError(f"{word!r} fits none of the weights that can move: {_near(word, names)}")
+        found |= hits
+    return found
+
+
+def _named(word: str, names: Mapping[str, list[str]]) -> set[str]:
+    return {
+        name
+        for name, every in names.items()
+        if any(fnmatchcase(one, word) or f".{word}." in f".{one}." for one in every)
+    }
+
+
+def _near(word: str, names: Mapping[str, list[str]]) -> str:
+    parts = {part for every in names.values() for name in every for part in name.split(".") if not part.isdigit()}
+    near = difflib.get_close_matches(word, [*WEIGHT_KINDS, *parts], n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"give a kind ({', '.join(WEIGHT_KINDS)}) or a part of a name such as {next(iter(names))}"
+
+
+def _of_layers(layers: str, parameters: Iterable[str]) -> set[str]:
+    numbered = {name: int(m[1]) for name in parameters if (m := _BLOCK.search(name))}
+    last = max(numbered.values(), default=-1)
+    wanted: set[int] = set()
+    for part in layers.replace(" ", "").split(","):
+        match = _RANGE.fullmatch(part)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if low > high or high > last:
+            raise ZofoError(
+                f"zo_layers is {layers!r}, but {part!r} is no range of layers of this model: they are 0-{last}; write "
+                "for example 0-3,7"
+            )
+        wanted |= set(range(low, high + 1))
+    return {name for name, number in numbered.items() if number in wanted}
+
+
+def _all_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Each parameter's names: a tied weight has several."""
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    names: dict[str, list[str]] = {name: [name] for name in parameters}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        own = first.get(id(parameter))
+        if own is not None and name != own:
+            names[own].append(name)
+    return names
+
+
+def _kinds(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """Kind -> names of parameters; adapters around their modules change neither."""
+    own_names = {id(parameter): name for name, parameter in parameters.items()}
+    kinds: dict[str, set[str]] = {kind: set() for kind in WEIGHT_KINDS}
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    for path, module in modules.items():
+        own = _BLOCK.search(path)
+        inside = (
+            [] if own is None else [path[: m.start()] for m in re.finditer(r"$|\.", path) if m.start() > own.end()]
+        )
+        classes = [type(modules[part]).__name__ for part in inside]
+        names = {own_names[id(p)] for p in module.parameters(recurse=False) if id(p) in own_names}
+        for kind in ["head"] if module is head else _kinds_of(module, classes):
+            kinds[kind] |= names
+    return kinds
+
+
+def _kinds_of(module: nn.Module, classes: list[str]) -> list[str]:
+    """What a module's own parameters are, from the classes of it and what it is part of, within a block."""
+    if isinstance(module, nn.Embedding):
+        return ["embeddings"]
+    norm = ["norms"] if "norm" in type(module).__name__.lower() else []
+    if any(map(_MIXERS.search, classes[:-1] if norm else classes)):  # a MambaRMSNorm mixes nothing
+        return ["attention", *norm]
+    return norm or (["mlp"] if classes else [])

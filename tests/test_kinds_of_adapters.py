@@ -1,0 +1,158 @@
+"""Kinds of peft beyond the usual ones: they train as twins, resume bitwise and are read by peft, or are refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    VeraConfig,
+)
+from transformers import AutoModelForCausalLM
+
+from plain import make_trainer, moved, same, weights
+from tiny import tiny_model, token_batch
+from zofo.adapters import LOWER, UPPER, AdaptedModel, adapter_config
+from zofo.errors import ZofoError
+from zofo.peft_models import real_keys_and_values
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # peft, of its prefixes
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # peft, of norms
+]
+
+TARGETS = {"target_modules": ["q_proj", "v_proj"]}
+KINDS = {
+    "rslora": LoraConfig(use_rslora=True, **TARGETS),
+    "dora": LoraConfig(use_dora=True, **TARGETS),
+    "orthogonal lora": LoraConfig(init_lora_weights="orthogonal", **TARGETS),
+    "lora with dropout": LoraConfig(lora_dropout=0.3, **TARGETS),
+    "lora and a norm": LoraConfig(modules_to_save=["norm"], **TARGETS),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": LoHaConfig(r=4, **TARGETS),
+    "lokr": LoKrConfig(r=4, **TARGETS),
+    "oft": OFTConfig(oft_block_size=8, **TARGETS),
+    "vera": VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+    "layer norms": LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"]),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
+    "prefix by projection": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16),
+}
+FIXED = {"vera": ("vera_A", "vera_B")}  # buffers that two layers share
+
+
+def config_of(kind, folder):
+    """Through a file, as users give it."""
+    config = copy.deepcopy(KINDS[kind])
+    config.save_pretrained(folder / "config")
+    return adapter_config(str(folder / "config"), tiny_model())
+
+
+def trainer_of(kind, folder, **keys):
+    keys = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **keys}
+    return make_trainer(folder / "run", peft=config_of(kind, folder), **keys)
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model.eval()(input_ids=token_batch(vocab_size=320)).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twins_start_equal_train_apart_resume_bitwise_and_are_read_by_peft(kind, tmp_path):
+    trainer = trainer_of(kind, tmp_path)
+    adapted = trainer.adapted
+    start = {part: weights(adapted, part) for part in ("backbone", UPPER, LOWER)}
+    assert [n.replace(UPPER, LOWER) for n in start[UPPER]] == list(start[LOWER])
+    assert all(torch.equal(p, start[LOWER][n.replace(UPPER, LOWER)]) for n, p in start[UPPER].items())
+    trainer.train()
+    end = {part: weights(adapted, part) for part in start}
+    assert moved(start["backbone"], end["backbone"]) == adapted.movable.keys()
+    for part in (UPPER, LOWER):
+        assert moved(start[part], end[part]) == start[part].keys()
+    resumed = trainer_of(kind, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert all(same(end[part], weights(resumed.adapted, part)) for part in end)
+    trainer.save_model()
+    for adapter in (UPPER, LOWER):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "backbone")
+        found = logits_of(PeftModel.from_pretrained(plain, tmp_path / "run" / adapter))
+        adapted.use(adapter)
+        torch.testing.assert_close(found, logits_of(adapted.model), rtol=0, atol=1e-5)
+
+
+def test_what_an_adapter_replaces_is_not_moved_in_the_backbone():
+    model = tiny_model()
+    for config, kept in ((KINDS["layer norms"], "layernorm"), (KINDS["lora and a norm"], "norm")):
+        adapted = AdaptedModel(tiny_model(), copy.deepcopy(config), twins=True)
+        gone = dict(model.named_parameters()).keys() - adapted.movable.keys()
+        assert gone
+        assert gone == {name for name, _ in model.named_parameters() if kept in name}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(init_lora_weights="pissa", **TARGETS), "init_lora_weights is 'pissa', which changes the backbone"),
+        (LoraConfig(init_lora_weights="olora", **TARGETS), "init_lora_weights is 'olora', which changes the backbone"),
+        (LoraConfig(bias="all", **TARGETS), "bias is 'all', which trains biases of the backbone"),
+        (AdaLoraConfig(total_step=10, **TARGETS), "peft cannot put two ADALORA on this llama model: .* only"),
+        (LoraConfig(target_modules=["nosuch"]), "nosuch"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(config, message, tmp_path):
+    model = tiny_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ZofoError, match=message) as caught:
+        AdaptedModel(model, config, twins=True)
+    assert "\n" not in str(caught.value)
+    if "AdaLora" not in type(config).__name__:
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_prefix_starts_from_the_keys_and_values_of_real_tokens(tmp_path):
+    trainer = make_trainer(tmp_path, adapter="prefix")
+    adapted = trainer.adapted
+    rows = logits_of(adapted.model)
+    config = adapter_config("prefix", tiny_model())
+    model = tiny_model(vocab_size=320)
+    torch.manual_seed(trainer.args.seed)
+    ids = torch.randint(320, (1, config.num_virtual_tokens))
+    text = torch.cat([ids.expand(2, -1), token_batch(vocab_size=320)], dim=1)
+    with torch.no_grad():
+        expected = model(input_ids=text).logits[:, ids.shape[1] :]
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
+
+
+def test_a_prefix_from_a_file_starts_as_peft_starts_it(tmp_path):
+    PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5).save_pretrained(tmp_path / "config")
+    read = make_trainer(tmp_path / "a", adapter=str(tmp_path / "config")).adapted
+    ours = make_trainer(tmp_path / "b", adapter="prefix").adapted
+    first, second = (next(iter(a.adapter_parameters(UPPER).values())) for a in (read, ours))
+    assert first.shape == second.shape
+    assert first.std() > 5 * second.std()  # unit normal numbers
+    assert json.loads((tmp_path / "config" / "adapter_config.json").read_text())["num_virtual_tokens"] == 5
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_a_model_without_plain_caches_gives_no_start(family):
+    model = tiny_model(family)
+    assert real_keys_and_values(model, PrefixTuningConfig(num_virtual_tokens=3)) is None
+
+
+def test_dropout_is_on_in_first_order_forwards_and_off_in_zeroth_order_ones(tmp_path):
+    trainer = trainer_of("lora with dropout", tmp_path)
+    modes = []
+    layer = next(m for name, m in trainer.adapted.model.named_modules() if name.endswith(f"lora_dropout.{UPPER}"))
+    layer.register_forward_hook(lambda module, args, output: modes.append((module.training, torch.is_grad_enabled())))
+    trainer.train()
+    assert set(modes) == {(True, True), (False, False)}
