@@ -31,10 +31,10 @@ from zofo.tasks import load_task
 
 WAYS = ("float32", "bfloat16, stochastic", "bfloat16, nearest")
 SEEDS = (0, 1, 2)
-STEPS, RATE, EVERY = 160, 1e-5, 20
+STEPS, RATE, EVERY = 120, 1e-5, 20
 SIZE, QUADRATIC_STEPS = 512, 3000
-DISTANCES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-DIRECTIONS = 12
+DISTANCES = (1e-4, 1e-3, 3e-3, 1e-2)
+DIRECTIONS = 8
 
 
 def main() -> None:
