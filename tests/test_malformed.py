@@ -103,7 +103,7 @@ def set_in_config(folder, **values):
 
 
 def hostile_model_value(folder, rng):
-    key = rng.choice(["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"])
+    key = rng.choice(["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size"])
     set_in_config(folder, **{key: rng.choice([-1, 0, 10**9, "x", [1], {}, 1.5e300, None])})
 
 
@@ -127,9 +127,20 @@ def shards_that_are_not_there(folder, rng):
     file, tensors = tensors_of(folder)
     file.unlink()
     save_file(tensors, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
-    names = rng.choice(["model-00002-of-00002.safetensors", "../other.safetensors", "/etc/passwd"])
+    names = rng.choice(["model-00002-of-00002.safetensors", "../other.safetensors", "/etc/passwd", "x.bin"])
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, names)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def weights_under_another_name(folder, rng):
+    torch.save(tensors_of(folder)[1], folder / "other.bin")
+    set_in_config(folder, transformers_weights=rng.choice(["other.bin", "../other.safetensors", "/tmp/x.safetensors"]))
+
+
+def an_adapter_in_the_same_folder(folder, rng):
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]})
+    )
 
 
 def break_the_tokenizer(folder, rng):
@@ -151,7 +162,8 @@ WEIGHTS = (
 )  # fmt: skip
 OF_MODELS = (
     *WEIGHTS, make_integers, hostile_model_value, hostile_model_value, hostile_model_value, another_size,
-    another_kind_of_model, code_of_its_own, shards_that_are_not_there, break_the_tokenizer,
+    another_kind_of_model, code_of_its_own, shards_that_are_not_there, weights_under_another_name,
+    an_adapter_in_the_same_folder, break_the_tokenizer,
 )  # fmt: skip
 OF_ADAPTERS = (*WEIGHTS, hostile_adapter_value, hostile_adapter_value)
 

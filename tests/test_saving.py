@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import gguf
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plain import make_trainer, moved, same, weights, write_config, write_task
 from zofo import ZOFOTrainer, commands
+from zofo.card import base_licence
 from zofo.cli import main
 from zofo.config import parse_config
 
@@ -294,7 +296,26 @@ def test_the_model_card_tells_base_model_method_and_metrics(folder, trainers):
             assert f"{scores['accuracy']:.4f}" in row
             assert f"{scores['loss']:.4f}" in row
         assert ("PeftModel" in card) == (RUNS[name].get("adapter") != "none")
+        assert "Licence of the base model: not stated." in card
+        assert "Licence: not stated." in card
+        assert "license" not in front
+        assert "zofo train --config config.yaml --output_dir NEW" in card
         assert f" { {'epoch': 9, 'none': 0}.get(name, 3) } steps" in card
+
+
+def test_the_licence_of_a_base_model_is_that_of_its_card_or_its_gguf(tmp_path):
+    assert base_licence(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert base_licence(str(tmp_path)) == "mit"
+    (tmp_path / "README.md").write_text("---\n[\n---\n# No YAML\n")
+    assert base_licence(str(tmp_path)) is None
+    assert base_licence("nobody/nothing-here") is None
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert base_licence(str(tmp_path / "m.gguf")) == "apache-2.0"
 
 
 def test_what_a_killed_save_left_half_written_is_written_anew_without_a_word(

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from plain import make_trainer, moved, same, weights
 from tiny import logits, same_bits, snapshot, theta_of, tiny_model
 from zofo import ZOFOConfig, direction, noise, perturbed
+from zofo.adapters import AdaptedModel
 from zofo.errors import ZofoError
 from zofo.noise import Term
 from zofo.selection import WEIGHT_KINDS, magnitude_limits, select
@@ -117,12 +119,25 @@ def test_what_fits_nothing_is_refused(words, more, message):
     [
         ({"method": "fo", "zo_parameters": ["mlp"]}, "zo_parameters chooses weights of the backbone"),
         ({"method": "zo", "adapter": "lora", "zo_layers": "0"}, "zo_layers chooses weights of the backbone"),
+        ({"method": "zo", "adapter": "lora", "zo_sparsity": 0.5}, "zo_sparsity chooses weights of the backbone"),
         ({"zo_sparsity": 1.0}, "zo_sparsity is 1.0, but must be at least 0 and less than 1"),
     ],
 )
 def test_keys_that_cannot_be_used(keys, message):
     with pytest.raises(ZofoError, match=message):
         ZOFOConfig(output_dir="x", use_cpu=True, **keys)
+
+
+def test_one_word_and_one_number_are_enough():
+    args = ZOFOConfig(output_dir="x", use_cpu=True, zo_parameters="mlp", zo_exclude="norms", zo_layers=1)
+    assert (args.zo_parameters, args.zo_exclude, args.zo_layers) == (["mlp"], ["norms"], "1")
+
+
+def test_a_head_with_an_adapter_on_it_is_still_the_head():
+    model = tiny_model("mistral")
+    adapted = AdaptedModel(model, LoraConfig(target_modules=["lm_head", "q_proj"]), twins=True)
+    assert select(model, adapted.backbone, ["head"]).keys() == {"lm_head.weight"}
+    assert "model.layers.0.self_attn.q_proj.weight" in select(model, adapted.backbone, ["attention"])
 
 
 @pytest.mark.parametrize("method", ["bilevel", "zo", "two_stage"])

@@ -201,16 +201,15 @@ class AdaptedModel:
 
     def _without_replaced(self) -> dict[str, Tensor]:
         """The backbone without the modules that the adapter puts its own copies in the place of."""
-        replaced: set[int] = set()
+        gone: set[int] = set()  # modules
         for module in self.model.modules():
-            original: Any = None
             if isinstance(module, ModulesToSaveWrapper):
-                original = module.original_module
+                gone |= {id(part) for part in module.original_module.modules()}
             elif isinstance(module, LNTuningLayer):
-                original = module.base_layer
-            if original is not None:
-                replaced |= {id(p) for p in original.parameters()}
-        return {name: p for name, p in self.backbone.items() if id(p) not in replaced}
+                gone |= {id(part) for part in module.base_layer.modules()}
+        there = [module for module in self.model.modules() if id(module) not in gone]
+        used = {id(p) for module in there for p in module.parameters(recurse=False)}
+        return {name: p for name, p in self.backbone.items() if id(p) in used}
 
     def adapter_parameters(self, adapter: str) -> dict[str, Tensor]:
         """The weights of one adapter, by name."""
@@ -302,8 +301,13 @@ def merged(backbone: str, adapter: str, dtype: DType = "float32") -> tuple[PreTr
     wanted = adapted.eval()(input_ids=probe).logits
     try:
         model = adapted.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, AttributeError) as error:
+    except (NotImplementedError, AttributeError, ValueError) as error:
         raise ZofoError(f"peft cannot merge {adapter} ({error}): deploy it beside the backbone, with peft") from error
+    if float((model(input_ids=probe).logits - wanted).abs().max()) > 1e-3 * float(wanted.abs().max()):
+        raise ZofoError(
+            f"merged with {adapter}, the model is another one, as where the adapter is on a head that is tied to the "
+            "embeddings: deploy it beside the backbone, with peft"
+        )
     for parameter in model.parameters():  # and no buffers: rotations stay as precise as they are when it is loaded
         parameter.data = parameter.data.to(DTYPES[dtype])
     return model, float((model(input_ids=probe).logits.float() - wanted).abs().max())

@@ -42,7 +42,7 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: i
             "---",
             "library_name: zofo",
             f"base_model: {json.dumps(config.model)}",
-            *([f"license: {licence}"] if licence else []),
+            *([f"license: {json.dumps(licence)}"] if licence else []),
             f"tags: [zofo, {config.method}, {config.adapter if config.adapter in KINDS else 'peft'}]",
             "---",
             f"# {config.model} on {results['task']}",

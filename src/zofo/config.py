@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from zofo.adapters import KINDS
 from zofo.bilevel import Schedule
 from zofo.data import LossKind
 from zofo.errors import ZofoError
@@ -161,7 +162,12 @@ class ZOFOConfig(TrainingArguments):
     def _check_selection(self) -> None:
         if not 0 <= self.zo_sparsity < 1:
             raise ZofoError(f"zo_sparsity is {self.zo_sparsity}, but must be at least 0 and less than 1")
-        given = [key for key in ("zo_parameters", "zo_exclude", "zo_layers") if vars(self)[key]]
+        if isinstance(self.zo_parameters, str):
+            self.zo_parameters = [self.zo_parameters]
+        if isinstance(self.zo_exclude, str):
+            self.zo_exclude = [self.zo_exclude]
+        self.zo_layers = None if self.zo_layers is None else str(self.zo_layers)
+        given = [key for key in ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity") if vars(self)[key]]
         if given and (self.method == "fo" or not self.moves_backbone):
             raise ZofoError(
                 f"{given[0]} chooses weights of the backbone, but method {self.method} with adapter {self.adapter} "
@@ -226,7 +232,7 @@ def _anywhere(key: str, value: Any) -> Any:
         return value
     path = Path(value).expanduser()
     is_path = path.suffix in (".yaml", ".yml", ".json", ".gguf") or (key == "model" and path.is_dir())
-    is_path = is_path or key in ("source", "data")
+    is_path = is_path or key in ("source", "data") or (key == "adapter" and path.is_dir() and value not in KINDS)
     return str(path.resolve()) if is_path and path.exists() else value
 
 

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import yaml
+from accelerate.utils import send_to_device
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zofo.adapters import AdaptedModel
@@ -101,6 +104,7 @@ def evaluate_model(
         for number in _numbers(task, settings):
             task.reworded(splits.test, number)
     loaded, tokenizer = load_model(model, settings.dtype)
+    cast(nn.Module, loaded).to("cuda" if torch.cuda.is_available() else "cpu")
     base = AdaptedModel(loaded, stored=adapter)
     found: dict[str, Any] = {}
     for name, (task, splits) in parts.items():
@@ -174,12 +178,16 @@ def _of_template(
     premises = pose([behind_premise(record) for record in asked])[0] if settings.scoring == "pmi" else []
     found = evaluate(
         Scorer(base, Tokens()), examples, metrics=task.metrics, kind=kind, tokenizer=tokenizer, batch_size=batch_size,
-        scoring=settings.scoring, premises=premises,
+        scoring=settings.scoring, premises=premises, place=partial(_placed, base),
     )  # fmt: skip
     if settings.shots:
         say(f"{words}: {min(used)} to {max(used)} of {settings.shots} examples fit in front of a row")
         found = {**found, "shots_least": min(used), "shots_mean": statistics.mean(used)}
     return found
+
+
+def _placed(base: AdaptedModel, batch: Any) -> Any:
+    return send_to_device(batch, base.base.device)
 
 
 def _posed(

@@ -128,7 +128,6 @@ class ZerothOrderLevel:
         self._parameters = dict(parameters)
         self._args = args
         self._scratch = Scratch()
-        self._all_seen = False
         self._accepted = False
         self._curvature: float | None = None
         rate = args.zo_learning_rate
@@ -142,10 +141,9 @@ class ZerothOrderLevel:
             parameter.requires_grad_(False)
 
     def perturbed(self, number: int, scale: float, query: int) -> AbstractContextManager[None]:
-        """The model at θ + scale·z of this step and query. The first one checks that every parameter is read."""
+        """The model at θ + scale·z of this step and query. In the first step, every parameter must be read."""
         if scale == 0:
             return nullcontext()
-        strict, self._all_seen = not self._all_seen, True
         return perturbed(
             self._model,
             self._parameters,
@@ -156,7 +154,7 @@ class ZerothOrderLevel:
             distribution=self._args.zo_distribution,
             limits=self.optimizer.limits,
             scratch=self._scratch,
-            require_all=strict,
+            require_all=not self._accepted,
         )
 
     def project(self, number: int, evaluate: Evaluate) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +20,7 @@ from zofo.batches import Bundle, Plan, Stream
 from zofo.bilevel import Penalty, Terms, bilevel_step, scheduled_penalty
 from zofo.config import ZOFOConfig
 from zofo.data import Batch
+from zofo.errors import ZofoError
 from zofo.estimators import Evaluate
 from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses, random_state
 from zofo.optimizers import JointOptimizer
@@ -240,6 +242,11 @@ def make_method(adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> Meth
 
 def _moved_backbone(adapted: AdaptedModel, args: ZOFOConfig) -> dict[str, Tensor]:
     """The backbone's weights that the zeroth-order level moves."""
+    if any(isinstance(module, ParamWrapper) for module in adapted.model.modules()):
+        raise ZofoError(
+            "this LoRA config targets parameters that are no modules (fused experts), whose adapter writes the "
+            "backbone in each forward: give target_modules that are linear layers, such as q_proj and v_proj"
+        )
     return select(adapted.base, adapted.movable, args.zo_parameters or (), args.zo_exclude or (), args.zo_layers)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from zofo.errors import ZofoError
 
@@ -25,6 +28,28 @@ def require_model_folder(path: Path) -> None:
         )
     if not any(path.glob("*.safetensors")):
         raise ZofoError(f"{path} holds no safetensors files{pickle_hint(str(path))}")
+    if (path / "adapter_config.json").is_file():
+        raise ZofoError(
+            f"{path} holds a model and an adapter, which transformers would load as one: move adapter_config.json "
+            "and adapter_model.safetensors to a folder of their own, and give it as the adapter"
+        )
+    _require_safetensors_alone(path)
+
+
+def _require_safetensors_alone(path: Path) -> None:
+    """Refuses names of weights that lead to other files: transformers would follow them, to pickles too."""
+    names: list[str] = []
+    try:
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            names += json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        named = json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        names += [] if named is None else [named.removesuffix(".index.json")]
+        for name in names:
+            if Path(name).name != name or Path(name).suffix != ".safetensors":
+                raise ZofoError(f"{path} says that weights are in {name!r}: only safetensors files beside it are read")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ZofoError(f"{path}: config.json or the index of the weights is damaged ({error})") from error
 
 
 def pickle_hint(source: str) -> str:
@@ -55,16 +80,17 @@ def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
-def require_plausible(config: Any, folder: Path) -> None:
+def require_plausible(config: Any, folder: Path, hollow: Callable[[], nn.Module]) -> None:
     """Refuses a config that cannot be that of the folder's weights, before memory is taken for it.
 
     Args:
         config: a transformers config.
         folder: of its config.json and weights.
+        hollow: makes the model of the config without values.
 
     Raises:
-        ZofoError: if it asks for more layers than there are tensors, or a dimension that no tensor has room for, or
-            for sizes that are not positive; or if weights are stored as integers without saying how.
+        ZofoError: if it asks for more layers than there are tensors, for more than twice the numbers that there are,
+            or for sizes that cannot be; or if weights are stored as integers without saying how.
     """
     tensors = stored_tensors(folder)
     most = sum(math.prod(shape) for _, shape in tensors.values())
@@ -79,6 +105,15 @@ def require_plausible(config: Any, folder: Path) -> None:
             )
     if config.to_dict().get("quantization_config"):
         return
+    try:
+        wanted = sum(p.numel() for p in hollow().parameters())
+    except Exception as error:  # a hostile config fails in any way
+        raise ZofoError(f"{folder / 'config.json'} makes no model: {' '.join(str(error).split())[:200]}") from error
+    if wanted > 2 * most:
+        raise ZofoError(
+            f"{folder / 'config.json'} asks for {wanted:,} weights, but {most:,} are stored: they do not belong "
+            "together"
+        )
     for name, (dtype, shape) in tensors.items():
         if dtype[0] in "IU" and name.endswith(".weight") and len(shape) > 1:
             raise ZofoError(

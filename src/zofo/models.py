@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,10 @@ DTYPES: dict[DType, torch.dtype] = {
     "float16": torch.float16,
 }
 PACKAGE_SCHEME = "pkg://"
+# Parts that a checkpoint may hold beside the text model, and buffers that models used to store.
+_OTHER_PARTS = re.compile(
+    r"vision|visual|audio|image|multi_modal|v_head|mtp|inv_freq|masked_bias|attention\.bias$|attn\.bias$|position_ids"
+)
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # left out, transformers asks on standard input
 
 
@@ -67,7 +72,7 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     source = local_source(name)
     config = _causal_config(source, name)
     if Path(source).is_dir():
-        require_plausible(config, Path(source))
+        require_plausible(config, Path(source), lambda: _hollow(config, dtype))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **_NO_CODE
@@ -81,7 +86,7 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
             f"the weights of {name} do not fit its config.json: {lost[0]} is missing or has another shape "
             f"({len(lost)} such tensors); use the complete checkpoint"
         )
-    extra = sorted(report["unexpected_keys"])
+    extra = sorted(name for name in report["unexpected_keys"] if not _OTHER_PARTS.search(name))
     if extra:
         raise ZofoError(
             f"the weights of {name} do not fit its config.json: there is no place for {extra[0]} ({len(extra)} such "
@@ -121,11 +126,15 @@ def load_hollow(name: str, dtype: DType = "float32") -> PreTrainedModel:
     Raises:
         ZofoError: if there is no such model, or it is no causal language model.
     """
-    config = _causal_config(local_source(name), name)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], **_NO_CODE).eval()
+    model = _hollow(_causal_config(local_source(name), name), dtype)
     replace_tensors(model, lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     return model
+
+
+def _hollow(config: Any, dtype: DType) -> PreTrainedModel:
+    """A model without values."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], **_NO_CODE).eval()
 
 
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:

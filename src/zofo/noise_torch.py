@@ -72,9 +72,10 @@ def compile_for(dtype: torch.dtype, device: torch.device) -> bool:
             compiled_forms["in_place"] = torch.compile(_sum_in_place, dynamic=True, fullgraph=True)
             compiled_forms["apart"] = torch.compile(_sum, dynamic=True, fullgraph=True)
             probe, terms = torch.zeros(1031, dtype=dtype, device=device), [(1, 2, 1e-3)]
-            for rounding in (None, (1, 2, 0.0)):
-                compiled(probe, probe, 0, terms, False, 1.0, math.inf, rounding)
-            compiled(probe, torch.empty_like(probe), 0, terms, False, 1.0, math.inf, None)
+            for limit in (math.inf, 1.0):
+                for rounding in (None, (1, 2, 0.0)):
+                    compiled(probe, probe, 0, terms, False, 1.0, limit, rounding)
+                compiled(probe, torch.empty_like(probe), 0, terms, False, 1.0, limit, None)
     except Exception as error:  # no compiler, or one that fails: torch raises several unrelated types here
         compiled_forms.clear()
         logger.info("the noise could not be compiled: %s", error)

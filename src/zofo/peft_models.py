@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,9 @@ from zofo.errors import ZofoError
 UPPER = "upper"
 LOWER = "lower"
 _FRESH_STARTS = (True, False, "gaussian", "orthogonal")  # of LoRA: those that leave the backbone as it is
+# Kinds that take a part of the backbone, or keep some of their own parameters fixed.
+_ENTANGLED = ("ADALORA", "PSOFT", "OSF", "ADAMSS", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
+_REFUSALS = (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError)  # peft's
 
 
 def with_adapters(base: PreTrainedModel, config: PeftConfig, twins: bool, start: Tensor | None = None) -> PeftModel:
@@ -55,7 +59,7 @@ def with_adapters(base: PreTrainedModel, config: PeftConfig, twins: bool, start:
             model.add_adapter(LOWER, copy.deepcopy(config))
             _copy_values(model)
             model.set_adapter(UPPER)
-    except (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except _REFUSALS as error:
         raise ZofoError(
             f"peft cannot put {'two ' * twins}{PeftType(config.peft_type).value} on this {base.config.model_type} "
             f"model: {' '.join(str(error).split())}"
@@ -66,6 +70,14 @@ def with_adapters(base: PreTrainedModel, config: PeftConfig, twins: bool, start:
 def _require_separate(config: PeftConfig) -> None:
     """Refuses an adapter that changes or trains the backbone's own weights."""
     values = config.to_dict()
+    kind = PeftType(config.peft_type).value
+    if kind in _ENTANGLED:
+        raise ZofoError(
+            f"the adapter {kind} takes a part of the backbone or keeps some of its own parameters fixed, so that p, s "
+            "and θ could not be told apart: choose another kind, such as LORA"
+        )
+    if values.get("layer_replication"):
+        raise ZofoError("layer_replication makes layers of the backbone anew when the adapter is made: leave it out")
     start = values.get("init_lora_weights", True)
     if start not in _FRESH_STARTS:
         raise ZofoError(
@@ -117,6 +129,19 @@ def _of_shape(config: PrefixTuningConfig, start: Tensor) -> PrefixTuningConfig:
     return config
 
 
+def described(config: PeftConfig | None) -> str | None:
+    """Everything that a PEFT config says of its adapter, in one line that can be compared."""
+    if config is None:
+        return None
+    manner = ("base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping")
+    values = {key: value for key, value in config.to_dict().items() if key not in manner}
+    return json.dumps(values, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(cast(set[str], value)) if isinstance(value, set) else str(value)
+
+
 def attach(model: PreTrainedModel, adapter: str) -> PeftModel:
     """Puts a stored adapter on a model.
 
@@ -129,21 +154,24 @@ def attach(model: PreTrainedModel, adapter: str) -> PeftModel:
         raise ZofoError(
             f"{adapter} has no adapter_model.safetensors: pickles (.bin) are never read; save it again in peft"
         )
+    own = {f"base_model.model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # missing keys are an error below, and not a warning
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             attached = PeftModel.from_pretrained(model, adapter, adapter_name=UPPER)
         stored = load_peft_weights(adapter, device="cpu").keys()
-    except (ValueError, RuntimeError, OSError, KeyError, SafetensorError) as error:
-        raise ZofoError(f"the adapter {adapter} does not fit this model: {str(error).splitlines()[0]}") from error
+    except (*_REFUSALS, RuntimeError, OSError, SafetensorError) as error:
+        raise ZofoError(f"the adapter {adapter} does not fit this model: {' '.join(str(error).split())}") from error
+    missing = next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), "")
+    if missing:
+        raise ZofoError(f"the adapter {adapter} is not complete: {' '.join(missing.split())[:300]}")
     expected = get_peft_model_state_dict(attached, adapter_name=UPPER, save_embedding_layers=False).keys()
-    if expected - stored:
+    extra = {
+        name for name in stored - expected if name.replace(".base_layer", "") not in own
+    }  # peft stores embeddings of the backbone as well, if asked to or if they grew
+    if extra and not expected - stored:  # else peft has renamed what an older version of the model's code stored
         raise ZofoError(
-            f"the adapter {adapter} is not complete: {min(expected - stored)} is missing; save it again in peft"
-        )
-    if stored - expected:
-        raise ZofoError(
-            f"the adapter {adapter} does not fit this model: there is no place for {min(stored - expected)}; use the "
+            f"the adapter {adapter} does not fit this model: there is no place for {min(extra)}; use the "
             "adapter_config.json that it was saved with"
         )
     return attached

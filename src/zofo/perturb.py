@@ -298,7 +298,8 @@ class _Reader(TorchFunctionMode):
     def _looked_up(self, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor | None:
         """The rows of an embedding that are asked for, or None where the whole of it must be moved to tell."""
         normed = options.get("max_norm") is not None or any(rest[1:2])
-        if id(weight) not in self._targets or normed or input.dtype not in (torch.int32, torch.int64):
+        known = input.dtype in (torch.int32, torch.int64)
+        if id(weight) not in self._targets or normed or not known or not weight.is_cpu:
             return None
         numbers = input.reshape(-1).long().contiguous()
         if not len(numbers) or int(numbers.min()) < 0 or int(numbers.max()) >= len(weight):
@@ -311,9 +312,8 @@ class _Reader(TorchFunctionMode):
 
     def _item(self, tensor: Tensor, index: Any) -> Tensor | None:
         """One item of a parameter, as one of many experts, or None where the whole of it must be moved to tell."""
-        number = (
-            int(index) if isinstance(index, Tensor) and not index.ndim and not index.is_floating_point() else index
-        )
+        integer = isinstance(index, Tensor) and not index.ndim and index.dtype in (torch.int32, torch.int64)
+        number = int(index) if integer else index
         if id(tensor) not in self._targets or type(number) is not int or tensor.ndim < 2 or not tensor.is_contiguous():
             return None
         if not -len(tensor) <= number < len(tensor):

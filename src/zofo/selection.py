@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -144,12 +145,16 @@ def _kinds(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str
     own_names = {id(parameter): name for name, parameter in parameters.items()}
     kinds: dict[str, set[str]] = {kind: set() for kind in WEIGHT_KINDS}
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        head = head.get_base_layer()
+    family = type(model).__name__.removesuffix("ForCausalLM")
     for path, module in modules.items():
         own = _BLOCK.search(path)
         inside = (
             [] if own is None else [path[: m.start()] for m in re.finditer(r"$|\.", path) if m.start() > own.end()]
         )
-        classes = [type(modules[part]).__name__ for part in inside]
+        classes = [type(modules[part]).__name__.removeprefix(family) for part in inside]
+        classes = [name for name in classes if not name.endswith("DecoderLayer")]
         names = {own_names[id(p)] for p in module.parameters(recurse=False) if id(p) in own_names}
         for kind in ["head"] if module is head else _kinds_of(module, classes):
             kinds[kind] |= names

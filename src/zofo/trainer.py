@@ -32,6 +32,7 @@ from zofo.methods import make_method
 from zofo.model_files import require_dense
 from zofo.models import load_model, require_fitting_tokenizer
 from zofo.optimizers import JointOptimizer, ZerothOrderOptimizer
+from zofo.peft_models import described
 from zofo.progress import LossBar
 from zofo.prompting import as_chat
 from zofo.records import Record, checked
@@ -89,10 +90,16 @@ class ZOFOTrainer(Trainer):
             processing_class = processing_class or loaded
         if processing_class is None:
             raise ZofoError("a loaded model comes without its tokenizer: pass it as processing_class")
+        if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:  # pyright: ignore
+            raise ZofoError(
+                f"model is a {type(model).__name__} with an adapter or of another kind: pass the plain transformers "
+                "model, and its adapter as peft_config"
+            )
         require_fitting_tokenizer(processing_class, model)
         if args.moves_backbone:
             require_dense(model.config, model.config.name_or_path or type(model).__name__, f"method {args.method}")
         config = peft_config or adapter_config(args.adapter, model)
+        self._identity = {**args.identity(), "peft_config": described(config)}
         real_prefix = peft_config is None and args.adapter == "prefix"
         self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel", real_prefix=real_prefix)
         self.adapted.require_prompts()
@@ -252,7 +259,7 @@ class ZOFOTrainer(Trainer):
         if resume_from_checkpoint:
             last = resume_from_checkpoint is True
             folder = last_sealed(Path(str(self.args.output_dir))) if last else Path(str(resume_from_checkpoint))
-            require_same(read_seal(folder)["config"], self.args.identity(), folder)
+            require_same(read_seal(folder)["config"], self._identity, folder)
             resume_from_checkpoint = str(folder)
         if self.args.method in ("bilevel", "zo", "two_stage"):
             parameter = next(iter(self.adapted.backbone.values()))
@@ -297,7 +304,7 @@ class ZOFOTrainer(Trainer):
                 unseal(folder)
                 super()._save_checkpoint(model, trial)
                 self.adapted.save_trained(folder)
-                seal(folder, {"config": self.args.identity(), "cost": self.cost.as_json()})
+                seal(folder, {"config": self._identity, "cost": self.cost.as_json()})
         finally:
             self.args.save_total_limit = limit
         # only now that the new one is whole may an old one go
