@@ -1,6 +1,7 @@
 """What a run meets on its way: folders that hold one already, damaged checkpoints, full disks, losses, Ctrl-C."""
 
 import copy
+import functools
 import resource
 import shutil
 import signal
@@ -309,7 +310,12 @@ def test_ctrl_c_ends_with_130_and_one_line_and_the_last_checkpoint_is_whole(tmp_
     run = without_run(keys)["output_dir"]
     words = arguments(**{**keys, "max_steps": 100_000, "save_total_limit": 3})
     process = subprocess.Popen(
-        [sys.executable, "-m", "zofo.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "zofo.cli", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests that a shell started in the background inherit that Ctrl-C is ignored
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         end = time.monotonic() + 120
