@@ -49,7 +49,7 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: i
             "",
             f"{_METHODS[config.method]}; adapter: {config.adapter}; seed {config.seed}, {steps} steps.",
             "",
-            f"Licence of the base model: {licence or 'not stated'}. It holds for what is made from it.",
+            f"Licence of the base model: {licence or 'not stated'}.",
             "",
             "## Data",
             "",
