@@ -2,12 +2,14 @@
 
 Three ways to keep the weights: float32; bfloat16 with updates rounded stochastically, as zofo does it; and bfloat16
 with updates rounded to the nearest, as an ordinary addition does it. On a quadratic, and on SmolLM2-135M with movie
-reviews. And: how far is a projected gradient in bfloat16 from that in float32, along the same directions? Writes
+reviews. And: how far is a projected gradient in bfloat16 from that in float32, along the same directions, and is that
+what rounding W + εz must do to the gradient, weight by weight? Writes
 `benchmarks/results/precision-<machine>.json` and draws docs/precision.png.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,14 +27,16 @@ from zofo.models import load_model
 from zofo.noise import Term, stream_key
 from zofo.optimizers import ZOSGD
 from zofo.perturb import perturbed
+from zofo.precision import signal_kept
 from zofo.scoring import Scorer, Tokens
 from zofo.splits import split_records
 from zofo.tasks import load_task
 
 WAYS = ("float32", "bfloat16, stochastic", "bfloat16, nearest")
-SEEDS = (0, 1)
+AUTOMATIC = ("float32, auto", "bfloat16, auto")
+SEEDS = (0, 1, 2)
 QUADRATIC_SEEDS = range(8)
-STEPS, RATE, EVERY = 80, 1e-5, 20
+STEPS, RATE, EPS, EVERY = 120, 1e-5, 3e-3, 20
 SIZE, QUADRATIC_STEPS = 32, 2000
 DISTANCES = (1e-4, 1e-3, 3e-3, 1e-2)
 DIRECTIONS = 8
@@ -47,6 +51,7 @@ def main() -> None:
     for row in gradients:
         print(row, flush=True)
     runs = {way: [language_model(way, seed) for seed in SEEDS] for way in WAYS}
+    runs |= {way: [language_model(way, seed) for seed in SEEDS[:2]] for way in AUTOMATIC}
     for way, curves in runs.items():
         print(f"SmolLM2, {way}: {mean_and_spread([curve[-1] for curve in curves])}")
     write("precision", {"quadratic": bowls, "projected_gradients": gradients, "language_model": runs})
@@ -106,6 +111,7 @@ def projected_gradients() -> list[dict[str, float]]:
     whole.load_state_dict(half.state_dict())  # the same values
     made = {"half": trainer(half, tokenizer, method="zo", adapter="none", dtype="bfloat16")}
     made["whole"] = trainer(whole, tokenizer, method="zo", adapter="none")
+    shares = gradient_by_gap(made["whole"])
     rows: list[dict[str, float]] = []
     for eps in DISTANCES:
         found: dict[str, list[float]] = {"float32": [], "weights alone in bfloat16": [], "bfloat16": []}
@@ -118,6 +124,8 @@ def projected_gradients() -> list[dict[str, float]]:
             {
                 "eps": eps,
                 "rms in float32": size,
+                "predicted": predicted_error(shares["all"], eps),
+                "predicted without norms": predicted_error(shares["without norms"], eps),
                 **{
                     way: rms([a - b for a, b in zip(values, found["float32"], strict=True)]) / size
                     for way, values in found.items()
@@ -126,6 +134,41 @@ def projected_gradients() -> list[dict[str, float]]:
             }
         )
     return rows
+
+
+def gradient_by_gap(made: ZOFOTrainer) -> dict[str, dict[float, float]]:
+    """Gap of bfloat16 at a weight -> the share of |∇L|² that weights with this gap have."""
+    batch = batches(made)["upper"][0]
+    weights = made.adapted.backbone
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    (Scorer(made.adapted, Tokens()).loss(batch) / 8).backward()
+    found: dict[str, dict[float, float]] = {}
+    for kind in ("all", "without norms"):
+        squares: dict[float, float] = {}
+        for name, weight in weights.items():
+            if kind == "all" or "norm" not in name:
+                exponents = torch.frexp(weight.detach())[1] - 1
+                for exponent in exponents.unique().tolist():
+                    gap = 2.0**exponent * torch.finfo(torch.bfloat16).eps
+                    part = weight.grad[exponents == exponent].double().square().sum()
+                    squares[gap] = squares.get(gap, 0.0) + float(part)
+        found[kind] = {gap: part / sum(squares.values()) for gap, part in squares.items()}
+    for weight in weights.values():
+        weight.grad = None
+        weight.requires_grad_(False)
+    return found
+
+
+def predicted_error(shares: Mapping[float, float], eps: float) -> float:
+    """Sqrt of the sum of share · E (z' - z)², where z' is z rounded to multiples of gap / ε."""
+    normal, total = statistics.NormalDist(), 0.0
+    for gap, share in shares.items():
+        ratio = gap / eps
+        steps = range(math.ceil(10 / ratio) if ratio > 0.01 else 0)  # finer gaps add ratio² / 12, which is nothing
+        squared = sum(2 * (2 * k + 1) * ratio**2 * normal.cdf(-(k + 0.5) * ratio) for k in steps)
+        total += share * (squared - 2 * signal_kept(eps, gap) + 1 if steps else ratio**2 / 12)
+    return math.sqrt(total)
 
 
 @torch.no_grad()
@@ -182,7 +225,7 @@ class Watch(TrainerCallback):
 
 def language_model(way: str, seed: int) -> list[float]:
     """MeZO's losses on 80 other rows."""
-    dtype = way.split(",")[0]
+    dtype, rate = way.split(",")[0], "auto" if way in AUTOMATIC else RATE
     model, tokenizer = load_model(MODEL, dtype)  # pyright: ignore[reportArgumentType]
     rows = split_records(
         load_task("movie_reviews").records(), train_size=600, dev_size=8, test_size=80, lower_fraction=0.5, seed=0
@@ -190,7 +233,7 @@ def language_model(way: str, seed: int) -> list[float]:
     watch = Watch()
     args = ZOFOConfig(
         output_dir="runs/precision", method="zo", adapter="none", dtype=dtype, seed=seed, max_steps=STEPS,
-        zo_learning_rate=RATE, per_device_train_batch_size=8, max_length=32, logging_strategy="no",
+        zo_learning_rate=rate, zo_eps=EPS, per_device_train_batch_size=8, max_length=32, logging_strategy="no",
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     made = ZOFOTrainer(model, args, rows.train, processing_class=tokenizer, callbacks=[watch])
@@ -220,8 +263,8 @@ def draw(bowls: Mapping[str, Sequence[Sequence[float]]], runs: Mapping[str, Sequ
         axes.set_xlabel("steps")
         axes.grid(alpha=0.3)
     left.set(title="a quadratic, 32 weights", yscale="log", ylabel="loss")
-    right.set(title=f"SmolLM2-135M, movie reviews, rate {RATE:g}", ylabel="loss on other rows")
-    left.legend()
+    right.set(title=f"SmolLM2-135M, movie reviews, ε = {EPS:g}, rate {RATE:g} or auto", ylabel="loss on other rows")
+    right.legend()
     figure.savefig("docs/precision.png", dpi=100)
 
 

@@ -162,3 +162,12 @@ def test_of_a_hub_data_set_only_the_wanted_split_is_read(tmp_path, monkeypatch):
     assert read_rows("owner/set:part#validation", tmp_path) == {"all": [{"text": "validation"}]}
     assert read_rows("owner/set", tmp_path) == {"train": [{"text": "a"}], "test": [{"text": "b"}]}
     assert asked == [("owner/set", "part", "validation"), ("owner/set", None, None)]
+
+
+def test_a_hub_error_without_a_message_is_told_by_its_type(tmp_path, monkeypatch):
+    def load_dataset(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    with pytest.raises(ZofoError, match=r"cannot load the data set 'owner/set' \(TimeoutError\)"):
+        read_rows("owner/set", tmp_path)

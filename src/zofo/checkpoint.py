@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, first_line
 
 SEAL = "seal.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -47,7 +47,7 @@ def writing(folder: Path) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = first_line(error)
         if isinstance(error, RuntimeError) and "inline_container" not in cause and "PytorchStreamWriter" not in cause:
             raise  # not torch's zip writer: a real bug must stay visible
         raise ZofoError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from zofo import precision
 from zofo.adapters import LOWER, AdaptedModel
 from zofo.config import ZOFOConfig
 from zofo.data import Batch
@@ -182,7 +183,10 @@ class ZerothOrderLevel:
         )
         size = math.sqrt(sum(g * g for g in projected) / len(projected))
         if not self._accepted:
-            self._warn_of_coarse_weights(size)
+            rate, eps = self._args.zo_learning_rate, self._args.zo_eps
+            moved = rate * size if isinstance(rate, float) else eps
+            for warning in precision.warnings(self._parameters, eps, moved / math.sqrt(len(projected))):
+                logger.warning(warning)
         self._accepted = True
         return size
 
@@ -199,30 +203,6 @@ class ZerothOrderLevel:
     def clear(self) -> None:
         """Forgets the estimate."""
         self.optimizer.estimate = None
-
-    def _warn_of_coarse_weights(self, projected_grad: float) -> None:
-        """Says so if ε or an update is lost between two neighbours of a 16-bit dtype."""
-        largest = max(self._parameters.values(), key=Tensor.numel)
-        if largest.dtype == torch.float32:
-            return
-        typical = float(torch.linalg.vector_norm(largest, dtype=torch.float32)) / math.sqrt(largest.numel())
-        gap = typical * torch.finfo(largest.dtype).eps
-        rate = self._args.zo_learning_rate
-        moved = rate * projected_grad if isinstance(rate, float) else self._args.zo_eps
-        update = moved / math.sqrt(self._args.num_perturbations)
-        dtype = str(largest.dtype).removeprefix("torch.")
-        if self._args.zo_eps < gap / 2:
-            logger.warning(
-                "zo_eps %.1e is less than half the gap of %s at a typical weight (%.1e): most are not perturbed; "
-                "use at least %.0e, or dtype: float32",
-                self._args.zo_eps, dtype, gap, gap,
-            )  # fmt: skip
-        if update < gap / 2:
-            logger.warning(
-                "a zeroth-order update of %.1e is less than half the gap of %s at a typical weight (%.1e): stochastic "
-                "rounding keeps it on average only; dtype: float32 keeps it exactly",
-                update, dtype, gap,
-            )  # fmt: skip
 
 
 @torch.no_grad()

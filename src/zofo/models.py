@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from zofo.cache import cache_folder
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, first_line
 from zofo.model_files import pickle_hint, require_dense, require_model_folder, require_plausible
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -225,7 +225,7 @@ def _convert(file: Path, folder: Path) -> None:
         )
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, SafetensorError) as error:
         raise ZofoError(
-            f"cannot read {file}: {_first_line(error)}; is it a complete GGUF of a causal model?"
+            f"cannot read {file}: {first_line(error)}; is it a complete GGUF of a causal model?"
         ) from error
     # a dequantised model is an ordinary one; with these marks left on, it would refuse to be saved or trained
     model.is_quantized = False
@@ -250,7 +250,7 @@ def _causal_config(source: str, name: str) -> Any:
 
 
 def _explained(error: BaseException) -> str:
-    text, message = str(error), _first_line(error)
+    text, message = str(error), first_line(error)
     if "trust_remote_code" in text:
         return "it needs trust_remote_code, that is code from the model's own folder, which zofo never runs"
     if any(word in text.lower() for word in ("connect", "offline", "cached")):
@@ -265,7 +265,7 @@ def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **_NO_CODE)
     except Exception as error:  # a tokenizer.json can be wrong in any way
         raise ZofoError(
-            f"{name} has no tokenizer that can be loaded ({_first_line(error)}): add tokenizer.json"
+            f"{name} has no tokenizer that can be loaded ({first_line(error)}): add tokenizer.json"
         ) from error
     require_fitting_tokenizer(tokenizer, model)
     return tokenizer
@@ -288,8 +288,3 @@ def require_fitting_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrai
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from datasets import load_dataset
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, first_line
 from zofo.models import PACKAGE_SCHEME, package_file
 from zofo.records import Row
 
@@ -88,7 +88,7 @@ def _read_file(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         raise ZofoError(f"{path} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
     except (pyarrow.ArrowInvalid, OSError, EOFError, zlib.error) as error:
-        raise ZofoError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+        raise ZofoError(f"cannot read {path}: {first_line(error)}") from error
     if suffix == ".txt":
         return [{"text": line.rstrip("\r")} for line in text.split("\n") if line.strip()]
     return _parse_json(path, text) if suffix == ".json" else _parse_json_lines(path, text)
@@ -153,7 +153,7 @@ def _hub(source: str, split: str) -> dict[str, list[Row]]:
         found: Any = load_dataset(name, config or None, split=split or None)
     except Exception as error:  # datasets raises many unrelated types for one cause: it could not be had
         raise ZofoError(
-            f"cannot load the data set {source!r} ({str(error).splitlines()[0]}): give a file that ends in "
+            f"cannot load the data set {source!r} ({first_line(error)}): give a file that ends in "
             f"{', '.join(SUFFIXES)}, or the id of a Hub data set that can be reached"
         ) from error
     return {split: list(found)} if split else {name: list(rows) for name, rows in found.items()}

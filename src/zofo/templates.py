@@ -15,7 +15,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, Undefined, Undefine
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, first_line
 
 Render = Callable[[dict[str, Any]], Any]
 
@@ -149,7 +149,7 @@ def _guarded(render: Callable[[], Any], where: str, missing: Set[str] = frozense
     except UndefinedError as error:
         raise ZofoError(f"{where}: {error}{lacks}") from error
     except TemplateError as error:
-        raise ZofoError(f"{where} is no valid template: {str(error).splitlines()[0]}") from error
+        raise ZofoError(f"{where} is no valid template: {first_line(error)}") from error
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ZofoError(f"{where}: {error} ({type(error).__name__}){lacks}") from error
 
