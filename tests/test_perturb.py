@@ -1,7 +1,9 @@
 """Evaluating at θ + scale z: θ is never written, nothing is left behind, nothing is missed, however it is read."""
 
+import contextlib
 import functools
 import gc
+import threading
 import weakref
 
 import pytest
@@ -147,6 +149,37 @@ def test_nested_blocks_of_different_parameters_add_up():
     expected = logits(moved_copy(moved_copy(model, (1, EPS), only=first), (2, EPS)))
     with perturbed(model, first, 1, EPS), perturbed(model, theta, 2, EPS):
         torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_parameters_have_their_own_class_again_after_nested_blocks(error):
+    class Special(nn.Parameter):
+        """A kind of parameter that some library may have."""
+
+    model = nn.Linear(4, 4)
+    model.weight = Special(model.weight.detach())
+    theta, x = theta_of(model), torch.ones(4)
+    expected = moved_copy(model, (1, EPS))(x)
+    with contextlib.suppress(KeyboardInterrupt), perturbed(model, theta, 1, EPS):
+        with perturbed(model, {"weight": model.weight}, 2, EPS):
+            assert isinstance(model.weight, Special)
+            assert isinstance(model.bias, nn.Parameter)
+        torch.testing.assert_close(model(x), expected)
+        if error:
+            raise error
+    assert (type(model.weight), type(model.bias)) == (Special, nn.Parameter)
+
+
+def test_another_thread_reads_theta_itself():
+    model, x, found = nn.Linear(4, 4), torch.ones(4), []
+    base = model(x)
+    with perturbed(model, theta_of(model), SEED, EPS):
+        moved = model(x)
+        thread = threading.Thread(target=lambda: found.append(model(x)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], base)
+    assert not torch.equal(moved, base)
 
 
 def test_a_tied_weight_is_one_parameter_with_one_direction():
@@ -386,7 +419,7 @@ def test_an_item_of_a_parameter_costs_its_own_noise_alone(monkeypatch):
         items = [weight[i] for i in (0, -1, torch.tensor(2))]
     assert written == [15, 15, 15]
     assert all(torch.equal(item, whole[i]) for item, i in zip(items, (0, 3, 2), strict=True))
-    torch.testing.assert_close(whole, weight.detach() + EPS * z, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole, weight.detach() + noise.representable(EPS) * z, rtol=1e-5, atol=1e-6)
     with pytest.raises(IndexError), torch.no_grad(), perturbed(model, {"experts": weight}, SEED, EPS):
         weight[4]
 

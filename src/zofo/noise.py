@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from zofo.noise_torch import compile_for, compiled, compiled_forms, eager
 Distribution = Literal["normal", "rademacher"]
 
 _BLOCK = 1 << 32  # elements that share one pair of 32-bit keys
+_REMEMBERED = 1 << 14  # small results that the passes at +ε and -ε and the update of a step all ask for
 _VARIANCE = 21845  # of the sum of four independent bytes: 4 (256**2 - 1) / 12
 
 
@@ -121,7 +123,6 @@ def add_(tensor: Tensor, seed: int, scale: float, start: int = 0, distribution: 
     return tensor
 
 
-@torch.no_grad()
 def write_sum(
     tensor: Tensor,
     terms: Sequence[Term],
@@ -140,10 +141,9 @@ def write_sum(
     source = target if out is tensor else _flat(tensor)
     _sum_into(source, target, start, terms, distribution, limit=limit)
     if target.data_ptr() != out.data_ptr():
-        out.copy_(target.view(out.shape))
+        out.detach().copy_(target.view(out.shape))
 
 
-@torch.no_grad()
 def write_rows(
     tensor: Tensor,
     numbers: Tensor,
@@ -173,7 +173,6 @@ def write_rows(
     return True
 
 
-@torch.no_grad()
 def update_(
     tensor: Tensor,
     terms: Sequence[Term],
@@ -192,7 +191,7 @@ def update_(
     target = _flat(tensor)
     _sum_into(target, target, 0, terms, distribution, keep, limit, rounding_key)
     if target.data_ptr() != tensor.data_ptr():
-        tensor.copy_(target.view(tensor.shape))
+        tensor.detach().copy_(target.view(tensor.shape))
 
 
 def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> bool:
@@ -237,7 +236,8 @@ def _require_float(tensor: Tensor) -> None:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.view(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
+    """The numbers in a row, detached: a copy where they do not lie so."""
+    return tensor.detach().contiguous().view(-1)
 
 
 def _sum_into(
@@ -256,7 +256,9 @@ def _sum_into(
         block, offset = divmod(start + low, _BLOCK)
         rounding = None if rounding_key is None else (*_halves(rounding_key, block), 0.0)
         hashed = _hashed(terms, block, distribution)
-        kernel(read[low:high], write[low:high], offset, hashed, rademacher, keep, limit, rounding)
+        whole = high - low == read.numel()
+        parts = (read, write) if whole else (read[low:high], write[low:high])
+        kernel(*parts, offset, hashed, rademacher, keep, limit, rounding)
 
 
 def _pieces(start: int, count: int) -> Iterator[tuple[int, int]]:
@@ -278,6 +280,7 @@ def _kernel(read: Tensor) -> Kernel:
     return compiled if compiled_forms else eager
 
 
+@lru_cache(_REMEMBERED)
 def _halves(key: int, block: int) -> tuple[int, int]:
     key = stream_key(key % (1 << 64), name=f"block {block}")
     return key & (_BLOCK - 1), key >> 32
@@ -287,6 +290,7 @@ def _unit(distribution: Distribution) -> float:
     return 1.0 if distribution == "rademacher" else 1.0 / math.sqrt(_VARIANCE)
 
 
+@lru_cache(_REMEMBERED)
 def _multiplier(scale: float, distribution: Distribution) -> float:
     mantissa, exponent = math.frexp(scale * _unit(distribution))
     return math.ldexp(round(mantissa * (1 << 15)), exponent - 15)

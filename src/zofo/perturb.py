@@ -2,17 +2,20 @@
 
 Inside `perturbed`, every torch function that is about to read one of the parameters is handed
 W + scale·z in a scratch buffer instead. It does not matter who reads a parameter or how: its own module,
-another one, a tied head, a view, a fused operation. Nothing is hooked onto the model, so an exception, an
-out-of-memory error or Ctrl-C inside the block has nothing to undo.
+another one, a tied head, a view, a fused operation. For this the parameters are, within the block, of a class
+that torch asks before it reads them (`__torch_function__`); functions that read none of them cost nothing.
+No value is written, so an exception, an out-of-memory error or Ctrl-C inside the block has none to restore.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,7 +61,7 @@ class Scratch:
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised flat buffer of at least `like.numel()` elements."""
         fits = [
-            b for b in self._free if b.numel() >= like.numel() and (b.dtype, b.device) == (like.dtype, like.device)
+            b for b in self._free if b.numel() >= like.numel() and b.dtype == like.dtype and b.device == like.device
         ]
         if fits:
             best = min(fits, key=Tensor.numel)
@@ -120,11 +123,12 @@ def perturbed(
     """
     _require_members(model, parameters)
     block = _Block.of(parameters, (seed, step, query), scale, distribution, limits or {})
-    with _reader(scratch) as reader, reader.joined_by(block):
+    noticed = _Noticed()
+    with _reader(scratch) as reader, reader.joined_by(block), noticed if require_all else nullcontext():
         yield
     seen = {_of_any_expert(name) for name in block.seen}
     missed = [name for name in parameters if _of_any_expert(name) not in seen]
-    if require_all and block.ran and missed:
+    if noticed.anything and missed:
         raise ZofoError(
             f"the forward never read {', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''} through torch: such a "
             f"parameter cannot be moved by forward passes; leave it out of `parameters`, in a config by zo_exclude "
@@ -170,8 +174,7 @@ def _reader(scratch: Scratch | None) -> Generator[_Reader]:
     reader = _Reader(scratch or Scratch())
     _ACTIVE.append(reader)
     try:
-        with reader:
-            yield reader
+        yield reader
     finally:
         _ACTIVE.clear()
 
@@ -196,7 +199,6 @@ class _Block:
     distribution: Distribution
     limits: dict[int, float]
     seen: set[str] = field(default_factory=set)
-    ran: bool = False  # whether anything that could read was called; known at the end
 
     @staticmethod
     def of(
@@ -215,69 +217,93 @@ class _Block:
         )
 
 
-class _Reader(TorchFunctionMode):
-    """Replaces the parameters in the arguments of every torch function."""
+class _Noticed(TorchFunctionMode):
+    """Whether any torch function was called: a block in which nothing happens need not read the parameters."""
+
+    anything = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.anything = True
+        return func(*args, **(kwargs or {}))
+
+
+class _Watched:
+    """Mixed into the class of a parameter for the time of a block: torch then asks before it reads it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage] torch's documented way
+            if _ACTIVE and _ACTIVE[0].thread == threading.get_ident():
+                return _ACTIVE[0].call(func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+
+@lru_cache
+def _watched(kind: type[Tensor]) -> type[Tensor]:
+    return type(kind)(kind.__name__, (_Watched, kind), {})
+
+
+class _Reader:
+    """Replaces the parameters in the arguments of the torch functions that read them."""
 
     def __init__(self, scratch: Scratch) -> None:
-        super().__init__()
+        self.thread = threading.get_ident()
         self._scratch = scratch
         self._blocks: list[_Block] = []  # the outer one first
         self._targets: set[int] = set()
-        self._ran = False  # whether anything that could read was called
 
     @contextmanager
     def joined_by(self, block: _Block) -> Generator[None]:
         if any((other.distribution, other.limits) != (block.distribution, block.limits) for other in self._blocks):
             raise ZofoError("nested perturbed blocks must share one distribution and the same limits")
-        before, ran_before = self._targets, self._ran
+        before = self._targets
+        classes = {number: type(p) for number, p in block.tensors.items() if number not in before}
         self._blocks.append(block)
         self._targets = before | block.terms.keys()
-        self._ran = False
         try:
+            for number, kind in classes.items():
+                block.tensors[number].__class__ = _watched(kind)
             yield
         finally:
+            for number, kind in classes.items():
+                block.tensors[number].__class__ = kind
             self._blocks.remove(block)
             self._targets = before
-            block.ran = self._ran
-            self._ran = self._ran or ran_before
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self._ran = True
-        kwargs = kwargs or {}
-        if not (self._any_target(args) or (kwargs and self._any_target(kwargs.values()))) or func in _METADATA:
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a torch function returns that gets a parameter, were it W + scale·z."""
+        if func in _METADATA:
             return func(*args, **kwargs)
         if func is functional.embedding and (found := self._looked_up(*args, **kwargs)) is not None:
             return found
         if func is Tensor.__getitem__ and (found := self._item(*args)) is not None:
             return found
         self._refuse(func, args, kwargs)
+        found = self._targets_in(args) | (self._targets_in(kwargs.values()) if kwargs else {})
         # the largest first: a small one must not occupy the buffer that fits a large one
-        found = {id(p): p for p in self._targets_in([args, kwargs])}
-        copies = {id(p): self._perturbed_copy(p) for p in sorted(found.values(), key=Tensor.numel, reverse=True)}
-        result = func(*_replaced(args, copies), **_replaced(kwargs, copies))
+        order = sorted(found, key=lambda number: -found[number].numel()) if len(found) > 1 else found
+        copies = {number: self._perturbed_copy(found[number]) for number in order}
+        result = func(*_replaced(args, copies), **(_replaced(kwargs, copies) if kwargs else {}))
         for buffer, _ in copies.values():
             if not _may_keep(result, buffer.untyped_storage().data_ptr()):
                 self._scratch.give_back(buffer)
         return result
 
-    def _any_target(self, values: Iterable[Any]) -> bool:
-        targets = self._targets
-        for value in values:  # a loop and not any(): this runs before every torch function
-            if id(value) in targets:
-                return True
-            if isinstance(value, (list, tuple)) and self._any_target(value):  # pyright: ignore[reportUnknownArgumentType]
-                return True
-        return False
-
-    def _targets_in(self, value: Any) -> Iterator[Tensor]:
-        if id(value) in self._targets:
-            yield value
-        elif isinstance(value, list | tuple | dict):
-            items: Any = value.values() if isinstance(value, dict) else value
-            for item in items:
-                yield from self._targets_in(item)
+    def _targets_in(self, values: Iterable[Any]) -> dict[int, Tensor]:
+        """The parameters among values, and in lists and dicts among them."""
+        found: dict[int, Tensor] = {}
+        for value in values:
+            if id(value) in self._targets:
+                found[id(value)] = value
+            elif isinstance(value, (list, tuple)):
+                found |= self._targets_in(value)  # pyright: ignore[reportUnknownArgumentType]
+            elif isinstance(value, dict):
+                found |= self._targets_in(value.values())  # pyright: ignore[reportUnknownArgumentType]
+        return found
 
     def _perturbed_copy(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """(the buffer, its view as W + scale·z)."""
@@ -327,27 +353,33 @@ class _Reader(TorchFunctionMode):
 
     def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises for what cannot be answered with a copy: a write, or the address of the weights."""
-        name = func.__name__
         if func is Tensor.data_ptr:
             raise ZofoError(
                 f"{self._name_of(args[0])} is read through its address, as by a custom kernel, where θ + scale·z "
                 "cannot be handed out: use the model's plain torch implementation"
             )
-        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        places = [args[:1], *(kwargs.get(key) for key in ("input", "self", "tensor"))] if in_place else []
-        for target in self._targets_in([*places, kwargs.get("out")]):
-            written = self._name_of(target)
-            raise ZofoError(f"{name} writes {written} inside a perturbed block, where θ is read-only: do it after it")
+        places = (args[:1], *map(kwargs.get, ("input", "self", "tensor"))) if _in_place(func) else ()
+        if not places and "out" not in kwargs:
+            return
+        for target in self._targets_in((*places, kwargs.get("out"))).values():
+            what = f"{func.__name__} writes {self._name_of(target)}"
+            raise ZofoError(f"{what} inside a perturbed block, where θ is read-only: do it after it")
 
     def _name_of(self, target: Tensor) -> str:
         return next(block.names[id(target)] for block in self._blocks if id(target) in block.names)
 
 
+@lru_cache
+def _in_place(func: Callable[..., Any]) -> bool:
+    name = func.__name__
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
 def _replaced(value: Any, copies: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
     if id(value) in copies:
         return copies[id(value)][1]
-    if isinstance(value, list | tuple):
-        items: list[Any] = [_replaced(item, copies) for item in value]
+    if isinstance(value, (list, tuple)):
+        items: list[Any] = [_replaced(item, copies) for item in value]  # pyright: ignore[reportUnknownVariableType]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
         return {key: _replaced(item, copies) for key, item in value.items()}
