@@ -134,13 +134,13 @@ def zeroth_order_rows() -> list[Row]:
         },
         rounds=11,
     )
-    eight = interleaved({"steps": times_(QUERIES, step), "step": step_of(many)})
+    eight = interleaved({"one": step, "eight": step_of(many)})
     way = "4 out-of-place Gaussian passes, 2 forwards with all logits"
     return [
         Row("two-sided ZO step, q = 1", "its two bare forwards", one["step"] / one["bare"], 1.15),
         Row("MeZO step", way, one["usual"] / one["step"], 3.0, True),
         Row("the limit of this: its two bare forwards alone", "the same", one["usual"] / one["bare"], None, True),
-        Row("ZO step, q = 8", "8 steps with q = 1", eight["step"] / eight["steps"], 1.0),
+        Row("ZO step, q = 8", "8 steps with q = 1", eight["eight"] / eight["one"] / QUERIES, 1.0),
     ]
 
 
@@ -308,7 +308,7 @@ def whole_run_rows() -> tuple[list[Row], dict[str, float]]:
     rows: list[Row] = []
     shares: dict[str, float] = {}
     for method, adapter in (("bilevel", "lora"), ("fo", "lora"), ("zo", "none")):
-        parts, total = timed_run(method=method, adapter=adapter, lower_steps=3, max_steps=6)
+        parts, total = timed_run(method=method, adapter=adapter, lower_steps=3, max_steps=4)
         rows.append(
             Row(
                 f"a whole run of `{method}`: loader, logging, callbacks",
@@ -337,7 +337,7 @@ def scoring_rows() -> list[Row]:
     )  # fmt: skip
     letter = "to the editor of a small paper in the far north of this country, where winter is long and news is rare, "
     prompts = [
-        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i % 7 + 6)}about" for i in range(8)
+        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i % 7 + 6)}about" for i in range(4)
     ]
     return [
         *scored(made, tokenizer, prompts, sentences, "6 options of 6 or 7 tokens"),
@@ -397,15 +397,15 @@ def process_rows() -> list[Row]:
     """Rows 8, 9 and 11: memory and start of whole processes."""
     folder = local_source(MODEL)
     runs = {
-        "fo": ["fo", folder],
-        "bilevel": ["bilevel", folder],
-        "zo": ["zo", folder],
-        "q = 8": ["zo", folder, "num_perturbations=8", "max_steps=2"],
-        "inference": ["inference", folder],
+        "fo": (["fo", folder], 3),
+        "bilevel": (["bilevel", folder], 3),
+        "zo": (["zo", folder], 3),
+        "q = 8": (["zo", folder, "num_perturbations=8", "max_steps=2"], 1),
+        "inference": (["inference", folder], 1),
     }
-    # what malloc keeps between tensors differs from process to process: medians of three
-    made = {name: [child(*words) for _ in range(3)] for name, words in runs.items()}
-    peaks = {name: statistics.median(one["peak"] for one in three) for name, three in made.items()}
+    # where there is a backward, what malloc keeps between tensors differs from process to process: medians
+    made = {name: [child(*words) for _ in range(times)] for name, (words, times) in runs.items()}
+    peaks = {name: statistics.median(one["peak"] for one in several) for name, several in made.items()}
     largest = made["inference"][0]["largest"]
     print({name: f"{peak / 2**20:,.0f} MiB" for name, peak in peaks.items()})
     starts = [(child("first-step", folder)["seconds"], child("loading", folder)["seconds"]) for _ in range(4)][1:]

@@ -15,7 +15,8 @@ from torch.overrides import _get_current_function_mode_stack
 from tiny import logits, moved_copy, same_bits, snapshot, theta_of, tiny_model
 from zofo import noise
 from zofo.errors import ZofoError
-from zofo.perturb import Scratch, direction, perturbed
+from zofo.perturb import direction, perturbed
+from zofo.reads import Scratch
 
 SEED, EPS = 3, 0.05
 

@@ -177,3 +177,12 @@ def test_a_read_through_the_address_is_refused():
         perturbed(model, theta_of(model), 0, 0.1),
     ):
         model.weight.data_ptr()
+
+
+def test_a_copy_that_asks_nobody_is_refused():
+    model = Reads(lambda x, w, v: x @ torch.tensor(w) @ v)
+    with (
+        pytest.raises(ZofoError, match=r"w is read by torch\.tensor"),
+        perturbed(model, theta_of(model), 0, 0.1),
+    ):
+        model(torch.ones(2, 4))

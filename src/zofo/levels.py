@@ -23,7 +23,8 @@ from zofo.data import Batch
 from zofo.errors import ZofoError
 from zofo.estimators import ESTIMATORS, Estimate, Evaluate, curvature
 from zofo.optimizers import ZOSGD, AutomaticZOSGD, ZerothOrderOptimizer
-from zofo.perturb import Scratch, perturbed
+from zofo.perturb import perturbed
+from zofo.reads import Scratch
 from zofo.scoring import Scorer, count
 from zofo.selection import magnitude_limits
 

@@ -129,7 +129,7 @@ def _two_steps(config: ZOFOConfig, method: str, adapted: AdaptedModel, batch: Ba
             if name == LOWER:
                 step(level)
         if zeroth and not scratch:
-            scratch.append(torch.empty_like(max(moved.values(), key=Tensor.numel)))  # as in `perturb.Scratch`
+            scratch.append(torch.empty_like(max(moved.values(), key=Tensor.numel)))  # as in `reads.Scratch`
         for name in zeroth:
             mean_losses(scorer, name, of_upper if name == UPPER else terms)
         if method == "bilevel":

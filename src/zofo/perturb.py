@@ -1,79 +1,21 @@
 """Evaluate a model at θ + scale·z without ever writing θ.
 
-Inside `perturbed`, every torch function that is about to read one of the parameters is handed
-W + scale·z in a scratch buffer instead. It does not matter who reads a parameter or how: its own module,
-another one, a tied head, a view, a fused operation. For this the parameters are, within the block, of a class
-that torch asks before it reads them (`__torch_function__`); functions that read none of them cost nothing.
-No value is written, so an exception, an out-of-memory error or Ctrl-C inside the block has none to restore.
+Inside `perturbed`, whatever reads one of the parameters is handed W + scale·z in a scratch buffer instead, by
+`reads.py`. No value is written: an exception, an out-of-memory error or Ctrl-C in the block leaves none to restore.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from zofo import noise
 from zofo.errors import ZofoError
-from zofo.noise import Distribution, Term
-
-_ACTIVE: list[_Reader] = []  # at most one: nested blocks share it
-
-# Reads of these need no values. Whatever is missing here costs time, never correctness.
-_PROPERTIES: tuple[Any, ...] = (
-    Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.layout, Tensor.is_cuda, Tensor.is_cpu,
-    Tensor.is_meta, Tensor.requires_grad, Tensor.grad, Tensor.is_leaf, Tensor.grad_fn, Tensor.is_sparse,
-    Tensor.is_quantized, Tensor.itemsize, Tensor.nbytes, Tensor.is_nested,
-)  # fmt: skip
-_METHODS: tuple[Any, ...] = (
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
-    Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.is_complex, torch.is_floating_point, torch.numel,
-    torch.is_complex,
-)  # fmt: skip
-_METADATA: frozenset[Any] = frozenset((*(p.__get__ for p in _PROPERTIES), *_METHODS))
-
-
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_IN_PLACE = frozenset(["__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)])
-
-
-class Scratch:
-    """Buffers for W + scale·z, used again by every parameter of the same dtype and device.
-
-    At any time they hold about as much as the largest parameter that was read. One `Scratch` may serve many
-    `perturbed` blocks one after the other, which saves the system from handing out and clearing the same
-    memory in each.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised flat buffer of at least `like.numel()` elements."""
-        fits = [
-            b for b in self._free if b.numel() >= like.numel() and b.dtype == like.dtype and b.device == like.device
-        ]
-        if fits:
-            best = min(fits, key=Tensor.numel)
-            self._free = [b for b in self._free if b is not best]
-            return best
-        self._free.clear()
-        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside of it
-            return torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-
-    def give_back(self, buffer: Tensor) -> None:
-        """The buffer may be overwritten from now on."""
-        self._free.append(buffer)
+from zofo.noise import Distribution
+from zofo.reads import Block, Noticed, Scratch, reader
 
 
 @contextmanager
@@ -122,9 +64,9 @@ def perturbed(
         True
     """
     _require_members(model, parameters)
-    block = _Block.of(parameters, (seed, step, query), scale, distribution, limits or {})
-    noticed = _Noticed()
-    with _reader(scratch) as reader, reader.joined_by(block), noticed if require_all else nullcontext():
+    block = Block.of(parameters, (seed, step, query), scale, distribution, limits or {})
+    noticed = Noticed(block)
+    with reader(scratch) as reads, reads.joined_by(block), noticed if require_all else nullcontext():
         yield
     seen = {_of_any_expert(name) for name in block.seen}
     missed = [name for name in parameters if _of_any_expert(name) not in seen]
@@ -166,19 +108,6 @@ def _of_any_expert(name: str) -> str:
     return re.sub(r"(expert\w*)\.\d+\.", r"\1.*.", name)
 
 
-@contextmanager
-def _reader(scratch: Scratch | None) -> Generator[_Reader]:
-    if _ACTIVE:
-        yield _ACTIVE[0]
-        return
-    reader = _Reader(scratch or Scratch())
-    _ACTIVE.append(reader)
-    try:
-        yield reader
-    finally:
-        _ACTIVE.clear()
-
-
 def _require_members(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     own = {id(p) for p in model.parameters()}
     strange = [name for name, p in parameters.items() if id(p) not in own]
@@ -187,209 +116,3 @@ def _require_members(model: nn.Module, parameters: Mapping[str, Tensor]) -> None
             f"{strange[0]} is not a parameter of this {type(model).__name__}: pass the tensors themselves, as from "
             "dict(model.named_parameters()) or trainer.adapted.backbone, not copies of them"
         )
-
-
-@dataclass(eq=False)
-class _Block:
-    """What one `perturbed` block adds to which tensor, and what has been read in it."""
-
-    tensors: dict[int, Tensor]  # also keeps the ids alive
-    names: dict[int, str]
-    terms: dict[int, Term]
-    distribution: Distribution
-    limits: dict[int, float]
-    seen: set[str] = field(default_factory=set)
-
-    @staticmethod
-    def of(
-        parameters: Mapping[str, Tensor],
-        direction: tuple[int, int, int],
-        scale: float,
-        distribution: Distribution,
-        limits: Mapping[str, float],
-    ) -> _Block:
-        return _Block(
-            tensors={id(p): p for p in parameters.values()},
-            names={id(p): name for name, p in parameters.items()},
-            terms={id(p): Term(noise.stream_key(*direction, name), scale) for name, p in parameters.items()},
-            distribution=distribution,
-            limits={id(p): limits[name] for name, p in parameters.items() if name in limits},
-        )
-
-
-class _Noticed(TorchFunctionMode):
-    """Whether any torch function was called: a block in which nothing happens need not read the parameters."""
-
-    anything = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.anything = True
-        return func(*args, **(kwargs or {}))
-
-
-class _Watched:
-    """Mixed into the class of a parameter for the time of a block: torch then asks before it reads it."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage] torch's documented way
-            if _ACTIVE and _ACTIVE[0].thread == threading.get_ident():
-                return _ACTIVE[0].call(func, args, kwargs or {})
-            return func(*args, **(kwargs or {}))
-
-
-@lru_cache
-def _watched(kind: type[Tensor]) -> type[Tensor]:
-    return type(kind)(kind.__name__, (_Watched, kind), {})
-
-
-class _Reader:
-    """Replaces the parameters in the arguments of the torch functions that read them."""
-
-    def __init__(self, scratch: Scratch) -> None:
-        self.thread = threading.get_ident()
-        self._scratch = scratch
-        self._blocks: list[_Block] = []  # the outer one first
-        self._targets: set[int] = set()
-
-    @contextmanager
-    def joined_by(self, block: _Block) -> Generator[None]:
-        if any((other.distribution, other.limits) != (block.distribution, block.limits) for other in self._blocks):
-            raise ZofoError("nested perturbed blocks must share one distribution and the same limits")
-        before = self._targets
-        classes = {number: type(p) for number, p in block.tensors.items() if number not in before}
-        self._blocks.append(block)
-        self._targets = before | block.terms.keys()
-        try:
-            for number, kind in classes.items():
-                block.tensors[number].__class__ = _watched(kind)
-            yield
-        finally:
-            for number, kind in classes.items():
-                block.tensors[number].__class__ = kind
-            self._blocks.remove(block)
-            self._targets = before
-
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a torch function returns that gets a parameter, were it W + scale·z."""
-        if func in _METADATA:
-            return func(*args, **kwargs)
-        if func is functional.embedding and (found := self._looked_up(*args, **kwargs)) is not None:
-            return found
-        if func is Tensor.__getitem__ and (found := self._item(*args)) is not None:
-            return found
-        self._refuse(func, args, kwargs)
-        found = self._targets_in(args) | (self._targets_in(kwargs.values()) if kwargs else {})
-        # the largest first: a small one must not occupy the buffer that fits a large one
-        order = sorted(found, key=lambda number: -found[number].numel()) if len(found) > 1 else found
-        copies = {number: self._perturbed_copy(found[number]) for number in order}
-        result = func(*_replaced(args, copies), **(_replaced(kwargs, copies) if kwargs else {}))
-        for buffer, _ in copies.values():
-            if not _may_keep(result, buffer.untyped_storage().data_ptr()):
-                self._scratch.give_back(buffer)
-        return result
-
-    def _targets_in(self, values: Iterable[Any]) -> dict[int, Tensor]:
-        """The parameters among values, and in lists and dicts among them."""
-        found: dict[int, Tensor] = {}
-        for value in values:
-            if id(value) in self._targets:
-                found[id(value)] = value
-            elif isinstance(value, (list, tuple)):
-                found |= self._targets_in(value)  # pyright: ignore[reportUnknownArgumentType]
-            elif isinstance(value, dict):
-                found |= self._targets_in(value.values())  # pyright: ignore[reportUnknownArgumentType]
-        return found
-
-    def _perturbed_copy(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """(the buffer, its view as W + scale·z)."""
-        terms, distribution, limit = self._read(parameter)
-        buffer = self._scratch.take(parameter)
-        copy = buffer[: parameter.numel()].view(parameter.shape)
-        noise.write_sum(parameter.detach(), terms, copy, 0, distribution, limit)
-        return buffer, copy
-
-    def _read(self, parameter: Tensor) -> tuple[list[Term], Distribution, float]:
-        """What is added to a parameter that is about to be read, and up to which magnitude."""
-        blocks = [block for block in self._blocks if id(parameter) in block.terms]
-        for block in blocks:
-            block.seen.add(block.names[id(parameter)])
-        limit = blocks[0].limits.get(id(parameter), math.inf)
-        return [block.terms[id(parameter)] for block in blocks], blocks[0].distribution, limit
-
-    def _looked_up(self, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor | None:
-        """The rows of an embedding that are asked for, or None where the whole of it must be moved to tell."""
-        normed = options.get("max_norm") is not None or any(rest[1:2])
-        known = input.dtype in (torch.int32, torch.int64)
-        if id(weight) not in self._targets or normed or not known or not weight.is_cpu:
-            return None
-        numbers = input.reshape(-1).long().contiguous()
-        if not len(numbers) or int(numbers.min()) < 0 or int(numbers.max()) >= len(weight):
-            return None  # torch says what is wrong with them
-        rows = weight.new_empty(len(numbers), weight.shape[1])
-        terms, distribution, limit = self._read(weight)
-        if not noise.write_rows(weight.detach(), numbers, terms, rows, distribution, limit):
-            return None
-        return rows.view(*input.shape, weight.shape[1])
-
-    def _item(self, tensor: Tensor, index: Any) -> Tensor | None:
-        """One item of a parameter, as one of many experts, or None where the whole of it must be moved to tell."""
-        integer = isinstance(index, Tensor) and not index.ndim and index.dtype in (torch.int32, torch.int64)
-        number = int(index) if integer else index
-        if id(tensor) not in self._targets or type(number) is not int or tensor.ndim < 2 or not tensor.is_contiguous():
-            return None
-        if not -len(tensor) <= number < len(tensor):
-            return None  # torch says what is wrong with it
-        number %= len(tensor)
-        item = tensor.detach()[number]
-        terms, distribution, limit = self._read(tensor)
-        moved = torch.empty_like(item)
-        noise.write_sum(item, terms, moved, number * item.numel(), distribution, limit)
-        return moved
-
-    def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises for what cannot be answered with a copy: a write, or the address of the weights."""
-        if func is Tensor.data_ptr:
-            raise ZofoError(
-                f"{self._name_of(args[0])} is read through its address, as by a custom kernel, where θ + scale·z "
-                "cannot be handed out: use the model's plain torch implementation"
-            )
-        places = (args[:1], *map(kwargs.get, ("input", "self", "tensor"))) if _in_place(func) else ()
-        if not places and "out" not in kwargs:
-            return
-        for target in self._targets_in((*places, kwargs.get("out"))).values():
-            what = f"{func.__name__} writes {self._name_of(target)}"
-            raise ZofoError(f"{what} inside a perturbed block, where θ is read-only: do it after it")
-
-    def _name_of(self, target: Tensor) -> str:
-        return next(block.names[id(target)] for block in self._blocks if id(target) in block.names)
-
-
-@lru_cache
-def _in_place(func: Callable[..., Any]) -> bool:
-    name = func.__name__
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
-def _replaced(value: Any, copies: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
-    if id(value) in copies:
-        return copies[id(value)][1]
-    if isinstance(value, (list, tuple)):
-        items: list[Any] = [_replaced(item, copies) for item in value]  # pyright: ignore[reportUnknownVariableType]
-        return items if isinstance(value, list) else tuple(items)
-    if isinstance(value, dict):
-        return {key: _replaced(item, copies) for key, item in value.items()}
-    return value
-
-
-def _may_keep(result: Any, pointer: int) -> bool:
-    """Whether what a function returned may still need the buffer at `pointer`."""
-    if isinstance(result, Tensor):
-        return result.requires_grad or result.untyped_storage().data_ptr() == pointer
-    if isinstance(result, list | tuple):
-        return any(_may_keep(item, pointer) for item in result)  # pyright: ignore[reportUnknownVariableType]
-    return not (result is None or isinstance(result, bool | int | float | str | torch.Size | torch.dtype))
