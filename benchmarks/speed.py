@@ -1,8 +1,8 @@
 """`make bench`: what a step costs against its forwards, and a run against the memory of its adapter.
 
-Every figure is a ratio of two things timed in turn in one run: medians of five rounds after a warm-up (memory: of
-three processes each). The embedded SmolLM2-135M in float32, batch 8 x 48 tokens unless said. Writes
-`benchmarks/results/<machine>.json` and the table in docs/performance.md.
+Every figure is a ratio of two things timed in turn in one run: medians of five or more rounds after a warm-up; starts
+and peaks of memory are medians of up to three processes. The embedded SmolLM2-135M in float32, batch 8 x 48 tokens
+unless said. Writes `benchmarks/results/<machine>.json` and the table in docs/performance.md.
 """
 
 from __future__ import annotations

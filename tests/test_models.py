@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from plain import make_trainer, write_config, write_task
 from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
@@ -294,6 +296,43 @@ def test_of_a_loaded_model_the_config_tells(tmp_path, method, refused_):
             make_trainer(tmp_path, model=model, method=method, adapter=adapter)
     else:
         make_trainer(tmp_path, model=model, method=method, adapter=adapter)
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes, which has a slow form for CPUs
+def test_an_adapter_is_trained_on_4_bit_weights_which_stay_and_are_not_stored_again(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder = write_task(tmp_path)
+    whole = save_tiny_model(tmp_path / "whole", hidden_size=64, intermediate_size=128)  # bitsandbytes wants 64 or more
+    half = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(whole, quantization_config=half, dtype=torch.float32)
+    assert any(parameter.dtype == torch.uint8 for parameter in model.parameters())
+    model.save_pretrained(folder / "model")
+    config = write_config(folder, "run", method="fo", adapter="lora", max_steps=3, save_strategy="steps", save_steps=2)
+    run, again = tmp_path / "run", tmp_path / "again"
+    command = ["train", "--config", str(config), "--output_dir"]
+    assert main([*command, str(run)]) == 0
+    assert not list(run.rglob("backbone"))
+    shutil.copytree(run / "checkpoint-2", again / "checkpoint-2")
+    assert main([*command, str(again), "--resume_from_checkpoint", "true"]) == 0
+    trained = [load_file(f / "upper" / "adapter_model.safetensors") for f in (run, again)]
+    for name, value in trained[
+        0
+    ].items():  # on a CPU, bitsandbytes packs its weights anew for inference: not bit for bit
+        torch.testing.assert_close(value, trained[1][name], rtol=0, atol=2e-3)
+    assert any(value.abs().max() > 0 for name, value in trained[0].items() if "lora_B" in name)
+    results = json.loads((run / "results.json").read_text())
+    assert results["backbone_change"] == 0.0
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), run / "upper")
+    assert plain.peft_config["default"].base_model_name_or_path == str(folder / "model")
+    arguments = [
+        "--model",
+        str(folder / "model"),
+        "--adapter",
+        str(run / "upper"),
+        "--task",
+        str(folder / "task.yaml"),
+    ]
+    assert main(["eval", *arguments, "--test_size", "8"]) == 0
 
 
 # ---- the cache of converted files; the conversion itself is replaced by a slow one

@@ -121,6 +121,7 @@ class AdaptedModel:
     ) -> None:
         self.base = base
         self.backbone: dict[str, Tensor] = dict(base.named_parameters())
+        self.quantised = bool(base.config.to_dict().get("quantization_config"))  # then the backbone never moves
         self.adapters: tuple[str, ...] = (UPPER, LOWER) if twins else (UPPER,) if config or stored else ()
         for parameter in self.backbone.values():
             parameter.requires_grad_(False)
@@ -220,20 +221,28 @@ class AdaptedModel:
             if adapter in name.split(".") and id(p) not in backbone
         }
 
-    def save(self, folder: Path) -> None:
-        """Writes `backbone/` (a plain Hugging Face folder) and a PEFT folder for each adapter."""
+    def save(self, folder: Path) -> Path:
+        """Writes `backbone/` (a plain Hugging Face folder) and a PEFT folder for each adapter.
+
+        A quantised backbone is not written: it is as it was, and transformers cannot write every kind.
+
+        Returns:
+            The folder that the tokenizer belongs to.
+        """
         backbone = folder / "backbone"
         if self._peft is None:
             self.base.save_pretrained(backbone, max_shard_size="5GB")
-            return
-        state = get_base_model_state_dict(self._peft)
-        self.base.save_pretrained(backbone, state_dict=state, max_shard_size="5GB")
+            return backbone
+        if not self.quantised:
+            state = get_base_model_state_dict(self._peft)
+            self.base.save_pretrained(backbone, state_dict=state, max_shard_size="5GB")
         for config in self._peft.peft_config.values():
             # an adapter belongs to the moved backbone: on the original one it would be silently wrong
-            config.base_model_name_or_path = str(backbone.resolve())
+            config.base_model_name_or_path = self.base.name_or_path if self.quantised else str(backbone.resolve())
         (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
         # asking the Hub whether the vocabulary grew would need a network
         self._peft.save_pretrained(str(folder), selected_adapters=list(self.adapters), save_embedding_layers=False)
+        return folder if self.quantised else backbone
 
     @property
     def positions(self) -> int:
@@ -262,6 +271,16 @@ class AdaptedModel:
         Raises:
             ZofoError: if they are not there or are not of this model.
         """
+        if not self.quantised:
+            self._load_backbone(folder)
+        trained = {name: p for adapter in self.adapters for name, p in self.adapter_parameters(adapter).items()}
+        stored = load_file(folder / _TRAINED) if trained else {}
+        if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in trained.items()}:
+            raise ZofoError(f"{folder} holds adapters of another kind than this run's")
+        for name, parameter in trained.items():
+            parameter.copy_(stored[name])
+
+    def _load_backbone(self, folder: Path) -> None:
         dtype: Any = str(next(iter(self.backbone.values())).dtype).removeprefix("torch.")
         values = dict(load_weights(str(folder / "backbone"), dtype).named_parameters())
         if values.keys() != self.backbone.keys():
@@ -269,12 +288,6 @@ class AdaptedModel:
             raise ZofoError(f"{folder} holds another model's backbone: {odd} is in one and not in the other")
         for name, parameter in self.backbone.items():
             parameter.copy_(values[name])
-        trained = {name: p for adapter in self.adapters for name, p in self.adapter_parameters(adapter).items()}
-        stored = load_file(folder / _TRAINED) if trained else {}
-        if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in trained.items()}:
-            raise ZofoError(f"{folder} holds adapters of another kind than this run's")
-        for name, parameter in trained.items():
-            parameter.copy_(stored[name])
 
 
 @torch.no_grad()

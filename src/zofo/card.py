@@ -20,7 +20,7 @@ _METHODS = {
 }
 
 
-def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: int) -> str:
+def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: int, backbone: str) -> str:
     """The card as Markdown, with front matter that the Hub reads.
 
     Args:
@@ -28,6 +28,7 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: i
         results: what `results.json` holds.
         task: that was trained on.
         steps: that were trained.
+        backbone: where it is: in the folder, or a model that stayed as it was.
     """
     rows = [("zero-shot", results["zero_shot"]), *((f"`{a}`", m) for a, m in results["metrics"].items())]
     names = list(results["zero_shot"])
@@ -59,8 +60,8 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: i
             "",
             *table,
             "",
-            "`upper` is the adapter that is deployed with `backbone/` (or, without an adapter, the backbone itself);",
-            "`lower` is its first-order twin."
+            f"`upper` is the adapter that is deployed with `{backbone}` (or, without an adapter, the backbone",
+            "itself); `lower` is its first-order twin."
             + " The checkpoint was chosen on a dev split that no level trains on." * config.load_best_model_at_end,
             "",
             f"The backbone moved by {results['backbone_change']:.2e} of its norm. Training took "
@@ -69,11 +70,11 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: i
             "",
             "## Use",
             "",
-            "`backbone/` loads with `transformers`, an adapter on top of it with `peft`:",
+            f"`{backbone}` loads with `transformers`, an adapter on top of it with `peft`:",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM",
-            'model = AutoModelForCausalLM.from_pretrained("backbone")',
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(backbone)})",
             *(
                 ["from peft import PeftModel", 'model = PeftModel.from_pretrained(model, "upper")']
                 if config.adapter != "none"

@@ -89,7 +89,9 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     trainer.save_model()
     trainer.save_state()
     plot_curves(trainer.state.log_history, f"{config.method} ({config.adapter}) on {task.name}", run / "curves.png")
-    (run / "README.md").write_text(model_card(config, results, task, trainer.state.global_step), encoding="utf-8")
+    backbone = config.model if trainer.adapted.quantised else "backbone"
+    card = model_card(config, results, task, trainer.state.global_step, backbone)
+    (run / "README.md").write_text(card, encoding="utf-8")
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for adapter, scores in metrics.items():
         say(f"{adapter} on test: {_words(scores)}")
@@ -112,7 +114,10 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
         ZofoError: if there is no such run or adapter, it cannot be merged, or `output` exists.
     """
     if not (run / "backbone").is_dir():
-        raise ZofoError(f"{run} is no finished run: it holds no backbone/; give the output_dir of zofo train")
+        raise ZofoError(
+            f"{run} is no finished run: it holds no backbone/ (a quantised one is not stored, and cannot take up an "
+            "adapter); give the output_dir of zofo train"
+        )
     if output.exists():
         raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
     backbone, beside = str(run / "backbone"), None
@@ -142,6 +147,8 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
 @torch.no_grad()
 def backbone_change(adapted: AdaptedModel, model: str, dtype: DType) -> float:
     """|θ - θ_0| / |θ_0|, with θ_0 loaded once more."""
+    if adapted.quantised:  # and so where it was
+        return 0.0
     start = dict(load_weights(model, dtype).named_parameters())
     moved = sum(float((p.cpu().double() - start[n].double()).square().sum()) for n, p in adapted.backbone.items())
     norm = sum(float(p.double().square().sum()) for p in start.values())

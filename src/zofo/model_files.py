@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def require_dense(config: Any, name: str, purpose: str) -> None:
     if not found:
         return
     how = found.get("quant_method", "unknown method") if isinstance(found, dict) else "unknown method"
+    how = how.value if isinstance(how, Enum) else how
     raise ZofoError(
         f"the weights of {name} are quantised ({how}) and cannot be moved, as {purpose} would: use the original "
         "model, or model.dequantize() and save_pretrained in transformers, or a GGUF file, which zofo dequantises; or "

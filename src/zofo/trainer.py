@@ -292,8 +292,7 @@ class ZOFOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         with writing(folder):
-            self.adapted.save(folder)
-            self._tokenizer.save_pretrained(folder / "backbone")
+            self._tokenizer.save_pretrained(self.adapted.save(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = self._get_output_dir(trial)
