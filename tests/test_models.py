@@ -315,24 +315,16 @@ def test_an_adapter_is_trained_on_4_bit_weights_which_stay_and_are_not_stored_ag
     shutil.copytree(run / "checkpoint-2", again / "checkpoint-2")
     assert main([*command, str(again), "--resume_from_checkpoint", "true"]) == 0
     trained = [load_file(f / "upper" / "adapter_model.safetensors") for f in (run, again)]
-    for name, value in trained[
-        0
-    ].items():  # on a CPU, bitsandbytes packs its weights anew for inference: not bit for bit
+    # not bit for bit: on a CPU, bitsandbytes packs its weights anew for inference
+    for name, value in trained[0].items():
         torch.testing.assert_close(value, trained[1][name], rtol=0, atol=2e-3)
     assert any(value.abs().max() > 0 for name, value in trained[0].items() if "lora_B" in name)
     results = json.loads((run / "results.json").read_text())
     assert results["backbone_change"] == 0.0
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), run / "upper")
     assert plain.peft_config["default"].base_model_name_or_path == str(folder / "model")
-    arguments = [
-        "--model",
-        str(folder / "model"),
-        "--adapter",
-        str(run / "upper"),
-        "--task",
-        str(folder / "task.yaml"),
-    ]
-    assert main(["eval", *arguments, "--test_size", "8"]) == 0
+    model, adapter, task = folder / "model", run / "upper", folder / "task.yaml"
+    assert main(["eval", "--model", str(model), "--adapter", str(adapter), "--task", str(task)]) == 0
 
 
 # ---- the cache of converted files; the conversion itself is replaced by a slow one
