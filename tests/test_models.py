@@ -300,7 +300,7 @@ def test_of_a_loaded_model_the_config_tells(tmp_path, method, refused_):
 
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes, which has a slow form for CPUs
 def test_an_adapter_is_trained_on_4_bit_weights_which_stay_and_are_not_stored_again(tmp_path):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="is not among the development tools: peft imports it in every run")
     folder = write_task(tmp_path)
     whole = save_tiny_model(tmp_path / "whole", hidden_size=64, intermediate_size=128)  # bitsandbytes wants 64 or more
     half = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
