@@ -17,10 +17,14 @@ SIZE, STEPS, SEEDS = 32, 1500, range(6)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0, 3.0, 3.8, 5.0, 8.0])
-def test_what_rounding_leaves_of_a_gradient_is_what_the_formula_says(ratio):
+def test_what_rounding_leaves_of_a_gradient_is_what_the_formulas_say(ratio):
     z = torch.randn(200_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    products = (torch.round(z / ratio) * ratio * z).numpy()
-    assert abs(products.mean() - precision.signal_kept(1.0, ratio)) < 4 * products.std() / len(z) ** 0.5 + 1e-4
+    rounded = torch.round(z / ratio) * ratio
+    for products, expected in (
+        (rounded * z, precision.signal_kept(1.0, ratio)),
+        ((rounded - z).square(), precision.rounding_error(1.0, ratio) ** 2),
+    ):
+        assert abs(float(products.mean()) - expected) < 4 * float(products.std()) / len(z) ** 0.5 + 1e-4
 
 
 @pytest.mark.parametrize("weight", [0.05, 0.4, 0.9, 1.5])
@@ -37,6 +41,7 @@ def test_so_it_is_for_bfloat16_weights_and_the_noise(weight):
 @pytest.mark.parametrize("ratio", [0.05, 0.099, 0.101, 1.0])
 def test_small_gaps_lose_nothing(ratio):
     assert precision.signal_kept(1.0, ratio) == pytest.approx(1, abs=1e-7)
+    assert precision.rounding_error(1.0, ratio) == pytest.approx(ratio / 12**0.5, abs=1e-6)
 
 
 def final_loss(dtype, seed, rounded_to_nearest=False, monkeypatch=None):
@@ -86,13 +91,11 @@ def warned(caplog, tmp_path):
 
 
 def test_an_eps_that_the_dtype_cannot_hold_is_told_with_one_that_it_can(warned):
-    (message,) = [m for m in warned(torch.bfloat16, zo_eps=1e-3) if m.startswith("zo_eps")]
-    assert "zo_eps 1.0e-03 is too small for 5 of " in message
-    assert "norm.weight" in message  # norms start at 1, where the gap is 8e-3
-    enough = float(message.split("use ")[1].split(",")[0])
-    assert precision.signal_kept(enough, 2.0**-7) > 0.49
+    (message,) = [m for m in warned(torch.bfloat16, zo_eps=1e-6) if m.startswith("zo_eps")]
+    assert "zo_eps 1.0e-06 is small for bfloat16: about 100% of a projected gradient is rounding" in message
+    enough = float(message.split("W + εz; ")[1].split(" makes it")[0])
     assert not [m for m in warned(torch.bfloat16, zo_eps=enough) if m.startswith("zo_eps")]
-    assert not [m for m in warned(torch.bfloat16, zo_eps=1e-3, zo_exclude=["norms"]) if m.startswith("zo_eps")]
+    assert [m for m in warned(torch.bfloat16, zo_eps=enough / 10) if m.startswith("zo_eps")]
 
 
 def test_an_update_that_the_dtype_cannot_hold_is_told(warned):

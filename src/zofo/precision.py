@@ -8,8 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_HALF_KEPT = 3.8  # the gap, in units of ε, where signal_kept falls below a half
-_SHOWN = 3
+_NOTED, _WANTED = 0.2, 0.1  # shares of a projected gradient that are rounding: what a run is told of, and what is fine
 
 
 def signal_kept(eps: float, gap: float) -> float:
@@ -29,13 +28,29 @@ def signal_kept(eps: float, gap: float) -> float:
 
     Examples:
         >>> [round(signal_kept(1e-3, gap), 2) for gap in (1e-3, 2e-3, 4e-3, 8e-3)]
-        [1.0, 0.98, 0.43, 0.0]
+        [1.0, 0.99, 0.43, 0.0]
     """
     ratio = gap / eps
     if ratio < 0.1:  # the sum is an integral then, and equal to 1 in double precision
         return 1.0
     terms = (math.exp(-(((k + 0.5) * ratio) ** 2) / 2) for k in range(math.ceil(10 / ratio)))
     return ratio * math.sqrt(2 / math.pi) * sum(terms)
+
+
+def rounding_error(eps: float, gap: float) -> float:
+    """How far z' of `signal_kept` is from z: sqrt(E (z' - z)²), 0 without rounding and 1 if nothing is seen.
+
+    Examples:
+        >>> [round(rounding_error(1e-3, gap), 2) for gap in (1e-4, 1e-3, 4e-3, 16e-3)]
+        [0.03, 0.29, 0.93, 1.0]
+    """
+    ratio = gap / eps
+    if ratio < 0.1:  # z' - z is evenly spread over a gap
+        return ratio / math.sqrt(12)
+    squares = (
+        (2 * k + 1) * ratio**2 * math.erfc((k + 0.5) * ratio / math.sqrt(2)) for k in range(math.ceil(10 / ratio))
+    )
+    return math.sqrt(max(sum(squares) - 2 * signal_kept(eps, gap) + 1, 0.0))
 
 
 def gap(parameter: Tensor) -> float:
@@ -57,31 +72,32 @@ def warnings(parameters: Mapping[str, Tensor], eps: float, update: float) -> lis
         eps: ε.
         update: how far a step moves a weight along one direction.
     """
-    gaps = {name: gap(parameter) for name, parameter in parameters.items() if parameter.dtype != torch.float32}
-    if not gaps:
+    sizes: dict[float, int] = {}  # gap -> how many weights
+    for parameter in parameters.values():
+        if parameter.dtype != torch.float32:
+            sizes[gap(parameter)] = sizes.get(gap(parameter), 0) + parameter.numel()
+    if not sizes:
         return []
-    largest = max(gaps, key=lambda name: parameters[name].numel())
-    dtype = str(parameters[largest].dtype).removeprefix("torch.")
-    lost = [name for name in gaps if gaps[name] > _HALF_KEPT * eps]
+    usual = max(sizes, key=lambda size: sizes[size])
+    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     found: list[str] = []
-    if lost:
-        needed = max(gaps.values()) / _HALF_KEPT
-        shown = ", ".join(lost[:_SHOWN]) + (", ..." if len(lost) > _SHOWN else "")
+    if _share(eps, sizes) > _NOTED:
+        better = eps
+        while _share(better, sizes) > _WANTED:
+            better *= 1.1
         found.append(
-            f"zo_eps {eps:.1e} is too small for {len(lost)} of {len(parameters)} parameters in {dtype} ({shown}): "
-            f"less than half of their gradient is seen; use {_rounded_up(needed)}, dtype: float32, or zo_exclude for "
-            "what cannot be seen"
+            f"zo_eps {eps:.1e} is small for {dtype}: about {_share(eps, sizes):.0%} of a projected gradient is "
+            f"rounding of W + εz; {better:.1e} makes it {_share(better, sizes):.0%}, dtype: float32 nothing"
         )
-    if update < gaps[largest] / 2:
+    if update < usual / 2:
         found.append(
-            f"a zeroth-order update of {update:.1e} is less than half the gap of {dtype} at a typical weight of "
-            f"{largest} ({gaps[largest]:.1e}): stochastic rounding keeps it on average only; dtype: float32 keeps it "
-            "exactly"
+            f"a zeroth-order update of {update:.1e} is less than half the gap of {dtype} at a typical weight "
+            f"({usual:.1e}): stochastic rounding keeps it on average only; dtype: float32 keeps it exactly"
         )
     return found
 
 
-def _rounded_up(value: float) -> str:
-    """To two digits, upwards."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return f"{math.ceil(value / unit) * unit:.1e}"
+def _share(eps: float, sizes: Mapping[float, int]) -> float:
+    """The rounding error of a projected gradient over its size, if all weights count alike."""
+    squares = sum(count * rounding_error(eps, size) ** 2 for size, count in sizes.items())
+    return math.sqrt(squares / sum(sizes.values()))
