@@ -131,17 +131,33 @@ def zeroth_order_rows() -> list[Row]:
             "bare": times_(2, bare),
             "step": step,
             "usual": lambda: usual.mezo_step(backbone, loss, usual.gaussian(0), EPS, 1e-9),
+            "axpy": axpy_over(backbone),
         },
         rounds=11,
     )
+    least = one["bare"] + 3 * one["axpy"]  # z is needed at +ε, at -ε and in the update
     eight = interleaved({"one": step, "eight": step_of(many)})
     way = "4 out-of-place Gaussian passes, 2 forwards with all logits"
     return [
         Row("two-sided ZO step, q = 1", "its two bare forwards", one["step"] / one["bare"], 1.15),
+        Row("the limit of this: three in-place axpy over θ beside them", "the same", least / one["bare"], None),
         Row("MeZO step", way, one["usual"] / one["step"], 3.0, True),
         Row("the limit of this: its two bare forwards alone", "the same", one["usual"] / one["bare"], None, True),
+        Row("the same with three in-place axpy over θ", "the same", one["usual"] / least, None, True),
         Row("ZO step, q = 8", "8 steps with q = 1", eight["eight"] / eight["one"] / QUERIES, 1.0),
     ]
+
+
+def axpy_over(backbone: dict[str, Tensor]) -> Callable[[], None]:
+    """One pass over θ that reads and writes it once, at the speed of memory."""
+    other = {name: torch.zeros_like(p) for name, p in backbone.items()}
+
+    @torch.no_grad()
+    def run() -> None:
+        for name, parameter in backbone.items():
+            parameter.add_(other[name], alpha=1e-9)
+
+    return run
 
 
 def times_(number: int, function: Callable[[], object]) -> Callable[[], None]:
@@ -217,12 +233,15 @@ def bilevel_rows() -> list[Row]:
             "at a point": at_a_point,
             "of s": of_s,
             "stored gradient": lambda: stored(usual.gaussian(0), adam_p, adam_theta),
+            "axpy": axpy_over(adapted.backbone),
         }
     )
     way = "2 forwards with backward, 6 forwards, 3 Gaussian passes, a stored gradient, Adam over θ"
     theirs = times["stored gradient"]
     # forwards and backwards for p; F and G(p) at two points or at one, and G(s) at two
     bare = {points: times["for p"] + points * times["at a point"] + 2 * times["of s"] for points in (1, 2)}
+    # each of the two that is away from θ needs z twice, and the update once more
+    least = {points: bare[points] + (2 * points + 1) * times["axpy"] for points in (1, 2)}
     return [
         Row("upper update of `bilevel`, two-sided", way, theirs / times["two_sided"], 1.6, True),
         Row(
@@ -232,6 +251,7 @@ def bilevel_rows() -> list[Row]:
             None,
             True,
         ),
+        Row("the same with five in-place axpy over θ", "the same", theirs / least[2], None, True),
         Row("upper update of `bilevel`, one-sided", way, theirs / times["one_sided"], 2.0, True),
         Row(
             "the limit of this: its forwards and backwards alone",
@@ -240,6 +260,7 @@ def bilevel_rows() -> list[Row]:
             None,
             True,
         ),
+        Row("the same with three in-place axpy over θ", "the same", theirs / least[1], None, True),
         lower_row(two, s),
     ]
 
