@@ -34,9 +34,9 @@ from zofo.tasks import load_task
 
 WAYS = ("float32", "bfloat16, stochastic", "bfloat16, nearest")
 AUTOMATIC = ("float32, auto", "bfloat16, auto")
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 QUADRATIC_SEEDS = range(8)
-STEPS, RATE, EPS, EVERY = 100, 1e-5, 3e-3, 20
+STEPS, RATE, EPS, EVERY = 80, 1e-5, 3e-3, 20
 SIZE, QUADRATIC_STEPS = 32, 2000
 DISTANCES = (1e-4, 1e-3, 3e-3, 1e-2)
 DIRECTIONS = 8
@@ -51,7 +51,7 @@ def main() -> None:
     for row in gradients:
         print(row, flush=True)
     runs = {way: [language_model(way, seed) for seed in SEEDS] for way in WAYS}
-    runs |= {way: [language_model(way, seed) for seed in SEEDS[:2]] for way in AUTOMATIC}
+    runs |= {way: [language_model(way, seed) for seed in SEEDS[:1]] for way in AUTOMATIC}
     for way, curves in runs.items():
         print(f"SmolLM2, {way}: {mean_and_spread([curve[-1] for curve in curves])}")
     write("precision", {"quadratic": bowls, "projected_gradients": gradients, "language_model": runs})
@@ -235,6 +235,7 @@ def language_model(way: str, seed: int) -> list[float]:
     first = made.score(watch.rows)[UPPER]["loss"]
     with rounding(way):
         made.train()
+    print(f"SmolLM2, {way}, seed {seed}: {[round(loss, 4) for loss in watch.losses]}", flush=True)
     return [first, *watch.losses]
 
 
