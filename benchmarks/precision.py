@@ -34,7 +34,7 @@ from zofo.tasks import load_task
 
 WAYS = ("float32", "bfloat16, stochastic", "bfloat16, nearest")
 AUTOMATIC = ("float32, auto", "bfloat16, auto")
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 QUADRATIC_SEEDS = range(8)
 STEPS, RATE, EPS, EVERY = 80, 1e-5, 3e-3, 20
 SIZE, QUADRATIC_STEPS = 32, 2000
