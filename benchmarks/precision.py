@@ -258,7 +258,7 @@ def draw(bowls: Mapping[str, Sequence[Sequence[float]]], runs: Mapping[str, Sequ
         axes.set_xlabel("steps")
         axes.grid(alpha=0.3)
     left.set(title="a quadratic, 32 weights", yscale="log", ylabel="loss")
-    right.set(title=f"SmolLM2-135M, movie reviews, ε = {EPS:g}, rate {RATE:g} or auto", ylabel="loss on other rows")
+    right.set(title=f"SmolLM2-135M, movie reviews, ε = {EPS:g}", ylabel="loss on other rows")
     right.legend()
     figure.savefig("docs/precision.png", dpi=100)
 
