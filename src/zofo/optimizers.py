@@ -23,7 +23,7 @@ from zofo.estimators import Estimate
 State = dict[str, Any]
 
 # Found on small models and confirmed on SmolLM2-135M: docs/step-size.md
-_CAUTION = 0.15
+_CAUTION = 0.1
 _MEMORY = 0.9
 _FIRST_CURVATURES = 5
 CURVATURE_EVERY = 10
@@ -84,10 +84,10 @@ class ZOSGD:
 class AutomaticZOSGD(ZOSGD):
     """`ZOSGD` that finds its own rate, so that no model needs one to be guessed.
 
-        η = q min( ε / rms(g),  0.15 / median|h| )
+        η = q min( ε / rms(g),  0.1 / median|h| )
 
     The first bound moves the weights along each direction by ε on average, the distance at which the losses were
-    measured, whatever the scale of the loss. The second keeps to 0.15 / tr(H), where 1 / tr(H) is the best step on a
+    measured, whatever the scale of the loss. The second keeps to 0.1 / tr(H), where 1 / tr(H) is the best step on a
     quadratic without batch noise: it holds where the loss is so curved that ε is too far. The root mean square runs
     along and includes the newest value, so one outlier moves the weights by less than 3.2 ε; the median is of the last
     nine curvatures, which have outliers too. `learning_rate` multiplies η: it is 1, or what a schedule makes of it.
