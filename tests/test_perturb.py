@@ -171,6 +171,17 @@ def test_parameters_have_their_own_class_again_after_nested_blocks(error):
     assert (type(model.weight), type(model.bias)) == (Special, nn.Parameter)
 
 
+def test_a_class_that_was_left_behind_does_no_harm():
+    model, x = nn.Linear(4, 4), torch.ones(4)
+    with perturbed(model, theta_of(model), SEED, EPS):
+        left, _ = type(model.weight), model(x)
+    base, model.weight.__class__ = model(x), left
+    assert torch.equal(model(x), base)
+    with perturbed(model, theta_of(model), SEED, EPS):
+        assert not torch.equal(model(x), base)
+    assert type(model.weight) is nn.Parameter
+
+
 def test_another_thread_reads_theta_itself():
     model, x, found = nn.Linear(4, 4), torch.ones(4), []
     base = model(x)

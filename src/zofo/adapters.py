@@ -242,7 +242,7 @@ class AdaptedModel:
         (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
         # asking the Hub whether the vocabulary grew would need a network
         self._peft.save_pretrained(str(folder), selected_adapters=list(self.adapters), save_embedding_layers=False)
-        return folder if self.quantised else backbone
+        return folder / "tokenizer" if self.quantised else backbone
 
     @property
     def positions(self) -> int:

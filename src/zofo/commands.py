@@ -33,6 +33,7 @@ _RUN_FILES = (
     "README.md",
     "curves.png",
     "backbone",
+    "tokenizer",
     "upper",
     "lower",
     "trainer_state.json",

@@ -65,12 +65,13 @@ class EvalSettings:
 
 
 def eval_settings(model: str, tasks: list[str], given: dict[str, Any]) -> EvalSettings:
-    """The settings of the run that `model` is the backbone of, if it is one, and over them what is given.
+    """The settings of the run that `model` or the adapter is of, if there is one, and over them what is given.
 
     So that the rows called test are those that the run held out, and never some that it trained on.
     """
-    config = Path(model).parent / "config.yaml"
-    stored: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    places = [Path(path).parent / "config.yaml" for path in (model, given.get("adapter")) if path]
+    config = next((place for place in places if place.is_file()), None)
+    stored: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config else {}
     if stored and Path(str(stored.get("task") or TASK_FILE)).stem not in [Path(task).stem for task in tasks]:
         # its sizes are of another task
         stored = {key: stored.get(key) for key in ("loss", "dtype", "max_length", "chat_template", "system_prompt")}

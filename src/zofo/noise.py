@@ -71,7 +71,7 @@ def representable(scale: float, distribution: Distribution = "normal") -> float:
         >>> abs(representable(1e-3) / 1e-3 - 1) <= 2**-15
         True
     """
-    return _multiplier(scale, distribution) / _unit(distribution)
+    return _multiplier(float(scale), distribution) / _unit(distribution)
 
 
 def normal(seed: int, start: int, count: int) -> Tensor:
@@ -271,7 +271,7 @@ def _pieces(start: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def _hashed(terms: Sequence[Term], block: int, distribution: Distribution) -> list[Hashed]:
-    return [(*_halves(term.key, block), _multiplier(term.scale, distribution)) for term in terms]
+    return [(*_halves(term.key, block), _multiplier(float(term.scale), distribution)) for term in terms]
 
 
 def _kernel(read: Tensor) -> Kernel:
@@ -280,7 +280,7 @@ def _kernel(read: Tensor) -> Kernel:
     return compiled if compiled_forms else eager
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(_REMEMBERED, typed=True)
 def _halves(key: int, block: int) -> tuple[int, int]:
     key = stream_key(key % (1 << 64), name=f"block {block}")
     return key & (_BLOCK - 1), key >> 32
@@ -290,7 +290,7 @@ def _unit(distribution: Distribution) -> float:
     return 1.0 if distribution == "rademacher" else 1.0 / math.sqrt(_VARIANCE)
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(_REMEMBERED, typed=True)
 def _multiplier(scale: float, distribution: Distribution) -> float:
     mantissa, exponent = math.frexp(scale * _unit(distribution))
     return math.ldexp(round(mantissa * (1 << 15)), exponent - 15)

@@ -58,10 +58,12 @@ def compiled(
         *_scalars(terms, rounding, limit, read.device),
         rademacher,
     )
-    if read.data_ptr() == write.data_ptr():
-        compiled_forms["in_place"](_unrelated(write), *scalars)
-    else:
-        compiled_forms["apart"](_unrelated(read), _unrelated(write), *scalars)
+    # torch compiles anew for every state that a call may be in: here there is one
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+        if read.data_ptr() == write.data_ptr():
+            compiled_forms["in_place"](_unrelated(write), *scalars)
+        else:
+            compiled_forms["apart"](_unrelated(read), _unrelated(write), *scalars)
 
 
 def compile_for(dtype: torch.dtype, device: torch.device) -> bool:

@@ -56,6 +56,7 @@ def perturbed(
             experts of a mixture (`experts.0`, `experts.1`, ...) it is enough that one was: a batch need not visit all.
 
     Examples:
+        >>> import torch
         >>> layer = nn.Linear(2, 1)
         >>> x, theta = torch.ones(1, 2), dict(layer.named_parameters())
         >>> with perturbed(layer, theta, seed=1, scale=0.5):
@@ -94,6 +95,7 @@ def direction(
         name -> z, of the parameter's shape and device.
 
     Examples:
+        >>> import torch
         >>> direction({"w": torch.empty(2, 3)}, seed=0, step=0)["w"].shape
         torch.Size([2, 3])
     """

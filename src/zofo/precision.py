@@ -73,13 +73,14 @@ def warnings(parameters: Mapping[str, Tensor], eps: float, update: float) -> lis
         update: how far a step moves a weight along one direction.
     """
     sizes: dict[float, int] = {}  # gap -> how many weights
-    for parameter in parameters.values():
-        if parameter.dtype != torch.float32:
-            sizes[gap(parameter)] = sizes.get(gap(parameter), 0) + parameter.numel()
-    if not sizes:
+    coarse = [p for p in parameters.values() if p.dtype in (torch.bfloat16, torch.float16) and p.numel()]
+    if not coarse:
         return []
+    for parameter in coarse:
+        spacing = gap(parameter)
+        sizes[spacing] = sizes.get(spacing, 0) + parameter.numel()
     usual = max(sizes, key=lambda size: sizes[size])
-    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+    dtype = str(coarse[0].dtype).removeprefix("torch.")
     found: list[str] = []
     if _share(eps, sizes) > _NOTED:
         better = eps

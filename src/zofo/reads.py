@@ -113,11 +113,15 @@ class Noticed(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.anything = True
-        if func is torch.tensor and args and (name := self._names.get(id(args[0]))):  # the one read that asks nobody
+        given = [self._names[id(value)] for value in (*args, *(kwargs or {}).values()) if id(value) in self._names]
+        before = _ACTIVE[0].asked
+        result = func(*args, **(kwargs or {}))
+        if given and _ACTIVE[0].asked == before:  # data of torch.tensor, a number as alpha, what is set as .data
             raise ZofoError(
-                f"{name} is read by torch.tensor, where θ + scale·z cannot be handed out: use {name}.clone()"
+                f"{func.__name__} reads {given[0]} without asking for θ + scale·z: give it {given[0]}.clone() in the "
+                "model's code, or leave this parameter out, in a config by zo_exclude"
             )
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 class _Watched:
@@ -138,11 +142,17 @@ def _watched(kind: type[Tensor]) -> type[Tensor]:
     return type(kind)(kind.__name__, (_Watched, kind), {})
 
 
+def _plain(kind: type[Tensor]) -> type[Tensor]:
+    """The class without `_Watched`, which Ctrl-C at the very end of a block may have left."""
+    return kind.__bases__[1] if issubclass(kind, _Watched) else kind
+
+
 class Reader:
     """Replaces the parameters in the arguments of the torch functions that read them."""
 
     def __init__(self, scratch: Scratch) -> None:
         self.thread = threading.get_ident()
+        self.asked = 0  # how often a function asked
         self._scratch = scratch
         self._blocks: list[Block] = []  # the outer one first
         self._targets: set[int] = set()
@@ -152,7 +162,7 @@ class Reader:
         if any((other.distribution, other.limits) != (block.distribution, block.limits) for other in self._blocks):
             raise ZofoError("nested perturbed blocks must share one distribution and the same limits")
         before = self._targets
-        classes = {number: type(p) for number, p in block.tensors.items() if number not in before}
+        classes = {number: _plain(type(p)) for number, p in block.tensors.items() if number not in before}
         self._blocks.append(block)
         self._targets = before | block.terms.keys()
         try:
@@ -167,6 +177,7 @@ class Reader:
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a torch function returns that gets a parameter, were it W + scale·z."""
+        self.asked += 1
         if func in _METADATA:
             return func(*args, **kwargs)
         if func is functional.embedding and (found := self._looked_up(*args, **kwargs)) is not None:

@@ -96,7 +96,7 @@ class ZOFOTrainer(Trainer):
                 "model, and its adapter as peft_config"
             )
         require_fitting_tokenizer(processing_class, model)
-        if args.moves_backbone:
+        if args.moves_backbone or args.method == "none":  # Trainer takes no quantised model without an adapter
             require_dense(model.config, model.config.name_or_path or type(model).__name__, f"method {args.method}")
         config = peft_config or adapter_config(args.adapter, model)
         self._identity = {**args.identity(), "peft_config": described(config)}
