@@ -229,7 +229,7 @@ def test_a_kill_while_an_old_checkpoint_is_written_over_leaves_no_mixture_of_bot
 
     def watched(self, folder):
         sealed_while_writing.append((folder / "seal.json").exists())
-        save(self, folder)
+        return save(self, folder)
 
     monkeypatch.setattr(AdaptedModel, "save", watched)
     again = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
