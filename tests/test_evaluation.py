@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_scoring import MULTI, PAD, PROMPTS, SINGLE, TOKENIZER, adapted, plain_log_probabilities, pytestmark  # noqa: F401
 from zofo.data import collate, collate_shared, pad, tokenize
 from zofo.evaluation import evaluate, option_totals
+from zofo.evaluator import eval_settings
 from zofo.prompting import as_channel, behind_premise
 from zofo.records import Record
 from zofo.scoring import Scorer, Tokens
@@ -162,3 +163,12 @@ def test_truncation_keeps_the_answer_and_the_suffix(prompt, option, room):
     assert whole.prompt[len(whole.prompt) - len(short.prompt) :] == short.prompt
     batch = pad([short.row(0)], PAD, "left")
     assert int((batch["targets"] != -100).sum()) == len(short.answers[0]) - short.given[0] > 0
+
+
+def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path):
+    """The backbone of a run on quantised weights lies elsewhere; its held-out rows are still the run's."""
+    (tmp_path / "config.yaml").write_text("task: movie_reviews\ndata_seed: 7\ntest_size: 50\n")
+    for model, adapter in ((str(tmp_path / "backbone"), None), ("owner/model", str(tmp_path / "upper"))):
+        found = eval_settings(model, ["movie_reviews"], {"adapter": adapter})
+        assert (found.data_seed, found.test_size) == (7, 50)
+    assert eval_settings("owner/model", ["movie_reviews"], {}).data_seed == 42
