@@ -184,13 +184,14 @@ SILENT = {
     "data": lambda x, w, v: x * torch.tensor(data=w) * v * w,
     "new_tensor": lambda x, w, v: x * x.new_tensor(w) * v * w,
     "alpha": lambda x, w, v: torch.add(x, x, alpha=w) * v * w,
+    "full": lambda x, w, v: torch.full((4,), w) * x * v * w,
 }
 
 
 @pytest.mark.parametrize("how", SILENT)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch advises against some of these
 def test_a_read_that_asks_nobody_is_refused(how):
-    model = Reads(SILENT[how], shape=())
+    model = Reads(SILENT[how], shape=()).requires_grad_(False)  # as a backbone is: else torch refuses some itself
     with (
         torch.no_grad(),
         pytest.raises(ZofoError, match="reads w without asking"),
