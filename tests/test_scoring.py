@@ -106,6 +106,21 @@ def test_prompts_read_once_score_options_as_one_forward_for_each_candidate(famil
         assert scorer.tokens.forward == read
 
 
+def test_options_are_read_beside_others_of_similar_length():
+    made = adapted()
+    long, scorer, shapes = " great film" * 20, Scorer(made, Tokens()), []
+    group = examples([long, " it was", long + " bad", " it was a", " the"], PROMPTS[:2])
+    made.base.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    found = scorer.shared_totals(collate_shared(group, PAD)).means
+    longest, short = (max(len(e.answers[i]) for e in group) - 1 for i in (2, 3))
+    prompt = max(len(e.prompt) for e in group)
+    assert shapes == [(2, prompt), (4, longest), (4, short)]
+    for row, example in zip(found, group, strict=True):
+        torch.testing.assert_close(row, torch.tensor(plain_scores(made.model, example)), **CLOSE)
+
+
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_changes_the_scores(family, kind):

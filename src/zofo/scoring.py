@@ -22,7 +22,8 @@ from zofo.data import (
     stack,
 )
 
-_ROWS_PER_PROMPT = 4  # of options behind shared prompts, in one forward
+_CACHED_TOKENS = 4096  # of shared prompts, copied at once for the options behind them
+_PADDING = 32  # tokens, in a forward of options: about what one more forward costs on a CPU
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,12 @@ class Scorer:
         cache = DynamicCache(config=self.adapted.base.config)
         last = self._read(prompts, cache, {"logits_to_keep": 1} if self._windowed else {})
         sums = functional.log_softmax(last[:, -1], dim=-1)[batch["owner"], batch["first"]] * batch["scored"]
-        rows = _ROWS_PER_PROMPT * len(last)  # all at once would hold a cache for every option
-        for chunk in torch.arange(len(sums)).split(rows):
+        rows = max(len(last), _CACHED_TOKENS // prompts["input_ids"].shape[1])
+        for chunk in _similar(answers["attention_mask"].sum(1).tolist(), rows):
             owner = batch["owner"][chunk]
-            width = int(answers["attention_mask"][chunk].sum(1).max())
+            width = int(answers["attention_mask"][chunk[0]].sum())
             mask = torch.cat([prompts["attention_mask"][owner], answers["attention_mask"][chunk, :width]], dim=1)
             ids, own = answers["input_ids"][chunk, :width], targets[chunk, :width]
-            if not width:
-                continue  # options of one token
             logits = self._read(
                 {"input_ids": ids, "attention_mask": mask, "targets": own}, _selected(cache, owner), {}
             )
@@ -163,6 +162,19 @@ def _option_totals(batch: Batch, logits: Tensor, targets: Tensor) -> OptionTotal
         return OptionTotals(sums, torch.ones_like(batch["candidates"]))
     assert "rows" in batch
     return OptionTotals.of_rows(-_losses(logits, targets).sum(1), (targets != IGNORED).sum(1), batch["rows"])
+
+
+def _similar(widths: Sequence[int], most: int) -> list[list[int]]:
+    """The rows that are not empty in groups of at most `most`, the widest first, so that little is padded."""
+    groups: list[list[int]] = []
+    padding = 0
+    for row in sorted(filter(widths.__getitem__, range(len(widths))), key=lambda row: -widths[row]):
+        padding += widths[groups[-1][0]] - widths[row] if groups else 0
+        if not groups or len(groups[-1]) == most or padding > _PADDING:
+            groups.append([])
+            padding = 0
+        groups[-1].append(row)
+    return groups
 
 
 def _selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:
