@@ -196,10 +196,10 @@ def automatic_rates(projected, curvatures, q=1, learning_rate=1.0):
         found.append(state["rate"])
         weights_ = [0.9**age for age in range(step, -1, -1)]
         squares = [sum(g * g for g in projected[s * q : s * q + q]) / q for s in range(step + 1)]
-        bounds = [0.01 / math.sqrt(sum(a * b for a, b in zip(weights_, squares, strict=True)) / sum(weights_))]
+        bounds = [0.015 / math.sqrt(sum(a * b for a, b in zip(weights_, squares, strict=True)) / sum(weights_))]
         known = sorted(abs(c) for c in curvatures[: step + 1] if c is not None)
         if known:
-            bounds.append(0.1 / ((known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2))
+            bounds.append(0.15 / ((known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2))
         expected.append(learning_rate * q * min(bounds))
     return found, expected
 
