@@ -1,9 +1,10 @@
 """`python benchmarks/step_size.py`: does `zo_learning_rate: auto` find a rate as good as the best constant one?
 
 Four embedded tasks with SmolLM2-135M, of which one had no part in the choice of the rule, and two small models that
-are pretrained for a minute on the spot; MeZO and, on one task, Bilevel ZOFO. Every run has the forwards of 100 two-sided steps: `auto` takes fewer steps, for its
-curvatures. The loss is that of rows that nothing was trained on. Writes `benchmarks/results/step-size.json` after
-every run, goes on from there when started again, and draws docs/step-size.png.
+are pretrained for a minute on the spot; MeZO and, on one task, Bilevel ZOFO. Every run has the forwards of 100
+two-sided steps: `auto` takes fewer steps, for its curvatures. The loss is that of rows that nothing was trained on.
+Writes `benchmarks/results/step-size.json` after every run, goes on from there when started again, and draws
+docs/step-size.png.
 """
 
 from __future__ import annotations
