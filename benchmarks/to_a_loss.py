@@ -2,7 +2,7 @@
 
 SmolLM2-135M on movie reviews, float32. MeZO takes 1,000 steps of batch 8 at 1e-6, one seed; then MeZO with the
 automatic rate, Bilevel ZOFO (LoRA, T = 3, batch 4, automatic rate) and LoRA alone, three seeds each, train until their
-loss on the same 160 other rows is as low, looked at every few steps. Evaluations count neither as time nor as
+loss on the same 80 other rows is as low, looked at every few steps. Evaluations count neither as time nor as
 forwards. Writes
 `benchmarks/results/to-a-loss-<machine>.json`.
 """
@@ -53,7 +53,7 @@ def run(name: str, goal: float, every: int, **keys: Any) -> dict[str, Any]:
     print(name)
     model, tokenizer = load_model(MODEL)
     rows = split_records(
-        load_task("movie_reviews").records(), train_size=600, dev_size=8, test_size=160, lower_fraction=0.5, seed=0
+        load_task("movie_reviews").records(), train_size=600, dev_size=8, test_size=80, lower_fraction=0.5, seed=0
     )
     watch = Until(goal, every)
     settings = {
