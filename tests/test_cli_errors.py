@@ -264,6 +264,14 @@ def test_the_installed_command_ends_the_same_way(tmp_path, keys):
     assert not (tmp_path / "run").exists()
 
 
+def test_one_of_several_processes_is_refused(tmp_path, keys):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "zofo.cli"]
+    found = subprocess.run([*launch, *arguments(**keys)], capture_output=True, text=True, timeout=120)
+    assert found.returncode != 0
+    assert "zofo: this is one of 2 processes" in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_run_that_all_these_are_changes_of_works(capsys, tmp_path, keys):
     from zofo.cli import main
 

@@ -26,6 +26,12 @@ def test_the_best_model_needs_evaluations():
     assert str(config(load_best_model_at_end=True, eval_steps=5, save_steps=5).eval_strategy.value) == "steps"
 
 
+def test_a_run_takes_one_device_of_several(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert ZOFOConfig(output_dir="run").n_gpu == 1
+    assert config().n_gpu == 0
+
+
 def test_no_training_has_no_adapter():
     assert config(method="none", adapter="lora").adapter == "none"
 

@@ -21,7 +21,7 @@ adapters, checkpoints, results.json, curves.png and a model card. Keys come from
 wins.
 
   zofo train --config configs/demo.yaml --method zo --adapter none --zo_learning_rate 3e-5 --output_dir runs/mezo
-  zofo train --config configs/demo.yaml --output_dir runs/demo --resume_from_checkpoint true
+  zofo train --config configs/demo.yaml --output_dir runs/bilevel --resume_from_checkpoint true
 
 keys of zofo:
 {own}
@@ -107,7 +107,7 @@ def _add_eval(verbs: Any) -> None:
         "eval",
         help="score a model, with or without an adapter, on a task",
         description="Scores a model on the rows that a training run with the same sizes and data seed calls test.",
-        epilog="Example: zofo eval --model runs/demo/backbone --adapter runs/demo/upper --task movie_reviews",
+        epilog="Example: zofo eval --model runs/bilevel/backbone --adapter runs/bilevel/upper --task movie_reviews",
     )
     parser.add_argument("--model", required=True, help="Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
     parser.add_argument("--adapter", help="a PEFT folder, such as RUN/upper; none by default")
@@ -144,7 +144,7 @@ def _add_merge(verbs: Any) -> None:
         "merge",
         help="write backbone and adapter as one plain Hugging Face folder",
         description="Merges an adapter of a run into its backbone; the result loads with plain transformers.",
-        epilog="Example: zofo merge --run runs/demo --adapter upper --output merged",
+        epilog="Example: zofo merge --run runs/bilevel --adapter upper --output merged",
     )
     parser.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
     parser.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")

@@ -78,7 +78,7 @@ class ZOFOConfig(TrainingArguments):
     learning_rate: float = _key(1e-3, "of the lower adapter s, and of the only adapter of fo")
     upper_learning_rate: float | None = _key(None, "of the upper adapter p; learning_rate if not given")
     zo_learning_rate: float | str = _key("auto", "of the zeroth-order level: auto, or a number")
-    zo_eps: float = _key(1e-3, "ε, the distance of the two evaluations")
+    zo_eps: float = _key(1e-3, "ε, the distance of the two evaluations; 3e-3 for bfloat16")
     num_perturbations: int = _key(1, "q, directions per zeroth-order step")
     zo_estimator: EstimatorName = _key("two_sided", "two_sided or one_sided differences")
     zo_optimizer: Literal["sgd"] = _key("sgd", "rule of the zeroth-order level")
@@ -137,6 +137,12 @@ class ZOFOConfig(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError) as error:
             raise ZofoError(" ".join(str(error).split())) from error
+        if self.world_size > 1:
+            raise ZofoError(
+                f"this is one of {self.world_size} processes, but a run is a single one: start zofo without torchrun or "
+                "accelerate launch"
+            )
+        self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
         options: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and options.get("use_reentrant"):
             raise ZofoError("use_reentrant: true loses the gradients of an adapter on a frozen backbone: leave it out")

@@ -22,7 +22,7 @@ from zofo.config import ZOFOConfig
 from zofo.data import Batch
 from zofo.errors import ZofoError
 from zofo.estimators import ESTIMATORS, Estimate, Evaluate, curvature
-from zofo.optimizers import ZOSGD, AutomaticZOSGD, ZerothOrderOptimizer
+from zofo.optimizers import REACH, ZOSGD, AutomaticZOSGD, ZerothOrderOptimizer
 from zofo.perturb import perturbed
 from zofo.reads import Scratch
 from zofo.scoring import Scorer, count
@@ -185,7 +185,7 @@ class ZerothOrderLevel:
         size = math.sqrt(sum(g * g for g in projected) / len(projected))
         if not self._accepted:
             rate, eps = self._args.zo_learning_rate, self._args.zo_eps
-            moved = rate * size if isinstance(rate, float) else eps
+            moved = rate * size if isinstance(rate, float) else REACH * eps
             for warning in precision.warnings(self._parameters, eps, moved / math.sqrt(len(projected))):
                 logger.warning(warning)
         self._accepted = True
