@@ -50,17 +50,12 @@ class Row:
 
     def cells(self) -> list[str]:
         """The line's cells."""
+        ratio = f"{self.ratio:.3f}{' x faster' * self.faster}"
         if self.bar is None:
-            return [self.what, self.against, f"{self.ratio:.2f}{' x faster' * self.faster}", "", ""]
+            return [self.what, self.against, ratio, "", ""]
         met = self.ratio >= self.bar if self.faster else self.ratio <= self.bar
         bar = f"at least {self.bar:g} x faster" if self.faster else f"at most {self.bar:g}"
-        return [
-            self.what,
-            self.against,
-            f"{self.ratio:.2f}{' x faster' * self.faster}",
-            bar,
-            "met" if met else "missed",
-        ]
+        return [self.what, self.against, ratio, bar, "met" if met else "missed"]
 
 
 def main() -> None:
@@ -140,7 +135,7 @@ def zeroth_order_rows() -> list[Row]:
     way = "4 out-of-place Gaussian passes, 2 forwards with all logits"
     return [
         Row("two-sided ZO step, q = 1", "its two bare forwards", one["step"] / one["bare"], 1.15),
-        Row("the limit of this: three in-place axpy over θ beside them", "the same", least / one["bare"], None),
+        Row("the limit of this: its forwards and three in-place axpy over θ", "the same", least / one["bare"], None),
         Row("MeZO step", way, one["usual"] / one["step"], 3.0, True),
         Row("the limit of this: its two bare forwards alone", "the same", one["usual"] / one["bare"], None, True),
         Row("the same with three in-place axpy over θ", "the same", one["usual"] / least, None, True),

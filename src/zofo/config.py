@@ -139,8 +139,8 @@ class ZOFOConfig(TrainingArguments):
             raise ZofoError(" ".join(str(error).split())) from error
         if self.world_size > 1:
             raise ZofoError(
-                f"this is one of {self.world_size} processes, but a run is a single one: start zofo without torchrun or "
-                "accelerate launch"
+                f"this is one of {self.world_size} processes, but a run is a single one: start zofo without torchrun "
+                "or accelerate launch"
             )
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
         options: Any = self.activation_checkpointing_kwargs or {}
