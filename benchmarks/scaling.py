@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from timing import MODEL, batches, interleaved, step_of, trainer, write
+from zofo.cost import peak_memory, reset_peak_memory
 from zofo.models import load_model
 from zofo.scoring import Scorer, Tokens
 
@@ -72,8 +73,11 @@ def point(
             scorer.loss(batch)
 
     candidates: dict[str, Callable[[], object]] = {"forwards": forwards, "zo": step_of(made)}
+    reset_peak_memory()
     seconds = interleaved(candidates, rounds=5 if parameters < 2e8 or GPU else 3)
     found = {"series": series, "x": x, "parameters": parameters, **seconds}
+    if GPU:  # on a CPU, the process also holds what malloc kept of the points before
+        found["peak"] = peak_memory()
     if lora:
         fo = trainer(model, tokenizer, method="fo", adapter="lora", dtype=made.args.dtype, **keys)
         found.update(interleaved({"lora": step_of(fo)}, rounds=3))
