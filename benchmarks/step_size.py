@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def plan() -> list[dict[str, Any]]:
-    """All runs: three seeds of auto, one of each constant rate (three on the small models)."""
+    """All runs: three seeds of auto, one of each constant rate (three on the small models and in `bilevel`)."""
     runs: list[dict[str, Any]] = []
     for model in SMALL:
         for rate in ("auto", *FINE):
@@ -64,7 +64,8 @@ def plan() -> list[dict[str, Any]]:
         runs += [run("SmolLM2-135M", task, "zo", "auto", seed) for seed in range(3)]
         runs += [run("SmolLM2-135M", task, "zo", rate, 0) for rate in COARSE]
     runs += [run("SmolLM2-135M", "movie_reviews", "bilevel", "auto", seed) for seed in range(3)]
-    runs += [run("SmolLM2-135M", "movie_reviews", "bilevel", rate, 0) for rate in (1e-6, 1e-5, 3e-5, 1e-4)]
+    for rate in (1e-6, 1e-5, 3e-5, 1e-4):
+        runs += [run("SmolLM2-135M", "movie_reviews", "bilevel", rate, seed) for seed in range(3)]
     return runs
 
 
@@ -83,8 +84,10 @@ def looked_at_again(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_constant(rates: dict[float | str, list[float]]) -> float | str:
-    """The one with the lowest loss with the first seed."""
-    return min((rate for rate in rates if rate != "auto"), key=lambda rate: rates[rate][0])
+    """The one with the lowest mean loss over the seeds that all rates have."""
+    constant = {rate: losses for rate, losses in rates.items() if rate != "auto"}
+    seeds = min(map(len, constant.values()))
+    return min(constant, key=lambda rate: sum(constant[rate][:seeds]))
 
 
 def run(model: str, task: str, method: str, rate: float | str, seed: int) -> dict[str, Any]:
