@@ -110,6 +110,7 @@ def draw(points: list[dict[str, Any]]) -> None:
     """One panel for each series: seconds above, the share beyond the bare forwards below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     series = list(dict.fromkeys(p["series"] for p in points))
     figure = Figure(figsize=(3.4 * len(series), 5.4), layout="constrained")
@@ -127,10 +128,16 @@ def draw(points: list[dict[str, Any]]) -> None:
             if known:
                 upper.plot(*zip(*known, strict=True), "o-", label=label)
         upper.set(xscale="log", yscale="log")
+        upper.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        upper.yaxis.set_major_formatter("{x:g}")
+        upper.yaxis.set_minor_formatter(NullFormatter())
         upper.grid(alpha=0.3, which="both")
         lower.plot(xs, [p["zo"] / p["forwards"] for p in own], "o-")
         lower.set(xscale="log", xlabel=f"{name}{', millions' if name == 'parameters' else ''}", ylim=(1, None))
         lower.grid(alpha=0.3)
+        for panel in (upper, lower):
+            panel.set_xticks(xs, [f"{x:.0f}" for x in xs])
+            panel.xaxis.set_minor_locator(NullLocator())
     axes[0][0].set_ylabel("seconds")
     axes[1][0].set_ylabel("MeZO step / its bare forwards")
     axes[0][0].legend()
