@@ -20,7 +20,7 @@ needs_harness = pytest.mark.skipif(
 def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["eval", "--model", "none", "--harness", "boolq"]) == 2
-    assert "pip install 'zofo[harness]'" in capsys.readouterr().err
+    assert "pip install lm_eval" in capsys.readouterr().err
 
 
 def test_keys_of_our_own_tasks_do_not_go_with_it(capsys):

@@ -74,7 +74,7 @@ class IterationSampler(Sampler[list[int]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Micro-steps of an epoch: one pass over the rows of the level that reads most of its own."""
+        """Micro-steps of an epoch: one pass over the rows of the level that needs most iterations for it."""
         rounds = [
             -(-self._rows[stream][1] // (self.batch_size * self._accumulation * self._plan.batches(stream)))
             for stream in ("lower", "upper")

@@ -40,7 +40,7 @@ def evaluate_with_harness(
         ZofoError: if the extra is not installed, or a task is unknown to the harness; before the model is loaded.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ZofoError("--harness needs lm-evaluation-harness: pip install 'zofo[harness]'")
+        raise ZofoError("--harness needs lm-evaluation-harness: pip install lm_eval")
     # by name: the extra is not there when types are checked
     lm_eval: Any = importlib.import_module("lm_eval")
     huggingface: Any = importlib.import_module("lm_eval.models.huggingface")

@@ -119,9 +119,9 @@ class Scorer:
         last = self._read(prompts, cache, {"logits_to_keep": 1} if self._windowed else {})
         sums = functional.log_softmax(last[:, -1], dim=-1)[batch["owner"], batch["first"]] * batch["scored"]
         rows = max(len(last), _CACHED_TOKENS // prompts["input_ids"].shape[1])
-        for chunk in _similar(answers["attention_mask"].sum(1).tolist(), rows):
-            owner = batch["owner"][chunk]
-            width = int(answers["attention_mask"][chunk[0]].sum())
+        widths = answers["attention_mask"].sum(1).tolist()
+        for chunk in _of_similar_width(widths, rows):
+            owner, width = batch["owner"][chunk], widths[chunk[0]]
             mask = torch.cat([prompts["attention_mask"][owner], answers["attention_mask"][chunk, :width]], dim=1)
             ids, own = answers["input_ids"][chunk, :width], targets[chunk, :width]
             logits = self._read(
@@ -164,11 +164,12 @@ def _option_totals(batch: Batch, logits: Tensor, targets: Tensor) -> OptionTotal
     return OptionTotals.of_rows(-_losses(logits, targets).sum(1), (targets != IGNORED).sum(1), batch["rows"])
 
 
-def _similar(widths: Sequence[int], most: int) -> list[list[int]]:
+def _of_similar_width(widths: Sequence[int], most: int) -> list[list[int]]:
     """The rows that are not empty in groups of at most `most`, the widest first, so that little is padded."""
     groups: list[list[int]] = []
     padding = 0
-    for row in sorted(filter(widths.__getitem__, range(len(widths))), key=lambda row: -widths[row]):
+    filled = [row for row, width in enumerate(widths) if width]
+    for row in sorted(filled, key=lambda row: -widths[row]):
         padding += widths[groups[-1][0]] - widths[row] if groups else 0
         if not groups or len(groups[-1]) == most or padding > _PADDING:
             groups.append([])
