@@ -229,9 +229,13 @@ def test_only_the_logits_that_predict_answers_are_computed(family):
     made = adapted(family)
     spy = Spy(made.base)
     rows = examples(SINGLE)
+    contiguous: list[bool] = []
+    head = made.base.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, given: contiguous.append(given[0].is_contiguous()))
     scores(made, rows)
     scores(made, examples(MULTI))
-    assert [call["logits_to_keep"] for call in spy.calls] == [1, 6]
+    assert [call["logits_to_keep"].tolist() for call in spy.calls] == [[-1], [-6, -5, -4, -3, -2, -1]]
+    assert contiguous == [True, True], "torch reads the whole head for each row of what is not contiguous"
     assert spy.shapes == [(len(rows), 1, len(TOKENIZER)), (len(rows) * len(MULTI), 6, len(TOKENIZER))]
     assert not any(call["use_cache"] for call in spy.calls)
 

@@ -9,11 +9,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline)) /* so that constant arguments are known inside */
+
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { NORMAL, RADEMACHER };
 /* Elements. A thread takes blocks; of a block, one part after the other is read, summed and written: parts so small
  * that reading and writing memory go on while the next ones are computed. */
-enum { BLOCK = 2048, PART = 64, PARALLEL_FROM = 1 << 15 };
+enum { BLOCK = 2048, PART = 128, PARALLEL_FROM = 1 << 15 };
 
 typedef struct {
     uint32_t k0, k1;
@@ -84,7 +86,7 @@ static inline float of_float16(uint16_t half) {
     return float_of(bits_of(float_of(bits) * 0x1p112f) | special | (half & 0x8000u) << 16);
 }
 
-static void load(float *sum, const void *from, int dtype, int64_t low, int64_t count, float keep) {
+INLINE void load(float *sum, const void *from, int dtype, int64_t low, int64_t count, float keep) {
     const float *whole = (const float *)from + low;
     const uint16_t *half = (const uint16_t *)from + low;
     if (dtype == FLOAT32)
@@ -95,7 +97,7 @@ static void load(float *sum, const void *from, int dtype, int64_t low, int64_t c
         for (int64_t i = 0; i < count; i++) sum[i] = of_float16(half[i]) * keep;
 }
 
-static void store(const float *sum, void *to, int dtype, int64_t low, int64_t count) {
+INLINE void store(const float *sum, void *to, int dtype, int64_t low, int64_t count) {
     uint16_t *half = (uint16_t *)to + low;
     if (dtype == FLOAT32)
         memcpy((float *)to + low, sum, count * sizeof(float));
@@ -105,7 +107,7 @@ static void store(const float *sum, void *to, int dtype, int64_t low, int64_t co
         for (int64_t i = 0; i < count; i++) half[i] = to_float16(sum[i]);
 }
 
-static void store_stochastically(const float *sum, void *to, int dtype, int64_t low, int64_t count, uint32_t index,
+INLINE void store_stochastically(const float *sum, void *to, int dtype, int64_t low, int64_t count, uint32_t index,
                                  const term *rounding) {
     uint16_t *half = (uint16_t *)to + low;
     uint32_t k0 = rounding->k0, k1 = rounding->k1;
@@ -116,36 +118,45 @@ static void store_stochastically(const float *sum, void *to, int dtype, int64_t 
 }
 
 /* What is larger in magnitude than the limit keeps its value, and so its bits: rounding changes no 16-bit number. */
-static void keep_large(float *sum, const float *was, int64_t count, float limit) {
+INLINE void keep_large(float *sum, const float *was, int64_t count, float limit) {
     for (int64_t i = 0; i < count; i++) sum[i] = fabsf(was[i]) <= limit ? sum[i] : was[i];
 }
 
-static void add(float *sum, int64_t count, uint32_t index, term t, int distribution) {
+INLINE void add(float *sum, int64_t count, uint32_t index, term t, int distribution) {
     if (distribution == NORMAL)
         for (uint32_t i = 0; i < count; i++) sum[i] += normal(hash(index + i, t.k0, t.k1)) * t.factor;
     else
         for (uint32_t i = 0; i < count; i++) sum[i] += sign(hash(index + i, t.k0, t.k1)) * t.factor;
 }
 
-/* One after the other; `start` is the index of the first element, modulo 2**32. */
+/* `size` elements from `low` on, of which the first has the stream's index `index`. */
+INLINE void write_part(const void *read, void *write, int from, int to, int64_t low, int64_t size, uint32_t index,
+                       const term *terms, int number, int distribution, float keep, float limit,
+                       const term *rounding) {
+    float sum[PART], was[PART];
+    load(sum, read, from, low, size, keep);
+    for (int j = 0; j < number; j++) add(sum, size, index, terms[j], distribution);
+    if (limit < INFINITY) {
+        load(was, read, from, low, size, 1);
+        keep_large(sum, was, size, limit);
+    }
+    if (rounding && to != FLOAT32)
+        store_stochastically(sum, write, to, low, size, index, rounding);
+    else
+        store(sum, write, to, low, size);
+}
+
+/* One part after the other; `start` is the index of the first element, modulo 2**32. */
 static void write_serially(const void *read, void *write, int from, int to, int64_t count, uint32_t start,
                            const term *terms, int number, int distribution, float keep, float limit,
                            const term *rounding) {
-    float sum[PART], was[PART];
-    for (int64_t low = 0; low < count; low += PART) {
-        int64_t size = count - low < PART ? count - low : PART;
-        uint32_t index = start + (uint32_t)low;
-        load(sum, read, from, low, size, keep);
-        for (int j = 0; j < number; j++) add(sum, size, index, terms[j], distribution);
-        if (limit < INFINITY) {
-            load(was, read, from, low, size, 1);
-            keep_large(sum, was, size, limit);
-        }
-        if (rounding && to != FLOAT32)
-            store_stochastically(sum, write, to, low, size, index, rounding);
-        else
-            store(sum, write, to, low, size);
-    }
+    int64_t low = 0;
+    for (; low + PART <= count; low += PART) /* a known size, for which compilers write better loops */
+        write_part(read, write, from, to, low, PART, start + (uint32_t)low, terms, number, distribution, keep, limit,
+                   rounding);
+    if (low < count)
+        write_part(read, write, from, to, low, count - low, start + (uint32_t)low, terms, number, distribution, keep,
+                   limit, rounding);
 }
 
 static int64_t bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }

@@ -197,8 +197,8 @@ def update_(
 def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> bool:
     """Gets the fast form of the noise ready: C on a CPU, `torch.compile` elsewhere.
 
-    In main memory the C form is also taken without this call; a first call on a machine compiles it, in a
-    fraction of a second. Elsewhere the eager torch form is used until this call, whose first run on a machine takes
+    In main memory the C form is also taken without this call; a first call on a machine compiles it, in about a
+    second. Elsewhere the eager torch form is used until this call, whose first run on a machine takes
     about 20 s. All forms write the same bits.
 
     Returns:

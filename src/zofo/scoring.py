@@ -84,7 +84,7 @@ class Scorer:
         ids, mask, targets = batch["input_ids"], batch["attention_mask"], batch["targets"]
         start = int((targets != IGNORED).any(0).nonzero()[0])
         keep = targets.shape[1] - start
-        extra: dict[str, Any] = {"logits_to_keep": keep} if self._windowed else {}
+        extra = self._window(keep, ids)
         if self._positions:
             extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         self.tokens.forward += int(mask.sum())
@@ -116,7 +116,7 @@ class Scorer:
         """The `option_totals` of the same examples; every prompt is read once, and its cache serves all options."""
         prompts, answers, targets = batch["prompts"], batch["answers"], batch["answers"]["targets"]
         cache = DynamicCache(config=self.adapted.base.config)
-        last = self._read(prompts, cache, {"logits_to_keep": 1} if self._windowed else {})
+        last = self._read(prompts, cache, self._window(1, prompts["input_ids"]))
         sums = functional.log_softmax(last[:, -1], dim=-1)[batch["owner"], batch["first"]] * batch["scored"]
         rows = max(len(last), _CACHED_TOKENS // prompts["input_ids"].shape[1])
         widths = answers["attention_mask"].sum(1).tolist()
@@ -129,6 +129,11 @@ class Scorer:
             )
             sums[chunk] -= _losses(logits, own).sum(1)
         return OptionTotals.of_rows(sums, batch["scored"] + (targets != IGNORED).sum(1), batch["rows"])
+
+    def _window(self, keep: int, ids: Tensor) -> dict[str, Any]:
+        """What makes the model give logits of the last `keep` positions alone."""
+        # as indices, which copy: a slice is a view, which torch multiplies with the whole head once for each row
+        return {"logits_to_keep": torch.arange(-keep, 0, device=ids.device)} if self._windowed else {}
 
     def _read(self, batch: Batch, cache: DynamicCache, extra: dict[str, Any]) -> Tensor:
         """The float32 logits behind a cache, which grows; the mask also covers what it holds already."""
