@@ -487,6 +487,18 @@ def test_a_compiler_without_openmp_will_do(c_kernel, fresh_cache, monkeypatch, t
     assert len(list(fresh_cache.glob("noise-*.so"))) == len(list(fresh_cache.iterdir())) == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_processors_without_an_instruction_for_four_bytes_write_the_same_bits(
+    c_kernel, fresh_cache, monkeypatch, dtype
+):
+    monkeypatch.setenv("CC", "cc -U__AVX512VNNI__")
+    plain = noise_c.c_kernel()
+    assert plain is not None
+    for form in FORMS:
+        for size in SIZES:
+            assert_equal_to_eager(plain, dtype, size, form)
+
+
 @pytest.fixture(scope="module")
 def accelerator_kernel():
     """What an accelerator runs, compiled for this machine's CPU."""

@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline)) /* so that constant arguments are known inside */
 
@@ -16,26 +19,44 @@ enum { NORMAL, RADEMACHER };
 /* Elements. A thread takes blocks; of a block, one part after the other is read, summed and written: parts so small
  * that reading and writing memory go on while the next ones are computed. */
 enum { BLOCK = 2048, PART = 128, PARALLEL_FROM = 1 << 15 };
+enum { LINE = 64, AHEAD = 4096 }; /* bytes: of a line of the cache, and from a part to what it asks memory for */
+
+static inline int64_t bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 typedef struct {
     uint32_t k0, k1;
     float factor;
 } term;
 
-static inline uint32_t mix(uint32_t x) {
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= x >> 15;
-    x *= 0x846CA68Bu;
-    return x ^ x >> 16;
-}
+#define DEFINE_HASH(type, mix, hash)                                                                                   \
+    INLINE type mix(type x) {                                                                                          \
+        x ^= x >> 16;                                                                                                  \
+        x *= 0x7FEB352Du;                                                                                              \
+        x ^= x >> 15;                                                                                                  \
+        x *= 0x846CA68Bu;                                                                                              \
+        return x ^ x >> 16;                                                                                            \
+    }                                                                                                                  \
+    INLINE type hash(type index, uint32_t k0, uint32_t k1) { return mix(mix(index ^ k0) + k1); }
 
-static inline uint32_t hash(uint32_t index, uint32_t k0, uint32_t k1) { return mix(mix(index ^ k0) + k1); }
+DEFINE_HASH(uint32_t, mix, hash)
 
 static inline float normal(uint32_t h) {
     uint32_t pairs = (h & 0x00FF00FFu) + ((h >> 8) & 0x00FF00FFu);
     return (float)((int32_t)((pairs + (pairs >> 16)) & 0x7FFu) - 510);
 }
+
+#ifdef __AVX512VNNI__ /* has an instruction that adds four bytes, and so takes a fifth less time */
+typedef uint32_t lanes __attribute__((vector_size(64)));
+DEFINE_HASH(lanes, mix_lanes, hash_lanes)
+
+INLINE void add_normal_lanes(float *sum, uint32_t index, term t) {
+    const lanes numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    __m512i h = (__m512i)hash_lanes(numbers + index, t.k0, t.k1);
+    __m512i n = _mm512_dpbusd_epi32(_mm512_set1_epi32(-510), h, _mm512_set1_epi8(1));
+    __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(n), _mm512_set1_ps(t.factor));
+    _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), scaled));
+}
+#endif
 
 static inline float sign(uint32_t h) { return (float)((int32_t)(h >> 31) * 2 - 1); }
 
@@ -123,10 +144,15 @@ INLINE void keep_large(float *sum, const float *was, int64_t count, float limit)
 }
 
 INLINE void add(float *sum, int64_t count, uint32_t index, term t, int distribution) {
-    if (distribution == NORMAL)
-        for (uint32_t i = 0; i < count; i++) sum[i] += normal(hash(index + i, t.k0, t.k1)) * t.factor;
-    else
-        for (uint32_t i = 0; i < count; i++) sum[i] += sign(hash(index + i, t.k0, t.k1)) * t.factor;
+    uint32_t i = 0;
+    if (distribution == RADEMACHER) {
+        for (; i < count; i++) sum[i] += sign(hash(index + i, t.k0, t.k1)) * t.factor;
+        return;
+    }
+#ifdef __AVX512VNNI__
+    for (; i + 16 <= count; i += 16) add_normal_lanes(sum + i, index + i, t);
+#endif
+    for (; i < count; i++) sum[i] += normal(hash(index + i, t.k0, t.k1)) * t.factor;
 }
 
 /* `size` elements from `low` on, of which the first has the stream's index `index`. */
@@ -134,6 +160,9 @@ INLINE void write_part(const void *read, void *write, int from, int to, int64_t 
                        const term *terms, int number, int distribution, float keep, float limit,
                        const term *rounding) {
     float sum[PART], was[PART];
+    const char *source = (const char *)read + low * bytes(from), *target = (const char *)write + low * bytes(to);
+    for (int64_t i = 0; i < size * bytes(from); i += LINE) __builtin_prefetch(source + AHEAD + i);
+    for (int64_t i = 0; i < size * bytes(to); i += LINE) __builtin_prefetch(target + AHEAD + i, 1);
     load(sum, read, from, low, size, keep);
     for (int j = 0; j < number; j++) add(sum, size, index, terms[j], distribution);
     if (limit < INFINITY) {
@@ -158,8 +187,6 @@ static void write_serially(const void *read, void *write, int from, int to, int6
         write_part(read, write, from, to, low, count - low, start + (uint32_t)low, terms, number, distribution, keep,
                    limit, rounding);
 }
-
-static int64_t bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 /* `rounding`: null rounds to the nearest. */
 void write_sum(const void *read, void *write, int from, int to, int64_t count, uint32_t start, const term *terms,

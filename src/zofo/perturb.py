@@ -64,7 +64,8 @@ def perturbed(
         >>> bool((moved != layer(x)).all())
         True
     """
-    _require_members(model, parameters)
+    if require_all:
+        _require_members(model, parameters)
     block = Block.of(parameters, (seed, step, query), scale, distribution, limits or {})
     noticed = Noticed(block)
     with reader(scratch) as reads, reads.joined_by(block), noticed if require_all else nullcontext():

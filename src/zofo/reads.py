@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from bisect import insort
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,20 +58,16 @@ class Scratch:
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised flat buffer of at least `like.numel()` elements."""
-        fits = [
-            b for b in self._free if b.numel() >= like.numel() and b.dtype == like.dtype and b.device == like.device
-        ]
-        if fits:
-            best = min(fits, key=Tensor.numel)
-            self._free = [b for b in self._free if b is not best]
-            return best
+        for place, buffer in enumerate(self._free):  # the smallest first
+            if buffer.numel() >= like.numel() and buffer.dtype == like.dtype and buffer.device == like.device:
+                return self._free.pop(place)
         self._free.clear()
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside of it
             return torch.empty(like.numel(), dtype=like.dtype, device=like.device)
 
     def give_back(self, buffer: Tensor) -> None:
         """The buffer may be overwritten from now on."""
-        self._free.append(buffer)
+        insort(self._free, buffer, key=Tensor.numel)
 
 
 @dataclass(eq=False)
@@ -292,8 +289,8 @@ def _in_place(func: Callable[..., Any]) -> bool:
 
 
 def _replaced(value: Any, copies: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
-    if id(value) in copies:
-        return copies[id(value)][1]
+    if isinstance(value, Tensor):
+        return copies[id(value)][1] if id(value) in copies else value
     if isinstance(value, (list, tuple)):
         items: list[Any] = [_replaced(item, copies) for item in value]  # pyright: ignore[reportUnknownVariableType]
         return items if isinstance(value, list) else tuple(items)
