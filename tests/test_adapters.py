@@ -106,6 +106,28 @@ def test_switching_adapters_lets_gradients_into_the_one_in_use_only(kind):
         adapted.model.zero_grad(set_to_none=True)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_one_batch_go_through_different_twins(family):
+    adapted = twins(family)
+    assert adapted.mixes
+    disturb(adapted, LOWER)
+    alone = {name: logits(adapted, name) for name in (UPPER, LOWER)}
+    assert not torch.allclose(alone[UPPER], alone[LOWER], atol=1e-2)
+    for rows in ([UPPER, LOWER], [LOWER, UPPER], [LOWER, LOWER]):
+        with adapted.through(rows):
+            mixed = logits(adapted)
+        torch.testing.assert_close(mixed, torch.stack([alone[name][row] for row, name in enumerate(rows)]))
+
+
+def test_a_forward_that_fails_between_twins_leaves_nothing_behind():
+    adapted = twins()
+    before = logits(adapted, UPPER)
+    with pytest.raises(ValueError, match="adapter_names"), adapted.through([UPPER, LOWER, LOWER]):
+        logits(adapted)
+    assert torch.equal(logits(adapted, UPPER), before)
+
+
 def test_an_adapter_may_be_a_peft_config_file(tmp_path):
     model = tiny_model()
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["o_proj"])

@@ -27,6 +27,7 @@ from tiny import tiny_model, token_batch
 from zofo.adapters import LOWER, UPPER, AdaptedModel, adapter_config, merged
 from zofo.errors import ZofoError
 from zofo.peft_models import attach, real_keys_and_values
+from zofo.scoring import Scorer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # peft, of its prefixes
@@ -90,6 +91,23 @@ def test_twins_start_equal_train_apart_resume_bitwise_and_are_read_by_peft(kind,
         found = logits_of(PeftModel.from_pretrained(plain, tmp_path / "run" / adapter))
         adapted.use(adapter)
         torch.testing.assert_close(found, logits_of(adapted.model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_plain_lora_reads_the_rows_of_both_twins_in_one_forward(kind, tmp_path, monkeypatch):
+    mixes = kind in ("rslora", "orthogonal lora", "lora with dropout")
+    forwards: list[bool] = []
+    logits = Scorer.logits
+    monkeypatch.setattr(Scorer, "logits", lambda *given: forwards.append(torch.is_grad_enabled()) or logits(*given))
+    trainer = trainer_of(kind, tmp_path, max_steps=1, lower_steps=1)
+    trainer.train()
+    assert trainer.adapted.mixes == mixes
+    assert (forwards.count(True), forwards.count(False)) == (3, 2 if mixes else 4)
+
+
+def test_where_dtypes_differ_each_twin_has_a_forward_of_its_own():
+    model = tiny_model(dtype=torch.bfloat16)
+    assert not AdaptedModel(model, adapter_config("lora", model), twins=True).mixes
 
 
 def test_what_an_adapter_replaces_is_not_moved_in_the_backbone():

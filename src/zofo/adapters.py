@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zofo.errors import ZofoError
 from zofo.models import DTYPES, DType, load_weights
-from zofo.peft_models import LOWER, UPPER, attach, real_keys_and_values, with_adapters
+from zofo.peft_models import LOWER, UPPER, attach, mixing_layers, real_keys_and_values, with_adapters
 
 _UNLIMITED = 1 << 30
 _TRAINED = "adapters.safetensors"  # in a checkpoint: every adapter as it is trained
@@ -133,6 +133,7 @@ class AdaptedModel:
             start = real_keys_and_values(base, config) if real_prefix else None
             self._peft = with_adapters(base, config, twins, start)
         self.movable = self._without_replaced()
+        self._mixing = mixing_layers(self._peft) if self._peft is not None else []
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -148,6 +149,32 @@ class AdaptedModel:
         """Makes one adapter the one that forwards go through; without adapters, does nothing."""
         if self._peft is not None and self._peft.active_adapter != adapter:
             self._peft.set_adapter(adapter)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows of one batch can go through different adapters."""
+        return bool(self._mixing)
+
+    @contextmanager
+    def through(self, adapters: Sequence[str]) -> Generator[None]:
+        """Within the block, row i of a batch goes through `adapters[i]`: in eval mode, and if they differ, `mixes`."""
+        if len(set(adapters)) == 1:
+            self.use(adapters[0])
+            yield
+            return
+        assert self.mixes
+        # peft's own hooks for this argument stay when a forward raises
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "adapter_names": list(adapters)}), with_kwargs=True
+            )
+            for layer in self._mixing
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def without_adapter(self) -> Generator[None]:

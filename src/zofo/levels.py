@@ -207,25 +207,31 @@ class ZerothOrderLevel:
 
 
 @torch.no_grad()
-def mean_losses(scorer: Scorer, adapter: str, terms: Mapping[str, Sequence[Batch]]) -> list[float]:
+def mean_losses(scorer: Scorer, terms: Mapping[str, tuple[str, Sequence[Batch]]]) -> list[float]:
     """The mean loss over the batches of each term in eval mode, summed in double precision.
 
-    The n-th batches of all terms go through the model together, in one forward.
+    The n-th batches of all terms go through the model together, in one forward; in one for each adapter, where rows
+    of one forward cannot go through different ones.
 
     Args:
         scorer: runs the batches.
-        adapter: the one to use.
-        terms: what the loss is called -> its batches, of the same number in all.
+        terms: what the loss is called -> the adapter to use and the batches, of the same number in all.
 
     Raises:
         NonFiniteLossError: if a loss is not finite.
     """
-    scorer.adapted.use(adapter)
     scorer.adapted.model.eval()
-    parts = [[float(loss) for loss in scorer.losses(group)] for group in zip(*terms.values(), strict=True)]
+    adapters = list(dict.fromkeys(adapter for adapter, _ in terms.values()))
+    sums = dict.fromkeys(terms, 0.0)
+    for together in [adapters] if scorer.adapted.mixes else [[adapter] for adapter in adapters]:
+        group = {term: given for term, given in terms.items() if given[0] in together}
+        names = [adapter for adapter, _ in group.values()]
+        for batches in zip(*(batches for _, batches in group.values()), strict=True):
+            for term, loss in zip(group, scorer.losses(batches, names), strict=True):
+                sums[term] += float(loss)
     means: list[float] = []
-    for (term, batches), sums in zip(terms.items(), zip(*parts, strict=True), strict=True):
-        means.append(sum(sums) / sum(map(count, batches)))
+    for term, (_, batches) in terms.items():
+        means.append(sums[term] / sum(map(count, batches)))
         if not math.isfinite(means[-1]):
             raise NonFiniteLossError(
                 f"{term} is {means[-1]}: lower zo_learning_rate or zo_eps, or set on_nonfinite: skip"

@@ -18,12 +18,12 @@ from zofo.models import load_hollow, replace_tensors
 from zofo.scoring import Scorer, Tokens
 from zofo.tracker import MemoryTracker
 
-# method -> the adapters that backpropagation trains, and those that forward passes at θ ± εz go through
-LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "fo": ((UPPER,), ()),
-    "zo": ((), (UPPER,)),
-    "two_stage": ((UPPER,), (UPPER,)),
-    "bilevel": ((LOWER, UPPER), (UPPER, LOWER)),
+# method -> the adapters that backpropagation trains, and whether there are forward passes at θ ± εz
+LEVELS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "fo": ((UPPER,), False),
+    "zo": ((), True),
+    "two_stage": ((UPPER,), True),
+    "bilevel": ((LOWER, UPPER), True),
 }
 
 
@@ -112,8 +112,9 @@ def _two_steps(config: ZOFOConfig, method: str, adapted: AdaptedModel, batch: Ba
     levels = {name: FirstOrderLevel(adapted, scorer, name, config.learning_rate, config) for name in first}
     moved = adapted.adapter_parameters(UPPER) if method == "zo" and adapted.adapters else adapted.backbone
     scratch: list[Tensor] = []
-    terms = {"the loss": [batch]}
-    of_upper = {**terms, "the coupled loss": [batch]} if method == "bilevel" and config.penalty > 0 else terms
+    near = {"the loss": (UPPER, [batch])}
+    if method == "bilevel" and config.penalty > 0:
+        near |= {"the coupled loss": (UPPER, [batch]), "the loss of s": (LOWER, [batch])}
     repeated = [batch] * min(2, config.gradient_accumulation_steps + (method == "bilevel"))
 
     def step(level: FirstOrderLevel) -> None:
@@ -130,8 +131,8 @@ def _two_steps(config: ZOFOConfig, method: str, adapted: AdaptedModel, batch: Ba
                 step(level)
         if zeroth and not scratch:
             scratch.append(torch.empty_like(max(moved.values(), key=Tensor.numel)))  # as in `reads.Scratch`
-        for name in zeroth:
-            mean_losses(scorer, name, of_upper if name == UPPER else terms)
+        if zeroth:
+            mean_losses(scorer, near)
         if method == "bilevel":
             scratch.clear()
         if UPPER in levels:

@@ -7,7 +7,7 @@ what to log. The trainer then clips the gradients and steps the optimizer, once 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class ZerothOrder(Method):
 
         def evaluate(scale: float, query: int) -> float:
             with self._level.perturbed(number, scale, query):
-                losses.extend(mean_losses(self._scorer, UPPER, {f"step {number}: the loss near θ": batches}))
+                losses.extend(mean_losses(self._scorer, {f"step {number}: the loss near θ": (UPPER, batches)}))
             return losses[-1]
 
         size = self._level.accept(number, self._level.project(number, evaluate))
@@ -209,22 +209,14 @@ class _Iteration:
 
     def evaluate(self, scale: float, query: int) -> Terms:
         known = self._at_theta if scale == 0 else None
+        terms = {} if known else {"F(θ, p)": (UPPER, self._upper), "G(θ, p)": (UPPER, self._penalty_batches)}
+        terms["G(θ, s)"] = (LOWER, self._penalty_batches)
+        named = {f"step {self._number}: {term} near θ": given for term, given in terms.items() if given[1]}
         with self._method.theta.perturbed(self._number, scale, query):
-            found = known or self._upper_terms()
-            if not self._penalty_batches:
-                return found
-            (lower,) = self._means(LOWER, {"G(θ, s)": self._penalty_batches})
-        self.gap = found.upper_penalty - lower
-        return Terms(found.upper, found.upper_penalty, lower)
-
-    def _upper_terms(self) -> Terms:
-        if not self._penalty_batches:
-            return Terms(*self._means(UPPER, {"F(θ, p)": self._upper}))
-        return Terms(*self._means(UPPER, {"F(θ, p)": self._upper, "G(θ, p)": self._penalty_batches}))
-
-    def _means(self, adapter: str, terms: Mapping[str, Sequence[Batch]]) -> list[float]:
-        named = {f"step {self._number}: {term} near θ": batches for term, batches in terms.items()}
-        return mean_losses(self._method.scorer, adapter, named)
+            losses = mean_losses(self._method.scorer, named)
+        found = Terms(known.upper, known.upper_penalty, *losses) if known else Terms(*losses)
+        self.gap = found.upper_penalty - found.lower_penalty
+        return found
 
 
 def make_method(adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> Method:

@@ -18,8 +18,11 @@ from peft import (
     get_peft_model_state_dict,
     load_peft_weights,
 )
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -31,6 +34,18 @@ _FRESH_STARTS = (True, False, "gaussian", "orthogonal")  # of LoRA: those that l
 # Kinds that take a part of the backbone, or keep some of their own parameters fixed.
 _ENTANGLED = ("ADALORA", "PSOFT", "OSF", "ADAMSS", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
 _REFUSALS = (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError)  # peft's
+
+
+def mixing_layers(model: PeftModel) -> list[nn.Module]:
+    """The layers of an adapter through which rows of one batch can go to different twins, or none where they cannot.
+
+    peft mixes plain LoRA alone; and where adapter and weights are of two dtypes, it rounds otherwise when it does.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    plain = all(type(layer) is Linear and not layer.lora_variant for layer in layers)
+    dtypes = {p.dtype for layer in layers for p in layer.parameters()}
+    replaced = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    return layers if plain and len(dtypes) == 1 and not replaced else []
 
 
 def with_adapters(base: PreTrainedModel, config: PeftConfig, twins: bool, start: Tensor | None = None) -> PeftModel:

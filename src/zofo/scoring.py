@@ -98,12 +98,16 @@ class Scorer:
         """
         return _loss(batch, *self.logits(batch))
 
-    def losses(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """The `loss` of each batch, from one forward of all their rows: cheaper than one forward each."""
-        if len(batches) == 1:
-            return [self.loss(batches[0])]
+    def losses(self, batches: Sequence[Batch], adapters: Sequence[str]) -> list[Tensor]:
+        """The `loss` of each batch through its adapter, from one forward of all their rows: cheaper than one each.
+
+        Several adapters only if the model `mixes` them.
+        """
         rows = [len(batch["input_ids"]) for batch in batches]
-        logits, targets = self.logits(stack(batches, self.padding_side))
+        with self.adapted.through([name for name, count in zip(adapters, rows, strict=True) for _ in range(count)]):
+            if len(batches) == 1:
+                return [self.loss(batches[0])]
+            logits, targets = self.logits(stack(batches, self.padding_side))
         parts = zip(batches, logits.split(rows), targets.split(rows), strict=True)
         return [_loss(batch, own_logits, own_targets) for batch, own_logits, own_targets in parts]
 

@@ -46,7 +46,7 @@ def times(config: ZOFOConfig, adapted: AdaptedModel, batches: Sequence[Batch], m
 
         def near(batch: Batch) -> None:
             with theta.perturbed(0, config.zo_eps, 0):
-                mean_losses(scorer, UPPER, {"the loss near θ": [batch]})
+                mean_losses(scorer, {"the loss near θ": (UPPER, [batch])})
 
         def move(batch: Batch) -> None:
             theta.optimizer.estimate = Estimate(0, 0, (0.0,) * config.num_perturbations, config.zo_distribution)
