@@ -85,10 +85,15 @@ def stored_gradient_step(
     return projected
 
 
-def all_logits_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy over one-token options, from the logits of every position."""
+def option_loss(model: torch.nn.Module, batch: Mapping[str, Tensor], logits_to_keep: int = 0) -> Tensor:
+    """Cross-entropy over one-token options; for transformers, to keep 0 means the logits of all positions."""
     mask = batch["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False).logits
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=logits_to_keep,
+        use_cache=False,
+    ).logits
     scores = logits.float()[:, -1].log_softmax(-1).gather(1, batch["candidates"])
     return functional.cross_entropy(scores, batch["gold"])
