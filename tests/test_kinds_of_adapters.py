@@ -105,6 +105,13 @@ def test_only_plain_lora_reads_the_rows_of_both_twins_in_one_forward(kind, tmp_p
     assert (forwards.count(True), forwards.count(False)) == (3, 2 if mixes else 4)
 
 
+def test_a_layer_that_gets_tokens_without_their_rows_keeps_the_twins_apart(tmp_path):
+    LoraConfig(target_modules=["fc1", "q_proj"]).save_pretrained(tmp_path)
+    for family, mixes in (("opt", False), ("phi", True)):  # OPT's multi-layer perceptron sees one long row
+        model = tiny_model(family)
+        assert AdaptedModel(model, adapter_config(str(tmp_path), model), twins=True).mixes == mixes
+
+
 def test_where_dtypes_differ_each_twin_has_a_forward_of_its_own():
     model = tiny_model(dtype=torch.bfloat16)
     assert not AdaptedModel(model, adapter_config("lora", model), twins=True).mixes

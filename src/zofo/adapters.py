@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,6 @@ class AdaptedModel:
             start = real_keys_and_values(base, config) if real_prefix else None
             self._peft = with_adapters(base, config, twins, start)
         self.movable = self._without_replaced()
-        self._mixing = mixing_layers(self._peft) if self._peft is not None else []
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -154,6 +154,10 @@ class AdaptedModel:
     def mixes(self) -> bool:
         """Whether rows of one batch can go through different adapters."""
         return bool(self._mixing)
+
+    @cached_property
+    def _mixing(self) -> list[nn.Module]:
+        return mixing_layers(self._peft) if self._peft is not None and len(self.adapters) > 1 else []
 
     @contextmanager
     def through(self, adapters: Sequence[str]) -> Generator[None]:

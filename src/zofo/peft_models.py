@@ -37,15 +37,31 @@ _REFUSALS = (ValueError, NotImplementedError, KeyError, TypeError, AttributeErro
 
 
 def mixing_layers(model: PeftModel) -> list[nn.Module]:
-    """The layers of an adapter through which rows of one batch can go to different twins, or none where they cannot.
+    """The layers of an adapter if rows of one batch can go to different twins in them, or none: by a tiny forward.
 
-    peft mixes plain LoRA alone; and where adapter and weights are of two dtypes, it rounds otherwise when it does.
+    peft mixes plain LoRA alone; where adapter and weights are of two dtypes, it rounds otherwise when it does; and it
+    needs the rows, which experts and some other layers get without order, or token by token.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     plain = all(type(layer) is Linear and not layer.lora_variant for layer in layers)
     dtypes = {p.dtype for layer in layers for p in layer.parameters()}
     replaced = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
-    return layers if plain and len(dtypes) == 1 and not replaced else []
+    if not layers or not plain or len(dtypes) > 1 or replaced:
+        return []
+    ids = torch.zeros((3, 2), dtype=torch.long, device=model.device)
+    found: set[tuple[nn.Module, torch.Size]] = set()
+
+    def see(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        found.add((layer, given[0].shape[:-1]))
+
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return layers if found == {(layer, ids.shape) for layer in layers} else []
 
 
 def with_adapters(base: PreTrainedModel, config: PeftConfig, twins: bool, start: Tensor | None = None) -> PeftModel:
