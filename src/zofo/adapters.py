@@ -152,7 +152,7 @@ class AdaptedModel:
 
     @property
     def mixes(self) -> bool:
-        """Whether rows of one batch can go through different adapters."""
+        """Whether rows of one batch can go through different adapters; asked first, it runs a tiny forward."""
         return bool(self._mixing)
 
     @cached_property

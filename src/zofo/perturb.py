@@ -49,10 +49,11 @@ def perturbed(
         distribution: "normal" or "rademacher".
         limits: name -> the |W| up to which a parameter's weights move; a name that is not there moves as a whole.
         scratch: buffers to use again; new ones by default.
-        require_all: refuse if something ran in the block but some of the parameters were never read.
+        require_all: refuse parameters that are not the model's, and, if something ran in the block, those that were
+            never read. Without it such parameters are left out in silence.
 
     Raises:
-        ZofoError: if a parameter is not one of the model's, is written inside the block, or was never read. Of the
+        ZofoError: if a parameter is written inside the block, is not one of the model's, or was never read. Of the
             experts of a mixture (`experts.0`, `experts.1`, ...) it is enough that one was: a batch need not visit all.
 
     Examples:
