@@ -373,6 +373,7 @@ FORMS = [
     ([(1, 2, 1e-3)], False, 1.0, math.inf, None),
     ([(1, 2, 1e-3)], True, 1.0, math.inf, None),
     ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], False, 1.0, math.inf, (7, 8, 0.0)),
+    ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], False, 1.0, math.inf, None),
     ([(2**32 - 1, 2**31, 1e-3)], False, 0.999, math.inf, (7, 8, 0.0)),
     ([], False, 0.999, math.inf, (7, 8, 0.0)),
     ([], False, 1.0, math.inf, None),
@@ -487,11 +488,10 @@ def test_a_compiler_without_openmp_will_do(c_kernel, fresh_cache, monkeypatch, t
     assert len(list(fresh_cache.glob("noise-*.so"))) == len(list(fresh_cache.iterdir())) == 1
 
 
+@pytest.mark.parametrize("lacking", ["-U__AVX512VNNI__", "-U__AVX512VNNI__ -U__AVX2__"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_processors_without_an_instruction_for_four_bytes_write_the_same_bits(
-    c_kernel, fresh_cache, monkeypatch, dtype
-):
-    monkeypatch.setenv("CC", "cc -U__AVX512VNNI__")
+def test_processors_with_fewer_instructions_write_the_same_bits(c_kernel, fresh_cache, monkeypatch, dtype, lacking):
+    monkeypatch.setenv("CC", f"cc {lacking}")
     plain = noise_c.c_kernel()
     assert plain is not None
     for form in FORMS:

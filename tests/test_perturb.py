@@ -16,7 +16,7 @@ from tiny import logits, moved_copy, same_bits, snapshot, theta_of, tiny_model
 from zofo import noise
 from zofo.errors import ZofoError
 from zofo.perturb import direction, perturbed
-from zofo.reads import Scratch
+from zofo.scratch import Scratch
 
 SEED, EPS = 3, 0.05
 
@@ -117,7 +117,7 @@ def test_extra_memory_is_the_largest_parameter(model, monkeypatch):
         buffer = take(self, like)
         if not any(ref() is buffer for ref in made):
             made.append(weakref.ref(buffer))
-        alive.append(sum(ref().numel() for ref in made if ref() is not None))
+        alive.append(sum(ref().size for ref in made if ref() is not None))
         return buffer
 
     monkeypatch.setattr(Scratch, "take", recorded)

@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 from tiny import moved_copy, same_bits, snapshot, theta_of
+from zofo import reads
 from zofo.errors import ZofoError
 from zofo.perturb import perturbed
+from zofo.scratch import Scratch
 
 SEED = 3
 
@@ -114,6 +116,56 @@ def test_an_embedding_has_the_bits_of_the_moved_matrix_in_nested_blocks_too(dtyp
     with perturbed(model, theta, SEED, 0.5), perturbed(model, theta, SEED, -0.25, query=1):
         looked_up, whole = model(ids), model.weight.clone()
     assert torch.equal(looked_up, whole[ids])
+
+
+SPLIT = 100  # numbers at a time: matrices of 7 columns then go by parts of 14 rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_matrix_is_multiplied_by_parts_of_its_rows_that_have_its_bits(monkeypatch, dtype, bias):
+    monkeypatch.setattr(reads, "PART", SPLIT)
+    made, take = [], Scratch.take
+    monkeypatch.setattr(Scratch, "take", lambda self, like: made.append(like.numel()) or take(self, like))
+    model = nn.Linear(7, 53, bias).to(dtype)
+    theta = theta_of(model)
+    if bias:
+        model.bias.zero_()
+    with perturbed(model, theta, SEED, 0.5), perturbed(model, theta, SEED, -0.25, query=1):
+        product = model(torch.eye(7, dtype=dtype).view(1, 7, 7))
+        assert max(made) <= SPLIT
+        whole, added = model.weight.clone(), model.bias.clone() if bias else torch.zeros((), dtype=dtype)
+    assert torch.equal(product, (whole.t() + added).unsqueeze(0))
+
+
+@pytest.mark.parametrize("inputs", [torch.ones(6), torch.ones(2, 8), torch.tensor(1.0)])
+@torch.no_grad()
+def test_inputs_that_do_not_fit_a_large_matrix_are_refused_as_ever(monkeypatch, inputs):
+    monkeypatch.setattr(reads, "PART", SPLIT)
+    model = nn.Linear(7, 53)
+    refused = pytest.raises(RuntimeError) if inputs.ndim else pytest.raises((RuntimeError, IndexError))
+    with perturbed(model, theta_of(model), SEED, 0.5), refused:
+        model(inputs)
+
+
+@pytest.mark.parametrize("how", ODD_READS)
+@torch.no_grad()
+def test_parts_of_every_size_change_no_read(monkeypatch, how):
+    monkeypatch.setattr(reads, "PART", 4)
+    model, x = Reads(ODD_READS[how]), torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    expected = moved_copy(model, (SEED, 0.5))(x)
+    with perturbed(model, theta_of(model), SEED, 0.5):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_gradients_go_through_a_large_matrix(monkeypatch):
+    monkeypatch.setattr(reads, "PART", SPLIT)
+    model, x = nn.Sequential(nn.Linear(7, 53), nn.Tanh(), nn.Linear(53, 3)), torch.randn(2, 7, requires_grad=True)
+    (expected,) = torch.autograd.grad(moved_copy(model, (SEED, 0.5))(x).square().sum(), x)
+    with perturbed(model, theta_of(model), SEED, 0.5):
+        (found,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from zofo.errors import ZofoError
 from zofo.estimators import ESTIMATORS, Estimate, Evaluate, curvature
 from zofo.optimizers import REACH, ZOSGD, AutomaticZOSGD, ZerothOrderOptimizer
 from zofo.perturb import perturbed
-from zofo.reads import Scratch
 from zofo.scoring import Scorer, count
+from zofo.scratch import Scratch
 from zofo.selection import magnitude_limits
 
 logger = logging.getLogger(__name__)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 
 from zofo.adapters import LOWER, UPPER, AdaptedModel, adapter_config
@@ -15,6 +17,7 @@ from zofo.data import Batch
 from zofo.errors import ZofoError
 from zofo.levels import FirstOrderLevel, mean_losses
 from zofo.models import load_hollow, replace_tensors
+from zofo.reads import PART
 from zofo.scoring import Scorer, Tokens
 from zofo.tracker import MemoryTracker
 
@@ -130,10 +133,18 @@ def _two_steps(config: ZOFOConfig, method: str, adapted: AdaptedModel, batch: Ba
             if name == LOWER:
                 step(level)
         if zeroth and not scratch:
-            scratch.append(torch.empty_like(max(moved.values(), key=Tensor.numel)))  # as in `reads.Scratch`
+            scratch.append(_largest_copy(adapted, moved.values()))
         if zeroth:
             mean_losses(scorer, near)
         if method == "bilevel":
             scratch.clear()
         if UPPER in levels:
             step(levels[UPPER])
+
+
+def _largest_copy(adapted: AdaptedModel, moved: Iterable[Tensor]) -> Tensor:
+    """The largest W + scale·z that a forward makes: on a CPU, few rows of what is multiplied with or looked up in."""
+    modules = [module for module in adapted.model.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    by_rows = {id(module.weight) for module in modules if module.weight.is_cpu}
+    size, like = max(((min(p.numel(), PART) if id(p) in by_rows else p.numel(), p) for p in moved), key=itemgetter(0))
+    return like.new_empty(size)

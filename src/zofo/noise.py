@@ -137,11 +137,11 @@ def write_sum(
     for any number of terms.
     """
     _require_float(tensor)
-    target = _flat(out)
-    source = target if out is tensor else _flat(tensor)
+    target = _contiguous(out)
+    source = target if out is tensor else _contiguous(tensor)
     _sum_into(source, target, start, terms, distribution, limit=limit)
-    if target.data_ptr() != out.data_ptr():
-        out.detach().copy_(target.view(out.shape))
+    if target is not out:
+        out.detach().copy_(target)
 
 
 def write_rows(
@@ -188,10 +188,10 @@ def update_(
     bits are a counter-based stream too, of the key `rounding_key`.
     """
     _require_float(tensor)
-    target = _flat(tensor)
+    target = _contiguous(tensor)
     _sum_into(target, target, 0, terms, distribution, keep, limit, rounding_key)
-    if target.data_ptr() != tensor.data_ptr():
-        tensor.detach().copy_(target.view(tensor.shape))
+    if target is not tensor:
+        tensor.detach().copy_(target)
 
 
 def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> bool:
@@ -235,9 +235,9 @@ def _require_float(tensor: Tensor) -> None:
         )
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """The numbers in a row, detached: a copy where they do not lie so."""
-    return tensor.detach().contiguous().view(-1)
+def _contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, or a detached copy where its numbers do not lie in a row."""
+    return tensor if tensor.is_contiguous() else tensor.detach().contiguous()
 
 
 def _sum_into(
@@ -250,14 +250,16 @@ def _sum_into(
     limit: float = math.inf,
     rounding_key: int | None = None,
 ) -> None:
-    """Write <- keep * read + the terms, for flat tensors that are the same memory or do not overlap at all."""
+    """Write <- keep * read + the terms, for contiguous tensors that are the same memory or do not overlap at all."""
     kernel, rademacher = _kernel(read), distribution == "rademacher"
     for low, high in _pieces(start, read.numel()):
         block, offset = divmod(start + low, _BLOCK)
         rounding = None if rounding_key is None else (*_halves(rounding_key, block), 0.0)
         hashed = _hashed(terms, block, distribution)
-        whole = high - low == read.numel()
-        parts = (read, write) if whole else (read[low:high], write[low:high])
+        if high - low < read.numel():
+            parts = (read.detach().view(-1)[low:high], write.detach().view(-1)[low:high])
+        else:
+            parts = (read, write)
         kernel(*parts, offset, hashed, rademacher, keep, limit, rounding)
 
 
@@ -275,7 +277,7 @@ def _hashed(terms: Sequence[Term], block: int, distribution: Distribution) -> li
 
 
 def _kernel(read: Tensor) -> Kernel:
-    if read.device.type == "cpu":
+    if read.is_cpu:
         return c_kernel() or eager
     return compiled if compiled_forms else eager
 

@@ -35,6 +35,7 @@ def eager(
 ) -> None:
     """The form that defines the bits: torch operations, one after the other."""
     scalars = _scalars(terms, rounding, limit, read.device)
+    read, write = read.detach().view(-1), write.detach().view(-1)
     for low in range(0, read.numel(), _CHUNK):
         high, offset = low + _CHUNK, _signed(start + low)
         _sum(read[low:high], write[low:high], torch.tensor(offset, dtype=torch.int32), *scalars, rademacher, keep)
@@ -53,6 +54,7 @@ def compiled(
     """The same, compiled for an accelerator."""
     if keep != 1.0 or read.numel() < 2:  # a compiler may fuse keep * W + n * factor, which rounds once and not twice
         return eager(read, write, start, terms, rademacher, keep, limit, rounding)
+    read, write = read.detach().view(-1), write.detach().view(-1)
     scalars = (
         torch.tensor(_signed(start), dtype=torch.int32),
         *_scalars(terms, rounding, limit, read.device),

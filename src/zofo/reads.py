@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import insort
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,9 @@ from torch.overrides import TorchFunctionMode
 from zofo import noise
 from zofo.errors import ZofoError
 from zofo.noise import Distribution, Term
+from zofo.scratch import Buffer, Scratch
+
+PART = 1 << 20  # numbers of a large matrix that are moved, and then multiplied with, at a time
 
 _ACTIVE: list[Reader] = []  # at most one: nested blocks share it
 
@@ -43,31 +45,6 @@ _METADATA: frozenset[Any] = frozenset((*(p.__get__ for p in _PROPERTIES), *_METH
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _IN_PLACE = frozenset(["__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)])
-
-
-class Scratch:
-    """Buffers for W + scale·z, used again by every parameter of the same dtype and device.
-
-    At any time they hold about as much as the largest parameter that was read. One `Scratch` may serve many
-    `perturbed` blocks one after the other, which saves the system from handing out and clearing the same
-    memory in each.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised flat buffer of at least `like.numel()` elements."""
-        for place, buffer in enumerate(self._free):  # the smallest first
-            if buffer.numel() >= like.numel() and buffer.dtype == like.dtype and buffer.device == like.device:
-                return self._free.pop(place)
-        self._free.clear()
-        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside of it
-            return torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-
-    def give_back(self, buffer: Tensor) -> None:
-        """The buffer may be overwritten from now on."""
-        insort(self._free, buffer, key=Tensor.numel)
 
 
 @dataclass(eq=False)
@@ -179,6 +156,8 @@ class Reader:
             return func(*args, **kwargs)
         if func is functional.embedding and (found := self._looked_up(*args, **kwargs)) is not None:
             return found
+        if func is functional.linear and (found := self._multiplied(*args, **kwargs)) is not None:
+            return found
         if func is Tensor.__getitem__ and (found := self._item(*args)) is not None:
             return found
         self._refuse(func, args, kwargs)
@@ -188,7 +167,7 @@ class Reader:
         copies = {number: self._perturbed_copy(found[number]) for number in order}
         result = func(*_replaced(args, copies), **(_replaced(kwargs, copies) if kwargs else {}))
         for buffer, _ in copies.values():
-            if not _may_keep(result, buffer.untyped_storage().data_ptr()):
+            if not _may_keep(result, buffer.address):
                 self._scratch.give_back(buffer)
         return result
 
@@ -204,12 +183,12 @@ class Reader:
                 found |= self._targets_in(value.values())  # pyright: ignore[reportUnknownArgumentType]
         return found
 
-    def _perturbed_copy(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    def _perturbed_copy(self, parameter: Tensor) -> tuple[Buffer, Tensor]:
         """(the buffer, its view as W + scale·z)."""
         terms, distribution, limit = self._read(parameter)
         buffer = self._scratch.take(parameter)
-        copy = buffer[: parameter.numel()].view(parameter.shape)
-        noise.write_sum(parameter.detach(), terms, copy, 0, distribution, limit)
+        copy = buffer.shaped(parameter.shape)
+        noise.write_sum(parameter, terms, copy, 0, distribution, limit)
         return buffer, copy
 
     def _read(self, parameter: Tensor) -> tuple[list[Term], Distribution, float]:
@@ -234,6 +213,35 @@ class Reader:
         if not noise.write_rows(weight.detach(), numbers, terms, rows, distribution, limit):
             return None
         return rows.view(*input.shape, weight.shape[1])
+
+    def _multiplied(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """The product with a large matrix, by parts of its rows: a part is multiplied while it is in the caches.
+
+        None where the matrix is small, or must be moved as a whole.
+        """
+        if id(weight) not in self._targets or weight.numel() <= PART or not weight.is_cpu or torch.is_grad_enabled():
+            return None
+        if id(input) in self._targets or weight.ndim != 2 or not weight.is_contiguous():
+            return None
+        if input.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+            return None  # torch says what is wrong with them
+        terms, distribution, limit = self._read(weight)
+        rows = math.ceil(len(weight) / math.ceil(weight.numel() / PART))
+        parts = weight.detach().split(rows)
+        buffers, low, product = [self._scratch.take(parts[0])], 0, None
+        if bias is not None and id(bias) in self._targets:
+            buffer, bias = self._perturbed_copy(bias)
+            buffers.append(buffer)
+        for part in parts:
+            high, copy = low + len(part), buffers[0].shaped(part.shape)
+            noise.write_sum(part, terms, copy, low * weight.shape[1], distribution, limit)
+            columns = functional.linear(input, copy, None if bias is None else bias[low:high])
+            product = columns.new_empty(*columns.shape[:-1], len(weight)) if product is None else product
+            product[..., low:high] = columns
+            low = high
+        for buffer in buffers:
+            self._scratch.give_back(buffer)
+        return product
 
     def _item(self, tensor: Tensor, index: Any) -> Tensor | None:
         """One item of a parameter, as one of many experts, or None where the whole of it must be moved to tell."""
@@ -288,9 +296,9 @@ def _in_place(func: Callable[..., Any]) -> bool:
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-def _replaced(value: Any, copies: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
-    if isinstance(value, Tensor):
-        return copies[id(value)][1] if id(value) in copies else value
+def _replaced(value: Any, copies: Mapping[int, tuple[Buffer, Tensor]]) -> Any:
+    if id(value) in copies:
+        return copies[id(value)][1]
     if isinstance(value, (list, tuple)):
         items: list[Any] = [_replaced(item, copies) for item in value]  # pyright: ignore[reportUnknownVariableType]
         return items if isinstance(value, list) else tuple(items)
