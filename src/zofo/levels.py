@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -194,12 +192,6 @@ class ZerothOrderLevel:
     def release(self) -> None:
         """Frees the scratch memory, which is only worth keeping if nothing else needs much before the next step."""
         self._scratch = Scratch()
-
-    def make_room(self) -> None:
-        """Gives the system what backpropagation has freed and malloc keeps, which scratch memory would add to."""
-        if all(parameter.is_cpu for parameter in self._parameters.values()):
-            with contextlib.suppress(AttributeError, TypeError, OSError):  # only glibc has this function
-                ctypes.CDLL(None).malloc_trim(0)
 
     def clear(self) -> None:
         """Forgets the estimate."""

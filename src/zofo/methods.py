@@ -163,7 +163,6 @@ class Bilevel(Method):
 
     def _project(self, number: int) -> Callable[[Evaluate], tuple[float, ...]]:
         def project(evaluate: Evaluate) -> tuple[float, ...]:
-            self.theta.make_room()
             projected = self.theta.project(number, evaluate)
             self.theta.release()
             return projected
