@@ -37,9 +37,9 @@ def perturbed(
 
     z is `direction(parameters, seed, step, query)`. The parameters themselves are never written. Blocks
     nest: the inner one adds its noise to the outer one's. Not thread-safe: the block belongs to the thread
-    that entered it. Gradients do not flow to W. Extra memory: the largest parameter, where without gradients,
-    on a CPU, no more than 4 MiB of a matrix that `linear` reads count; more only while autograd or a view keeps a
-    buffer alive.
+    that entered it. Gradients do not flow to W. Extra memory: a copy of the largest parameter, on a CPU
+    and without gradients of no more than 2²⁰ numbers of a matrix that `linear` reads; more only while autograd or a
+    view keeps a buffer alive.
 
     Args:
         model: the model; only used to name a parameter that is not one of its own.
