@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from timing import MODEL, batches, trainer, write
@@ -66,20 +65,17 @@ def mean_and_spread(values: Sequence[float]) -> str:
 @contextmanager
 def rounding(way: str) -> Any:
     """Within the block, updates of 16-bit weights are rounded as `way` says."""
-    before = noise.update_
+    before = noise.write_sums
 
-    def nearest(
-        tensor: Tensor, terms: Sequence[Term], key: int, distribution: Any = "normal", keep: float = 1.0, *_: Any
-    ) -> None:
-        assert keep == 1.0
-        noise.write_sum(tensor, terms, tensor, 0, distribution)
+    def nearest(sums: Sequence[noise.Sum], distribution: Any = "normal") -> None:
+        before([one._replace(rounding_key=None) for one in sums], distribution)
 
     if way == "bfloat16, nearest":
-        noise.update_ = nearest
+        noise.write_sums = nearest
     try:
         yield
     finally:
-        noise.update_ = before
+        noise.write_sums = before
 
 
 def quadratic(way: str, seed: int) -> list[float]:

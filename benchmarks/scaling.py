@@ -1,8 +1,9 @@
 """`python benchmarks/scaling.py`: what a step costs as model, text, batch, queries and threads grow.
 
 Llamas of random weights with SmolLM2's vocabulary, float32 on a CPU and bfloat16 on a GPU. Each point is a two-sided
-MeZO step and, for the size of the model, a step of LoRA by backpropagation, beside the bare forwards. Writes
-`benchmarks/results/scaling-<machine>.json` and draws docs/scaling.png.
+MeZO step and, for the size of the model, a step of LoRA by backpropagation, beside the bare forwards; on a GPU also
+an iteration of Bilevel ZOFO with T = 1, the usual way of MeZO, and the peaks of memory. Writes
+`benchmarks/results/scaling-<machine>.json` and, on a CPU, draws docs/scaling.png.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from timing import MODEL, batches, interleaved, step_of, trainer, write
+import usual
+from timing import MODEL, TOKENS, batches, device, interleaved, step_of, trainer, write
+from zofo import ZOFOTrainer
 from zofo.cost import peak_memory, reset_peak_memory
 from zofo.models import load_model
 from zofo.scoring import Scorer, Tokens
@@ -26,30 +29,37 @@ SIZES = {
     "360 M": (960, 32, 15),
     "1.0 B": (1792, 24, 28),
 }
-GPU_SIZES = {"1.3 B": (2048, 22, 32), "7 B": (4096, 32, 32)}  # hidden size, layers, heads
+GPU_SIZES = {"135 M": SIZES["135 M"], "1.3 B": (2048, 22, 32), "7 B": (4096, 32, 32)}  # hidden size, layers, heads
+ALL = ("zo", "fo", "bilevel")
 GPU = torch.cuda.is_available()
 
 
 def main() -> None:
     """Measures every series, prints, writes and draws."""
     _, tokenizer = load_model(MODEL)
-    usual = SIZES["135 M"]
+    small = SIZES["135 M"]
     points: list[dict[str, Any]] = []
-    for name, size in {**SIZES, **(GPU_SIZES if GPU else {})}.items():
-        points.append(point("parameters", name, size, tokenizer, lora=True))
+    if GPU:
+        for name, size in GPU_SIZES.items():
+            for tokens in (TOKENS, 512):
+                points.append(point(f"parameters, 8 x {tokens} tokens", name, size, tokenizer, ALL, tokens=tokens))
+        return write("scaling", {"points": points})
+    for name, size in SIZES.items():
+        points.append(point("parameters", name, size, tokenizer, ("zo", "fo")))
     for tokens in (16, 48, 128, 256):
-        points.append(point("tokens", tokens, usual, tokenizer, tokens=tokens))
+        points.append(point("tokens", tokens, small, tokenizer, tokens=tokens))
     for batch in (1, 4, 8, 16, 32):
-        points.append(point("batch", batch, usual, tokenizer, per_device_train_batch_size=batch))
+        points.append(point("batch", batch, small, tokenizer, per_device_train_batch_size=batch))
     for queries in (1, 2, 4, 8):
-        points.append(point("queries", queries, usual, tokenizer, num_perturbations=queries))
+        points.append(point("queries", queries, small, tokenizer, num_perturbations=queries))
     threads = torch.get_num_threads()
-    for count in range(1, threads + 1) if not GPU else ():
+    for count in range(1, threads + 1):
         torch.set_num_threads(count)
-        points.append(point("threads", count, usual, tokenizer))
+        points.append(point("threads", count, small, tokenizer))
     torch.set_num_threads(threads)
     write("scaling", {"points": points})
     draw(points)
+    return None
 
 
 def point(
@@ -57,14 +67,35 @@ def point(
     x: Any,
     size: tuple[int, int, int],
     tokenizer: PreTrainedTokenizerBase,
-    lora: bool = False,
+    methods: tuple[str, ...] = ("zo",),
     **keys: Any,
 ) -> dict[str, Any]:
-    """One point of a curve."""
-    gc.collect()  # the models of the point before
-    model = llama(size, len(tokenizer))
-    parameters = sum(p.numel() for p in model.parameters())
-    made = trainer(model, tokenizer, method="zo", adapter="none", dtype="bfloat16" if GPU else "float32", **keys)
+    """One point of a curve: seconds, and on a GPU peaks of memory."""
+    found: dict[str, Any] = {"series": series, "x": x}
+    for method in methods:
+        gc.collect()  # the models before
+        model = llama(size, len(tokenizer))
+        adapter = {"adapter": "none"} if method == "zo" else {"adapter": "lora", "lower_steps": 1}
+        made = trainer(model, tokenizer, method=method, dtype="bfloat16" if GPU else "float32", **adapter, **keys)
+        candidates: dict[str, Callable[[], object]] = {method: step_of(made)}
+        if method == "zo":
+            found["parameters"] = sum(p.numel() for p in model.parameters())
+            found["largest"] = max(p.nbytes for p in model.parameters())
+            candidates |= beside(made, model)
+        if GPU:  # on a CPU, the process also holds what malloc kept of the points before
+            found |= {f"{name}, peak": peak_of(candidate) for name, candidate in candidates.items()}
+        found |= interleaved(candidates, rounds=5 if found["parameters"] < 2e8 or GPU else 3)
+        del made, model, candidates
+    print(
+        ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
+        )
+    )
+    return found
+
+
+def beside(made: ZOFOTrainer, model: LlamaForCausalLM) -> dict[str, Callable[[], object]]:
+    """What a MeZO step is compared with: its bare forwards, and on a GPU the usual way."""
     batch, scorer = batches(made)["upper"][0], Scorer(made.adapted, Tokens())
 
     @torch.no_grad()
@@ -72,21 +103,18 @@ def point(
         for _ in range(2 * made.args.num_perturbations):
             scorer.loss(batch)
 
-    candidates: dict[str, Callable[[], object]] = {"forwards": forwards, "zo": step_of(made)}
+    def usual_way() -> None:
+        usual.mezo_step(made.adapted.backbone, lambda: usual.option_loss(model, batch), usual.gaussian(0), 1e-3, 1e-9)
+
+    return {"forwards": forwards, **({"usual": usual_way} if GPU else {})}
+
+
+def peak_of(candidate: Callable[[], object]) -> int:
+    """Bytes of the GPU's memory while it runs, after it has run once."""
+    candidate()
     reset_peak_memory()
-    seconds = interleaved(candidates, rounds=5 if parameters < 2e8 or GPU else 3)
-    found = {"series": series, "x": x, "parameters": parameters, **seconds}
-    if GPU:  # on a CPU, the process also holds what malloc kept of the points before
-        found["peak"] = peak_memory()
-    if lora:
-        fo = trainer(model, tokenizer, method="fo", adapter="lora", dtype=made.args.dtype, **keys)
-        found.update(interleaved({"lora": step_of(fo)}, rounds=3))
-    print(
-        ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
-        )
-    )
-    return found
+    candidate()
+    return peak_memory()
 
 
 def llama(size: tuple[int, int, int], vocabulary: int) -> LlamaForCausalLM:
@@ -102,7 +130,8 @@ def llama(size: tuple[int, int, int], vocabulary: int) -> LlamaForCausalLM:
         num_key_value_heads=heads,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).eval()
+    with torch.device(device()):
+        model = LlamaForCausalLM(config).eval()
     return model.to(torch.bfloat16) if GPU else model
 
 
@@ -122,7 +151,7 @@ def draw(points: list[dict[str, Any]]) -> None:
         for key, label in (
             ("zo", "MeZO step"),
             ("forwards", "its bare forwards"),
-            ("lora", "LoRA step (first order)"),
+            ("fo", "LoRA step (first order)"),
         ):
             known = [(x, p[key]) for x, p in zip(xs, own, strict=True) if key in p]
             if known:

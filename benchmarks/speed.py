@@ -62,16 +62,16 @@ def main() -> None:
     """Measures everything, prints it, writes it."""
     started = time.perf_counter()
     whole, shares = whole_run_rows()
-    rows = [*noise_rows(), *zeroth_order_rows(), *bilevel_rows(), *whole, *scoring_rows(), *process_rows()]
-    for row in rows:
-        print(" | ".join(row.cells()))
+    rows: list[Row] = []
+    for section in (noise_rows, zeroth_order_rows, bilevel_rows, lambda: whole, scoring_rows, process_rows):
+        for row in section():
+            print(" | ".join(row.cells()), flush=True)
+            rows.append(row)
     print("one bilevel iteration (T = 3): " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
     print(f"{time.perf_counter() - started:.0f} s")
-    if torch.cuda.is_available():
-        return write("", {"rows": [vars(row) for row in rows], "shares": shares})
     write("", {"rows": [vars(row) for row in rows], "shares": shares})
-    write_table(rows, shares)
-    return None
+    if not torch.cuda.is_available():  # the page has one table: that of a machine without a GPU
+        write_table(rows, shares)
 
 
 def noise_rows() -> list[Row]:
@@ -419,7 +419,8 @@ def process_rows() -> list[Row]:
         "inference": (["inference", folder], 1),
     }
     # where there is a backward, what malloc keeps between tensors differs from process to process: medians
-    made = {name: [child(*words) for _ in range(times)] for name, (words, times) in runs.items()}
+    once = torch.cuda.is_available()  # the allocator for GPUs repeats itself
+    made = {name: [child(*words) for _ in range(1 if once else times)] for name, (words, times) in runs.items()}
     peaks = {name: statistics.median(one["peak"] for one in several) for name, several in made.items()}
     largest = made["inference"][0]["largest"]
     print({name: f"{peak / 2**20:,.0f} MiB" for name, peak in peaks.items()})

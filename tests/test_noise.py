@@ -497,22 +497,3 @@ def test_processors_with_fewer_instructions_write_the_same_bits(c_kernel, fresh_
     for form in FORMS:
         for size in SIZES:
             assert_equal_to_eager(plain, dtype, size, form)
-
-
-@pytest.fixture(scope="module")
-def accelerator_kernel():
-    """What an accelerator runs, compiled for this machine's CPU."""
-    try:
-        if not noise_torch.compile_for(torch.float32, torch.device("cpu")):
-            pytest.skip("no working compiler")
-        yield noise_torch.compiled
-    finally:
-        noise_torch.compiled_forms.clear()
-
-
-# inductor imports what torch itself deprecates
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("form", FORMS[:4])
-def test_the_compiled_kernel_of_accelerators_writes_the_same_bits(accelerator_kernel, form):
-    for size in (1, 2, 17, 2049):
-        assert_equal_to_eager(accelerator_kernel, torch.float32, size, form)

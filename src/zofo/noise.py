@@ -12,14 +12,15 @@ compilation, and the global random state of torch is never touched.
 The high half of the 64-bit index `i` goes into `k0` and `k1`, so the stream does not repeat after 2**32
 elements. The multiplier of `n` is rounded to 15 significant bits and
 `n` has 9, so their product is exact in float32 and `w + scale * z` is rounded once, with or without
-fused multiply-add. `noise_torch.py` has the arithmetic, `noise.c` the same in C.
+fused multiply-add. `noise_torch.py` has the arithmetic, `noise.c` the same in C, `noise_triton.py` for GPUs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -27,8 +28,10 @@ import torch
 from torch import Tensor
 
 from zofo.errors import ZofoError
-from zofo.noise_c import Hashed, Kernel, c_kernel
-from zofo.noise_torch import compile_for, compiled, compiled_forms, eager
+from zofo.noise_c import Hashed, Piece, c_kernel
+from zofo.noise_torch import eager
+
+logger = logging.getLogger(__name__)
 
 Distribution = Literal["normal", "rademacher"]
 
@@ -44,6 +47,26 @@ class Term(NamedTuple):
     scale: float
 
 
+class Sum(NamedTuple):
+    """Write <- keep * read + sum of the terms, summed in float32 and rounded once to the dtype of `write`.
+
+    `write` may be `read` itself. What is larger in magnitude than `limit` keeps its value.
+
+    With a `rounding_key`, bfloat16 and float16 are rounded stochastically: up or down with the probability that makes
+    the result right on average, so that steps far below the distance of two neighbours still move the weights by
+    their sum. The random bits are a counter-based stream too, of that key.
+    """
+
+    read: Tensor
+    write: Tensor
+    terms: Sequence[Term]
+    start: int = 0
+    keep: float = 1.0
+    limit: float = math.inf
+    rounding_key: int | None = None
+
+
+@lru_cache(_REMEMBERED)
 def stream_key(seed: int, step: int = 0, query: int = 0, name: str = "") -> int:
     """The 64-bit key of the stream of one parameter in one direction.
 
@@ -131,17 +154,31 @@ def write_sum(
     distribution: Distribution = "normal",
     limit: float = math.inf,
 ) -> None:
-    """Out <- tensor + sum of the terms, summed in float32 and rounded once to `out`'s dtype.
+    """Out <- tensor + sum of the terms: one `Sum`."""
+    write_sums([Sum(tensor, out, terms, start, limit=limit)], distribution)
 
-    `out` may be `tensor` itself. What is larger in magnitude than `limit` keeps its value. Costs one pass over memory
-    for any number of terms.
+
+def write_sums(sums: Sequence[Sum], distribution: Distribution = "normal") -> None:
+    """All the sums, each in one pass over memory for any number of terms; on a GPU by one launch for all of them.
+
+    None may read what another one writes.
     """
-    _require_float(tensor)
-    target = _contiguous(out)
-    source = target if out is tensor else _contiguous(tensor)
-    _sum_into(source, target, start, terms, distribution, limit=limit)
-    if target is not out:
-        out.detach().copy_(target)
+    launch = gpu_kernel() if any(one.read.is_cuda for one in sums) else None
+    launched: list[Piece] = []
+    for one in sums:
+        _require_float(one.read)
+        if not one.write.is_contiguous():
+            target = one.write.detach().contiguous()
+            write_sums([one._replace(read=target if one.read is one.write else one.read, write=target)], distribution)
+            one.write.detach().copy_(target)
+        elif launch and one.read.is_cuda:
+            launched += _pieces(one, distribution)
+        else:
+            kernel = (c_kernel() if one.read.is_cpu else None) or eager
+            for piece in _pieces(one, distribution):
+                kernel(*piece)
+    if launch:
+        launch(launched)
 
 
 def write_rows(
@@ -181,40 +218,43 @@ def update_(
     keep: float = 1.0,
     limit: float = math.inf,
 ) -> None:
-    """W <- keep * W + sum of the terms, where |W| <= limit; bfloat16 and float16 are rounded stochastically.
-
-    Stochastic rounding goes up or down with the probability that makes the result right on average, so
-    that steps far below the distance of two neighbours still move the weights by their sum. Its random
-    bits are a counter-based stream too, of the key `rounding_key`.
-    """
-    _require_float(tensor)
-    target = _contiguous(tensor)
-    _sum_into(target, target, 0, terms, distribution, keep, limit, rounding_key)
-    if target is not tensor:
-        tensor.detach().copy_(target)
+    """W <- keep * W + sum of the terms, rounded stochastically: one `Sum`."""
+    write_sums([Sum(tensor, tensor, terms, 0, keep, limit, rounding_key)], distribution)
 
 
 def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> bool:
-    """Gets the fast form of the noise ready: C on a CPU, `torch.compile` elsewhere.
+    """Gets the fast form of the noise ready: C on a CPU, Triton on a GPU.
 
-    In main memory the C form is also taken without this call; a first call on a machine compiles it, in about a
-    second. Elsewhere the eager torch form is used until this call, whose first run on a machine takes
-    about 20 s. All forms write the same bits.
+    They are also taken without this call, and compiled at the first one, which takes a second or two, and on a CPU
+    only once per machine. Where that fails, the torch form is used. All forms write the same bits.
 
     Returns:
         Whether the fast form is in use.
     """
     probe = torch.zeros(1031, dtype=dtype, device=device)
-    if probe.device.type != "cpu" and not compiled_forms and not compile_for(dtype, probe.device):
-        return False
     moved = torch.empty_like(probe)
     write_sum(probe, [Term(1, 1e-3)], moved)
     add_(probe, 1, 1e-3)
     expected = torch.zeros_like(probe)
-    eager(expected, expected, 0, _hashed([Term(1, 1e-3)], 0, "normal"), False, 1.0, math.inf, None)
+    eager(*next(_pieces(Sum(expected, expected, [Term(1, 1e-3)]), "normal")))
     assert torch.equal(probe, moved), "in place and apart, the noise has different bits"
     assert torch.equal(probe, expected), "the fast form of the noise differs from the eager form"
-    return _kernel(probe) is not eager
+    update_(probe, [Term(1, 1e-3)], 2)
+    return (c_kernel() if probe.is_cpu else gpu_kernel() if probe.is_cuda else None) is not None
+
+
+@lru_cache(maxsize=1)
+def gpu_kernel() -> Callable[[Sequence[Piece]], None] | None:
+    """The kernel for tensors on a GPU, if it works here, or None."""
+    try:
+        from zofo.noise_triton import write_all
+
+        probe = torch.zeros(2, device="cuda")
+        write_all([Piece(probe, probe, 0, [(1, 2, 1.0)], False, 1.0, math.inf, None)])
+    except Exception as error:  # no Triton, no compiler for it, or one that fails: it raises many unrelated types
+        logger.info("the noise could not be compiled: %s", error)
+        return None
+    return write_all
 
 
 def _materialise(seed: int, start: int, count: int, distribution: Distribution) -> Tensor:
@@ -235,51 +275,28 @@ def _require_float(tensor: Tensor) -> None:
         )
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, or a detached copy where its numbers do not lie in a row."""
-    return tensor if tensor.is_contiguous() else tensor.detach().contiguous()
-
-
-def _sum_into(
-    read: Tensor,
-    write: Tensor,
-    start: int,
-    terms: Sequence[Term],
-    distribution: Distribution,
-    keep: float = 1.0,
-    limit: float = math.inf,
-    rounding_key: int | None = None,
-) -> None:
-    """Write <- keep * read + the terms, for contiguous tensors that are the same memory or do not overlap at all."""
-    kernel, rademacher = _kernel(read), distribution == "rademacher"
-    for low, high in _pieces(start, read.numel()):
-        block, offset = divmod(start + low, _BLOCK)
-        rounding = None if rounding_key is None else (*_halves(rounding_key, block), 0.0)
-        hashed = _hashed(terms, block, distribution)
-        if high - low < read.numel():
-            parts = (read.detach().view(-1)[low:high], write.detach().view(-1)[low:high])
-        else:
-            parts = (read, write)
-        kernel(*parts, offset, hashed, rademacher, keep, limit, rounding)
-
-
-def _pieces(start: int, count: int) -> Iterator[tuple[int, int]]:
-    """Cuts [0, count) into pieces that never cross a multiple of 2**32 of the stream."""
-    low = 0
-    while low < count:
-        high = min(count, low + _BLOCK - (start + low) % _BLOCK, low + (1 << 30))
-        yield low, high
+def _pieces(one: Sum, distribution: Distribution) -> Iterator[Piece]:
+    """The sum of contiguous tensors in pieces that never cross a multiple of 2**32 of the stream."""
+    read, write, low = one.read.contiguous(), one.write, 0
+    while low < read.numel():
+        block, offset = divmod(one.start + low, _BLOCK)
+        high = min(read.numel(), low + _BLOCK - offset, low + (1 << 30))
+        whole = high - low == read.numel()
+        yield Piece(
+            read if whole else read.detach().view(-1)[low:high],
+            write if whole else write.detach().view(-1)[low:high],
+            offset,
+            _hashed(one.terms, block, distribution),
+            distribution == "rademacher",
+            one.keep,
+            one.limit,
+            None if one.rounding_key is None else (*_halves(one.rounding_key, block), 0.0),
+        )
         low = high
 
 
 def _hashed(terms: Sequence[Term], block: int, distribution: Distribution) -> list[Hashed]:
     return [(*_halves(term.key, block), _multiplier(float(term.scale), distribution)) for term in terms]
-
-
-def _kernel(read: Tensor) -> Kernel:
-    if read.is_cpu:
-        return c_kernel() or eager
-    return compiled if compiled_forms else eager
 
 
 @lru_cache(_REMEMBERED, typed=True)

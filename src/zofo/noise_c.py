@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,21 @@ logger = logging.getLogger(__name__)
 Hashed = tuple[int, int, float]
 """(k0, k1, factor): what one term is made of, in one block of its stream."""
 Kernel = Callable[[Tensor, Tensor, int, Sequence[Hashed], bool, float, float, Hashed | None], None]
-"""(read, write, start modulo 2**32, terms, Rademacher?, keep, limit, rounding): see `write_sum` in `noise.c`."""
+"""Writes a `Piece`, whose fields are its arguments."""
+
+
+class Piece(NamedTuple):
+    """write <- keep * read + the terms: contiguous tensors, in one block of 2**32 numbers of the stream."""
+
+    read: Tensor
+    write: Tensor
+    start: int  # modulo 2**32
+    terms: Sequence[Hashed]
+    rademacher: bool
+    keep: float
+    limit: float  # what is larger in magnitude keeps its value
+    rounding: Hashed | None  # rounds 16 bits stochastically
+
 
 _SOURCE = Path(__file__).with_name("noise.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")

@@ -1,4 +1,4 @@
-"""The noise in torch operations: the eager form, which defines the bits, and the same compiled for an accelerator.
+"""The noise in torch operations: the form that defines the bits.
 
 `noise.py` tells the arithmetic. The mixer's constants are those of C. Wellons, "Prospecting for Hash Functions"
 (2018), `lowbias32`.
@@ -6,18 +6,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from zofo.noise_c import Hashed
-
-logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 17  # elements: the temporaries of the eager form stay in a core's cache
 _BYTES = 0x00FF00FF
@@ -41,56 +36,6 @@ def eager(
         _sum(read[low:high], write[low:high], torch.tensor(offset, dtype=torch.int32), *scalars, rademacher, keep)
 
 
-def compiled(
-    read: Tensor,
-    write: Tensor,
-    start: int,
-    terms: Sequence[Hashed],
-    rademacher: bool,
-    keep: float,
-    limit: float,
-    rounding: Hashed | None,
-) -> None:
-    """The same, compiled for an accelerator."""
-    if keep != 1.0 or read.numel() < 2:  # a compiler may fuse keep * W + n * factor, which rounds once and not twice
-        return eager(read, write, start, terms, rademacher, keep, limit, rounding)
-    read, write = read.detach().view(-1), write.detach().view(-1)
-    scalars = (
-        torch.tensor(_signed(start), dtype=torch.int32),
-        *_scalars(terms, rounding, limit, read.device),
-        rademacher,
-    )
-    # torch compiles anew for every state that a call may be in: here there is one
-    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
-        if read.data_ptr() == write.data_ptr():
-            compiled_forms["in_place"](_unrelated(write), *scalars)
-        else:
-            compiled_forms["apart"](_unrelated(read), _unrelated(write), *scalars)
-
-
-def compile_for(dtype: torch.dtype, device: torch.device) -> bool:
-    """Compiles the kernels, or loads them from torch's disk cache; says whether that worked."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler about itself
-            compiled_forms["in_place"] = torch.compile(_sum_in_place, dynamic=True, fullgraph=True)
-            compiled_forms["apart"] = torch.compile(_sum, dynamic=True, fullgraph=True)
-            probe, terms = torch.zeros(1031, dtype=dtype, device=device), [(1, 2, 1e-3)]
-            for limit in (math.inf, 1.0):
-                for rounding in (None, (1, 2, 0.0)):
-                    compiled(probe, probe, 0, terms, False, 1.0, limit, rounding)
-                compiled(probe, torch.empty_like(probe), 0, terms, False, 1.0, limit, None)
-    except Exception as error:  # no compiler, or one that fails: torch raises several unrelated types here
-        compiled_forms.clear()
-        logger.info("the noise could not be compiled: %s", error)
-    return bool(compiled_forms)
-
-
-def _unrelated(piece: Tensor) -> Tensor:
-    """The same memory as a tensor that is nobody's view: for views, the compiler specialises on their bases."""
-    return piece.new_empty(0).set_(piece.untyped_storage(), piece.storage_offset(), piece.shape, (1,))
-
-
 def _sum(
     read: Tensor,
     write: Tensor,
@@ -103,7 +48,7 @@ def _sum(
     rademacher: bool,
     keep: float = 1.0,
 ) -> None:
-    """The arithmetic of all forms; `k0`, `k1` and `factors` have one element for each term."""
+    """The arithmetic; `k0`, `k1` and `factors` have one element for each term."""
     index = torch.arange(read.numel(), dtype=torch.int32, device=read.device) + start
     total = read.float() * keep
     for j in range(len(factors)):
@@ -114,15 +59,6 @@ def _sum(
     if rounding is not None and write.dtype != torch.float32:
         total = _round_stochastically(total, _mix(_mix(index ^ rounding[0]) + rounding[1]), write.dtype)
     write.copy_(total)
-
-
-def _sum_in_place(tensor: Tensor, *scalars: Any) -> None:
-    _sum(tensor, tensor, *scalars)
-
-
-# Two functions and not one: compiled for two views of one memory, a graph may be used again for views of two memories,
-# and then writes to the wrong one (seen with torch 2.13).
-compiled_forms: dict[Literal["in_place", "apart"], Callable[..., None]] = {}
 
 
 def _bell(h: Tensor) -> Tensor:

@@ -73,12 +73,15 @@ class ZOSGD:
     def update(
         self, parameters: Mapping[str, Tensor], estimate: Estimate, learning_rate: float, state: State
     ) -> State:
+        sums: list[noise.Sum] = []
         for name, parameter in parameters.items():
             keep = 1 - learning_rate * self.weight_decay if parameter.ndim >= 2 else 1.0
-            rounding_key = noise.stream_key(estimate.seed, estimate.step, -1, name)
+            exact = parameter.dtype == torch.float32
+            rounding_key = None if exact else noise.stream_key(estimate.seed, estimate.step, -1, name)
             terms = estimate.terms(name, -learning_rate)
             limit = estimate.limits.get(name, math.inf)
-            noise.update_(parameter, terms, rounding_key, estimate.distribution, keep, limit)
+            sums.append(noise.Sum(parameter, parameter, terms, 0, keep, limit, rounding_key))
+        noise.write_sums(sums, estimate.distribution)
         return state
 
 

@@ -73,9 +73,11 @@ def perturbed(
     noticed = Noticed(block)
     with reader(scratch) as reads, reads.joined_by(block), noticed if require_all else nullcontext():
         yield
-    seen = {_of_any_expert(name) for name in block.seen}
+    if not noticed.anything:
+        return
+    seen = {_of_any_expert(name) for number, name in block.names.items() if number in block.seen}
     missed = [name for name in parameters if _of_any_expert(name) not in seen]
-    if noticed.anything and missed:
+    if missed:
         raise ZofoError(
             f"the forward never read {', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''} through torch: such a "
             f"parameter cannot be moved by forward passes; leave it out of `parameters`, in a config by zo_exclude "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,8 +21,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from zofo import noise
+from zofo.ahead import Ahead
 from zofo.errors import ZofoError
-from zofo.noise import Distribution, Term
+from zofo.noise import Distribution, Sum, Term
 from zofo.scratch import Buffer, Scratch
 
 PART = 1 << 20  # numbers of a large matrix that are moved, and then multiplied with, at a time
@@ -43,6 +44,12 @@ _METHODS: tuple[Any, ...] = (
 _METADATA: frozenset[Any] = frozenset((*(p.__get__ for p in _PROPERTIES), *_METHODS))
 
 
+# What only reads its arguments, none of them in a list, and returns new memory. Whatever is missing here costs time.
+_FRESH: frozenset[Any] = frozenset(
+    (functional.linear, functional.layer_norm, functional.rms_norm, torch.addmm, Tensor.mul, Tensor.__mul__,
+     Tensor.__rmul__)
+)  # fmt: skip
+
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _IN_PLACE = frozenset(["__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)])
 
@@ -56,7 +63,7 @@ class Block:
     terms: dict[int, Term]
     distribution: Distribution
     limits: dict[int, float]
-    seen: set[str] = field(default_factory=set)
+    seen: set[int] = field(default_factory=set)  # of what was read
 
     @staticmethod
     def of(
@@ -129,7 +136,8 @@ class Reader:
         self.asked = 0  # how often a function asked
         self._scratch = scratch
         self._blocks: list[Block] = []  # the outer one first
-        self._targets: set[int] = set()
+        self._targets: dict[int, Tensor] = {}
+        self._ahead = Ahead(scratch, {}, self._write)
 
     @contextmanager
     def joined_by(self, block: Block) -> Generator[None]:
@@ -137,8 +145,9 @@ class Reader:
             raise ZofoError("nested perturbed blocks must share one distribution and the same limits")
         before = self._targets
         classes = {number: _plain(type(p)) for number, p in block.tensors.items() if number not in before}
+        self._ahead.end()
         self._blocks.append(block)
-        self._targets = before | block.terms.keys()
+        self._targets = self._ahead.targets = before | block.tensors
         try:
             for number, kind in classes.items():
                 block.tensors[number].__class__ = _watched(kind)
@@ -146,14 +155,17 @@ class Reader:
         finally:
             for number, kind in classes.items():
                 block.tensors[number].__class__ = kind
+            self._ahead.end()
             self._blocks.remove(block)
-            self._targets = before
+            self._targets = self._ahead.targets = before
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a torch function returns that gets a parameter, were it W + scale·z."""
         self.asked += 1
         if func in _METADATA:
             return func(*args, **kwargs)
+        if func in _FRESH and not kwargs and (found := self._ready(func, args)) is not None:
+            return found
         if func is functional.embedding and (found := self._looked_up(*args, **kwargs)) is not None:
             return found
         if func is functional.linear and (found := self._multiplied(*args, **kwargs)) is not None:
@@ -164,12 +176,32 @@ class Reader:
         found = self._targets_in(args) | (self._targets_in(kwargs.values()) if kwargs else {})
         # the largest first: a small one must not occupy the buffer that fits a large one
         order = sorted(found, key=lambda number: -found[number].numel()) if len(found) > 1 else found
-        copies = {number: self._perturbed_copy(found[number]) for number in order}
+        copies: dict[int, tuple[Buffer, Tensor]] = {}
+        for number in order:
+            copies[number] = self._perturbed_copy(found[number], alone=not copies)
         result = func(*_replaced(args, copies), **(_replaced(kwargs, copies) if kwargs else {}))
         for buffer, _ in copies.values():
-            if not _may_keep(result, buffer.address):
+            if _may_keep(result, buffer.address):
+                self._ahead.keep(buffer)
+            elif not self._ahead.holds(buffer):
                 self._scratch.give_back(buffer)
         return result
+
+    def _ready(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """What it returns, by the shortest way, where all copies have been made ahead; else None."""
+        copies = self._ahead.copies
+        given: list[Any] = []
+        for value in args:
+            number = id(value)
+            if number in self._targets:
+                if number not in copies:
+                    return None
+                self._ahead.unread.discard(number)
+                for block in self._blocks:
+                    block.seen.add(number)
+                value = copies[number]
+            given.append(value)
+        return func(*given)
 
     def _targets_in(self, values: Iterable[Any]) -> dict[int, Tensor]:
         """The parameters among values, and in lists and dicts among them."""
@@ -183,21 +215,38 @@ class Reader:
                 found |= self._targets_in(value.values())  # pyright: ignore[reportUnknownArgumentType]
         return found
 
-    def _perturbed_copy(self, parameter: Tensor) -> tuple[Buffer, Tensor]:
-        """(the buffer, its view as W + scale·z)."""
-        terms, distribution, limit = self._read(parameter)
+    def _perturbed_copy(self, parameter: Tensor, alone: bool) -> tuple[Buffer, Tensor]:
+        """(the buffer, its view as W + scale·z); `alone` if no other copy is in use."""
+        self._see(parameter)
+        if _is_launched(parameter) and (made := self._ahead.copy(parameter, alone)):
+            return made
         buffer = self._scratch.take(parameter)
         copy = buffer.shaped(parameter.shape)
-        noise.write_sum(parameter, terms, copy, 0, distribution, limit)
+        self._write([(parameter, copy)])
         return buffer, copy
 
-    def _read(self, parameter: Tensor) -> tuple[list[Term], Distribution, float]:
-        """What is added to a parameter that is about to be read, and up to which magnitude."""
+    def _write(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """W + scale·z of each parameter to the copy beside it."""
+        sums: list[Sum] = []
+        for parameter, copy in copies:
+            terms, limit = self._added(parameter)
+            sums.append(Sum(parameter, copy, terms, limit=limit))
+        noise.write_sums(sums, self._blocks[0].distribution)
+
+    def _see(self, parameter: Tensor) -> None:
+        for block in self._blocks:
+            block.seen.add(id(parameter))
+
+    def _added(self, parameter: Tensor) -> tuple[list[Term], float]:
+        """What is added to a parameter, and up to which magnitude."""
         blocks = [block for block in self._blocks if id(parameter) in block.terms]
-        for block in blocks:
-            block.seen.add(block.names[id(parameter)])
-        limit = blocks[0].limits.get(id(parameter), math.inf)
-        return [block.terms[id(parameter)] for block in blocks], blocks[0].distribution, limit
+        return [block.terms[id(parameter)] for block in blocks], blocks[0].limits.get(id(parameter), math.inf)
+
+    def _read(self, parameter: Tensor) -> tuple[list[Term], Distribution, float]:
+        """What is added to a parameter that is about to be read."""
+        self._see(parameter)
+        terms, limit = self._added(parameter)
+        return terms, self._blocks[0].distribution, limit
 
     def _looked_up(self, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor | None:
         """The rows of an embedding that are asked for, or None where the whole of it must be moved to tell."""
@@ -230,7 +279,7 @@ class Reader:
         parts = weight.detach().split(rows)
         buffers, low, product = [self._scratch.take(parts[0])], 0, None
         if bias is not None and id(bias) in self._targets:
-            buffer, bias = self._perturbed_copy(bias)
+            buffer, bias = self._perturbed_copy(bias, alone=False)
             buffers.append(buffer)
         for part in parts:
             high, copy = low + len(part), buffers[0].shaped(part.shape)
@@ -288,6 +337,11 @@ def reader(scratch: Scratch | None) -> Generator[Reader]:
         yield reader
     finally:
         _ACTIVE.clear()
+
+
+def _is_launched(parameter: Tensor) -> bool:
+    """Whether moving it costs a launch; with gradients, all copies are kept, and none should be made too early."""
+    return not parameter.is_cpu and not torch.is_grad_enabled()
 
 
 @lru_cache

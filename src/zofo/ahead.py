@@ -1,0 +1,135 @@
+"""On a GPU, the weights that will be read next are moved together with the one that is read now.
+
+A launch costs more than the noise of a small weight. The order of the reads is that of the forward before. Where it
+was another one, some noise is made for nothing; a weight that was moved so and not read is not moved ahead again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zofo.scratch import Buffer, Scratch
+
+Kind = tuple[torch.dtype, torch.device]
+Write = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
+"""Writes what each parameter is at the perturbed point to the copy beside it."""
+
+_STEP = 128  # elements: every copy begins at a multiple, so that all can be written in wide strides
+
+
+@dataclass
+class _Group:
+    buffer: Buffer
+    numbers: list[int]  # the ids of the parameters
+    kept: bool = False  # somebody may still need the buffer: it is not used again
+
+
+@dataclass
+class Ahead:
+    """Copies of parameters, made before they are asked for, in memory as large as the largest parameter.
+
+    Args:
+        scratch: gives the memory, and remembers the order of the reads from one block to the next.
+        targets: the parameters that may be moved, by id.
+        write: makes the copies.
+
+    Attributes:
+        copies: those that are made, by the id of the parameter.
+        unread: the parameters among them that were not read yet.
+    """
+
+    scratch: Scratch
+    targets: Mapping[int, Tensor]
+    write: Write
+    copies: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    unread: set[int] = field(default_factory=set[int])
+    _groups: dict[Kind, _Group] = field(default_factory=dict[Kind, _Group])
+    _last: dict[Kind, int] = field(default_factory=dict[Kind, int])
+    _most: dict[Kind, int] = field(default_factory=dict[Kind, int])
+
+    def copy(self, parameter: Tensor, alone: bool) -> tuple[Buffer, Tensor] | None:
+        """The buffer and the copy of a parameter, or None where a copy that is in use leaves no memory for it.
+
+        Args:
+            parameter: that is read now.
+            alone: whether no copy is in use.
+        """
+        kind, number = (parameter.dtype, parameter.device), id(parameter)
+        if number not in self.copies:
+            if kind in self._last:
+                self.scratch.order[self._last[kind]] = number
+            self._last[kind] = number
+            if not alone:
+                return None
+            self._begin(parameter, kind)
+        self.unread.discard(number)
+        return self._groups[kind].buffer, self.copies[number]
+
+    def holds(self, buffer: Buffer) -> bool:
+        """Whether a buffer has copies that may still be asked for."""
+        return any(group.buffer is buffer for group in self._groups.values())
+
+    def keep(self, buffer: Buffer) -> None:
+        """Never writes to a buffer again."""
+        for group in self._groups.values():
+            group.kept |= group.buffer is buffer
+
+    def end(self) -> None:
+        """Gives all memory back: what is added to the parameters changes."""
+        for kind in list(self._groups):
+            self._end(kind)
+        self._last.clear()
+        self._most.clear()
+
+    def _end(self, kind: Kind) -> None:
+        group = self._groups.pop(kind)
+        for number in group.numbers:
+            del self.copies[number]
+        self.unread.difference_update(group.numbers)
+        if not group.kept:
+            self.scratch.give_back(group.buffer)
+
+    def _chain(self, parameter: Tensor, kind: Kind) -> dict[int, Tensor]:
+        """The parameter and those that are read after it, as many as the memory holds."""
+        chain: dict[int, Tensor] = {}
+        number, size = id(parameter), 0
+        while number in self.targets and number not in chain:
+            following = self.targets[number]
+            size += _rounded_up(following)
+            if size > self._largest(kind) or (following.dtype, following.device) != kind:
+                break
+            if chain and number in self.scratch.skipped:
+                break
+            chain[number] = following
+            number = self.scratch.order.get(number, 0)
+        return chain
+
+    def _largest(self, kind: Kind) -> int:
+        if kind not in self._most:
+            sizes = [_rounded_up(p) for p in self.targets.values() if (p.dtype, p.device) == kind]
+            self._most[kind] = max(sizes)
+        return self._most[kind]
+
+    def _begin(self, first: Tensor, kind: Kind) -> None:
+        if kind in self._groups:
+            self.scratch.skipped |= self.unread.intersection(self._groups[kind].numbers)
+            self._end(kind)
+        chain = self._chain(first, kind)
+        buffer, start = self.scratch.take(first, self._largest(kind)), 0
+        copies: dict[int, Tensor] = {}
+        for number, parameter in chain.items():
+            copies[number] = buffer.shaped(parameter.shape, start)
+            start += _rounded_up(parameter)
+        self.write([(parameter, copies[number]) for number, parameter in chain.items()])
+        self._groups[kind] = _Group(buffer, list(chain))
+        self.copies |= copies
+        self.unread |= copies.keys()
+        self._last[kind] = list(chain)[-1]
+
+
+def _rounded_up(parameter: Tensor) -> int:
+    return -(-parameter.numel() // _STEP) * _STEP
