@@ -13,6 +13,9 @@ from hypothesis import settings
 
 from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 
+# what `test_noise_triton.py` runs in a process of its own
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["interpreted_noise.py"]
+
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")  # the same examples in every run
 torch.set_num_threads(1)  # models are tiny, and tests may run side by side

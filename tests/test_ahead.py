@@ -1,5 +1,8 @@
 """Weights moved together with the one that is read, as on a GPU: here on a CPU, as if moving one cost a launch."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -109,6 +112,19 @@ def test_a_view_that_is_kept_stays_as_it_was():
             a, b, c = (torch.ones(4, 4) + 0.1 * noise.normal(noise.stream_key(seed, 0, 0, n), 0, 16).view(4, 4)
                        for n in "abc")  # fmt: skip
             torch.testing.assert_close(found, torch.ones(1, 4) @ b.T @ c.T @ b.T @ a.T, rtol=1e-4, atol=1e-4)
+
+
+def test_all_memory_is_given_back_without_a_search_for_it():
+    model, scratch = tiny_model(), Scratch()
+    for _ in range(2):
+        logits(model, scratch)
+    (buffer,) = (weakref.ref(b) for b in scratch._free)
+    gc.disable()
+    try:
+        del scratch
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 def test_with_gradients_every_weight_is_moved_alone(launches):

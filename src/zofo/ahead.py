@@ -35,7 +35,6 @@ class Ahead:
     Args:
         scratch: gives the memory, and remembers the order of the reads from one block to the next.
         targets: the parameters that may be moved, by id.
-        write: makes the copies.
 
     Attributes:
         copies: those that are made, by the id of the parameter.
@@ -44,19 +43,20 @@ class Ahead:
 
     scratch: Scratch
     targets: Mapping[int, Tensor]
-    write: Write
     copies: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     unread: set[int] = field(default_factory=set[int])
     _groups: dict[Kind, _Group] = field(default_factory=dict[Kind, _Group])
     _last: dict[Kind, int] = field(default_factory=dict[Kind, int])
     _most: dict[Kind, int] = field(default_factory=dict[Kind, int])
 
-    def copy(self, parameter: Tensor, alone: bool) -> tuple[Buffer, Tensor] | None:
+    def copy(self, parameter: Tensor, alone: bool, write: Write) -> tuple[Buffer, Tensor] | None:
         """The buffer and the copy of a parameter, or None where a copy that is in use leaves no memory for it.
 
         Args:
             parameter: that is read now.
             alone: whether no copy is in use.
+            write: makes copies. It is not kept: whoever makes them keeps this object, and memory that two objects
+                keep for each other is only freed when Python looks for such pairs.
         """
         kind, number = (parameter.dtype, parameter.device), id(parameter)
         if number not in self.copies:
@@ -65,7 +65,7 @@ class Ahead:
             self._last[kind] = number
             if not alone:
                 return None
-            self._begin(parameter, kind)
+            self._begin(parameter, kind, write)
         self.unread.discard(number)
         return self._groups[kind].buffer, self.copies[number]
 
@@ -114,7 +114,7 @@ class Ahead:
             self._most[kind] = max(sizes)
         return self._most[kind]
 
-    def _begin(self, first: Tensor, kind: Kind) -> None:
+    def _begin(self, first: Tensor, kind: Kind, write: Write) -> None:
         if kind in self._groups:
             self.scratch.skipped |= self.unread.intersection(self._groups[kind].numbers)
             self._end(kind)
@@ -124,7 +124,7 @@ class Ahead:
         for number, parameter in chain.items():
             copies[number] = buffer.shaped(parameter.shape, start)
             start += _rounded_up(parameter)
-        self.write([(parameter, copies[number]) for number, parameter in chain.items()])
+        write([(parameter, copies[number]) for number, parameter in chain.items()])
         self._groups[kind] = _Group(buffer, list(chain))
         self.copies |= copies
         self.unread |= copies.keys()

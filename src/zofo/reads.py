@@ -137,7 +137,7 @@ class Reader:
         self._scratch = scratch
         self._blocks: list[Block] = []  # the outer one first
         self._targets: dict[int, Tensor] = {}
-        self._ahead = Ahead(scratch, {}, self._write)
+        self._ahead = Ahead(scratch, {})
 
     @contextmanager
     def joined_by(self, block: Block) -> Generator[None]:
@@ -218,7 +218,7 @@ class Reader:
     def _perturbed_copy(self, parameter: Tensor, alone: bool) -> tuple[Buffer, Tensor]:
         """(the buffer, its view as W + scale·z); `alone` if no other copy is in use."""
         self._see(parameter)
-        if _is_launched(parameter) and (made := self._ahead.copy(parameter, alone)):
+        if _is_launched(parameter) and (made := self._ahead.copy(parameter, alone, self._write)):
             return made
         buffer = self._scratch.take(parameter)
         copy = buffer.shaped(parameter.shape)
