@@ -237,8 +237,7 @@ def bilevel_rows() -> list[Row]:
             "of s": of_s,
             "stored gradient": lambda: stored(usual.gaussian(0), adam_p, adam_theta),
             "axpy": axpy_over(adapted.backbone),
-        },
-        rounds=7,
+        }
     )
     way = "2 forwards with backward, 6 forwards, 3 Gaussian passes, a stored gradient, Adam over θ"
     theirs = times["stored gradient"]
@@ -415,7 +414,7 @@ def process_rows() -> list[Row]:
         "fo": (["fo", folder], 3),
         "bilevel": (["bilevel", folder], 3),
         "zo": (["zo", folder], 3),
-        "q = 8": (["zo", folder, "num_perturbations=8", "max_steps=2"], 1),
+        "q = 8": (["zo", folder, "num_perturbations=8"], 1),
         "inference": (["inference", folder], 1),
     }
     # where there is a backward, what malloc keeps between tensors differs from process to process: medians
