@@ -114,6 +114,26 @@ def test_a_view_that_is_kept_stays_as_it_was():
             torch.testing.assert_close(found, torch.ones(1, 4) @ b.T @ c.T @ b.T @ a.T, rtol=1e-4, atol=1e-4)
 
 
+def test_a_gradient_keeps_its_own_copy():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(4, 400), *(nn.Linear(4, 4, bias=False) for _ in range(3))])
+    theta, scratch, x = dict(layers.named_parameters()), Scratch(), torch.ones(1, 4, requires_grad=True)
+
+    @torch.no_grad()
+    def forwards(*order):
+        for number in order:
+            layers[number](x)
+
+    for seed in range(3):
+        with perturbed(layers, theta, seed, 0.1, scratch=scratch):
+            forwards(0, 1, 2, 3)
+            loss = layers[2](x).sum()
+            forwards(0, 3, 2, 1)
+            (found,) = torch.autograd.grad(loss, x)
+        moved = theta["2.weight"] + 0.1 * noise.normal(noise.stream_key(seed, 0, 0, "2.weight"), 0, 16).view(4, 4)
+        torch.testing.assert_close(found, moved.detach().sum(0, keepdim=True), rtol=1e-4, atol=1e-4)
+
+
 def test_all_memory_is_given_back_without_a_search_for_it():
     model, scratch = tiny_model(), Scratch()
     for _ in range(2):

@@ -190,6 +190,8 @@ class Reader:
     def _ready(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """What it returns, by the shortest way, where all copies have been made ahead; else None."""
         copies = self._ahead.copies
+        if not copies or torch.is_grad_enabled():  # a gradient would need the copy when it is another weight's
+            return None
         given: list[Any] = []
         for value in args:
             number = id(value)
