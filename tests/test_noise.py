@@ -199,6 +199,10 @@ def test_bits_do_not_depend_on_the_size_of_the_internal_chunks(monkeypatch):
     assert torch.equal(whole, cut)
 
 
+def test_a_key_does_not_depend_on_what_was_asked_before():
+    assert len({noise.stream_key(seed) for seed in (1, True, 1.0)}) == 3  # equal, but written differently
+
+
 def test_bits_do_not_depend_on_threads():
     threads, draws = torch.get_num_threads(), []
     try:

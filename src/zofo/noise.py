@@ -66,7 +66,7 @@ class Sum(NamedTuple):
     rounding_key: int | None = None
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(_REMEMBERED, typed=True)
 def stream_key(seed: int, step: int = 0, query: int = 0, name: str = "") -> int:
     """The 64-bit key of the stream of one parameter in one direction.
 
