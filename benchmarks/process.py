@@ -3,6 +3,7 @@
 bilevel, fo, zo    train a few steps; the peak of memory during them
 inference          the same batch through plain transformers; the peak of memory
 first-step         seconds from the start of the process until zofo begins its first training step
+trainer            the same of a plain `transformers.Trainer`
 loading            seconds from the start until plain transformers has loaded the model
 """
 
@@ -21,8 +22,8 @@ def main() -> None:
     """Measures what the command line asks for."""
     what, model = sys.argv[1], sys.argv[2]
     keys = dict(argument.split("=", 1) for argument in sys.argv[3:])
-    measure = {"inference": inference, "loading": loading, "first-step": first_step}.get(what)
-    found = measure(model) if measure else training(what, model, keys)
+    alone = {"inference": inference, "loading": loading, "first-step": first_step, "trainer": plain_trainer}
+    found = alone[what](model) if what in alone else training(what, model, keys)
     print(json.dumps(found))
 
 
@@ -69,20 +70,43 @@ def loading(model: str) -> dict[str, float]:
 
 def first_step(model: str) -> dict[str, float]:
     """Seconds until the first step of a MeZO run may begin."""
-    from transformers import TrainerCallback
-
     from timing import trainer
 
-    reached: list[float] = []
+    return {"seconds": start_of(trainer(model, method="zo", adapter="none"))}
+
+
+def plain_trainer(model: str) -> dict[str, float]:
+    """Seconds until a plain `transformers.Trainer` may begin its first step."""
+    import peft  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    args = TrainingArguments(
+        "runs/bench", per_device_train_batch_size=8, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    rows = [{"input_ids": [i] * 48, "labels": [i] * 48} for i in range(64)]
+    return {"seconds": start_of(Trainer(loaded, args, train_dataset=rows, processing_class=tokenizer))}
+
+
+def start_of(made: Any) -> float:
+    """Seconds from the start of the process until a trainer begins its first step, which it does not take."""
+    from transformers import TrainerCallback
+
+    class BegunError(Exception):
+        pass
 
     class Stop(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            reached.append(time.perf_counter() - STARTED)
+            raise BegunError
 
-    made = trainer(model, method="zo", adapter="none", callbacks=[Stop()])
-    made.args.max_steps = 1
-    made.train()
-    return {"seconds": reached[0]}
+    made.add_callback(Stop())
+    try:
+        made.train()
+    except BegunError:
+        return time.perf_counter() - STARTED
+    raise AssertionError("the trainer took no step")
 
 
 if __name__ == "__main__":

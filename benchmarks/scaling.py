@@ -12,6 +12,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -84,7 +85,8 @@ def point(
             candidates |= beside(made, model)
         if GPU:  # on a CPU, the process also holds what malloc kept of the points before
             found |= {f"{name}, peak": peak_of(candidate) for name, candidate in candidates.items()}
-        found |= interleaved(candidates, rounds=5 if found["parameters"] < 2e8 or GPU else 3)
+        times = interleaved(candidates, rounds=5 if found["parameters"] < 2e8 or GPU else 3)
+        found |= {name: float(np.median(seconds)) for name, seconds in times.items()}
         del made, model, candidates
     print(
         ", ".join(

@@ -1,8 +1,9 @@
 """`make bench`: what a step costs against its forwards, and a run against the memory of its adapter.
 
-Every figure is a ratio of two things timed in turn in one run: medians of five or more rounds after a warm-up; starts
-and peaks of memory are medians of up to three processes. The embedded SmolLM2-135M in float32, batch 8 x 48 tokens
-unless said. Writes `benchmarks/results/<machine>.json` and the table in docs/performance.md.
+Every figure is the median of the ratios of two things that are timed in turn, in five or more rounds after a warm-up,
+beside the quartiles. Peaks of memory are of whole processes, medians of three where they vary. The embedded
+SmolLM2-135M in float32, batch 8 x 48 tokens unless said. Writes `benchmarks/results/<machine>.json` and the table in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import usual
 from clock import timed_run
-from timing import MODEL, batches, child, device, interleaved, machine, step_of, trainer, write
+from table import Row, write_table
+from timing import MODEL, batches, child, device, interleaved, step_of, trainer, write
 from zofo import direction, noise, noise_torch
 from zofo.adapters import LOWER, UPPER
 from zofo.data import tokenize
@@ -34,28 +35,6 @@ from zofo.tasks import Record
 ELEMENTS = 33_500_000
 EPS = 1e-3
 QUERIES = 8
-PAGE = Path("docs/performance.md")
-MARKS = ("<!-- table: begin, written by make bench -->\n", "<!-- table: end -->\n")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a ratio, and the bar that it must meet: at most, or for `faster` at least."""
-
-    what: str
-    against: str
-    ratio: float
-    bar: float | None
-    faster: bool = False
-
-    def cells(self) -> list[str]:
-        """The line's cells."""
-        ratio = f"{self.ratio:.3f}{' x faster' * self.faster}"
-        if self.bar is None:
-            return [self.what, self.against, ratio, "", ""]
-        met = self.ratio >= self.bar if self.faster else self.ratio <= self.bar
-        bar = f"at least {self.bar:g} x faster" if self.faster else f"at most {self.bar:g}"
-        return [self.what, self.against, ratio, bar, "met" if met else "missed"]
 
 
 def main() -> None:
@@ -67,17 +46,18 @@ def main() -> None:
         for row in section():
             print(" | ".join(row.cells()), flush=True)
             rows.append(row)
+        print(f"{time.perf_counter() - started:.0f} s", flush=True)
     print("one bilevel iteration (T = 3): " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
-    print(f"{time.perf_counter() - started:.0f} s")
-    write("", {"rows": [vars(row) for row in rows], "shares": shares})
+    seconds = time.perf_counter() - started
+    write("", {"seconds": round(seconds), "rows": [row.numbers() for row in rows], "shares": shares})
     if not torch.cuda.is_available():  # the page has one table: that of a machine without a GPU
-        write_table(rows, shares)
+        write_table(rows, shares, seconds)
 
 
 def noise_rows() -> list[Row]:
     """Rows 1 and 2: one pass over memory."""
     noise.warm_up(torch.float32, device())
-    made: dict[torch.dtype, dict[str, float]] = {}
+    made: dict[torch.dtype, dict[str, Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         noise.warm_up(dtype, device())
         weights, other = (torch.ones(ELEMENTS, dtype=dtype, device=device()) for _ in range(2))
@@ -85,7 +65,7 @@ def noise_rows() -> list[Row]:
             {
                 "axpy": lambda w=weights, o=other: w.add_(o, alpha=1e-9),
                 "noise": lambda w=weights: noise.update_(w, [noise.Term(1, 1e-9)], 2),
-                "eager": lambda w=weights: noise_torch.eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, math.inf, None),
+                "eager": lambda w=weights: noise_torch.eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, math.inf),
                 "torch.normal": lambda w=weights: w.add_(
                     torch.normal(0.0, 1.0, (ELEMENTS,), device=device()), alpha=1e-9
                 ),
@@ -97,8 +77,8 @@ def noise_rows() -> list[Row]:
     return [
         Row("noise pass, 33.5 M elements, float32", axpy, whole["noise"] / whole["axpy"], 2.0),
         Row("the same in bfloat16, rounded stochastically", axpy, half["noise"] / half["axpy"], 4.0),
-        Row("the same in float32 without a compiler", axpy, whole["eager"] / whole["axpy"], None),
-        Row("`torch.normal` and an add, float32", axpy, whole["torch.normal"] / whole["axpy"], None),
+        Row("the same in float32 without a compiler", axpy, whole["eager"] / whole["axpy"]),
+        Row("`torch.normal` and an add, float32", axpy, whole["torch.normal"] / whole["axpy"]),
     ]
 
 
@@ -136,16 +116,17 @@ def zeroth_order_rows() -> list[Row]:
         rounds=9,
     )
     least = one["ours"] + 3 * one["axpy"]  # z is needed at +ε, at -ε and in the update
-    eight = interleaved({"one": times_(QUERIES, step), "eight": step_of(many)})
+    eight = interleaved({"before": step, "eight": step_of(many), "after": step})
+    singles = QUERIES * (eight["before"] + eight["after"]) / 2
     way = "4 out-of-place Gaussian passes, 2 forwards with all logits"
     return [
         Row("two-sided ZO step, q = 1", "two forwards with `logits_to_keep=1`", one["step"] / one["bare"], 1.15),
-        Row("the same", "its own two forwards, whose head is read once", one["step"] / one["ours"], None),
-        Row("the limit of this: these forwards and three in-place axpy over θ", "the same", least / one["ours"], None),
+        Row("the same", "its own two forwards, whose head is read once", one["step"] / one["ours"]),
+        Row("the limit of this: these forwards and three in-place axpy over θ", "the same", least / one["ours"]),
         Row("MeZO step", way, one["usual"] / one["step"], 3.0, True),
-        Row("the limit of this: its two forwards alone", "the same", one["usual"] / one["ours"], None, True),
-        Row("the same with three in-place axpy over θ", "the same", one["usual"] / least, None, True),
-        Row("ZO step, q = 8", "8 steps with q = 1", eight["eight"] / eight["one"], 1.0),
+        Row("the limit of this: its two forwards alone", "the same", one["usual"] / one["ours"], faster=True),
+        Row("the same with three in-place axpy over θ", "the same", one["usual"] / least, faster=True),
+        Row("ZO step, q = 8", "8 steps with q = 1", eight["eight"] / singles, 1.0),
     ]
 
 
@@ -247,23 +228,11 @@ def bilevel_rows() -> list[Row]:
     least = {points: bare[points] + (points + 1) * times["axpy"] for points in (1, 2)}
     return [
         Row("upper update of `bilevel`, two-sided", way, theirs / times["two_sided"], 1.6, True),
-        Row(
-            "the limit of this: its forwards and backwards alone",
-            "the same",
-            theirs / bare[2],
-            None,
-            True,
-        ),
-        Row("the same with three in-place axpy over θ", "the same", theirs / least[2], None, True),
+        Row("the limit of this: its forwards and backwards alone", "the same", theirs / bare[2], faster=True),
+        Row("the same with three in-place axpy over θ", "the same", theirs / least[2], faster=True),
         Row("upper update of `bilevel`, one-sided", way, theirs / times["one_sided"], 2.0, True),
-        Row(
-            "the limit of this: its forwards and backwards alone",
-            "the same",
-            theirs / bare[1],
-            None,
-            True,
-        ),
-        Row("the same with two in-place axpy over θ", "the same", theirs / least[1], None, True),
+        Row("the limit of this: its forwards and backwards alone", "the same", theirs / bare[1], faster=True),
+        Row("the same with two in-place axpy over θ", "the same", theirs / least[1], faster=True),
         lower_row(two, s),
     ]
 
@@ -362,7 +331,12 @@ def scoring_rows() -> list[Row]:
 def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ...], what: str) -> list[Row]:
     """Ours against one candidate in a forward, which must give the same; and what ours would be with bare forwards."""
     examples, _ = tokenize([Record(p, options[0], options) for p in prompts], tokenizer, 512)
-    scorer, found, counted = Scorer(made.adapted, Tokens()), dict[str, Any](), Tokens()
+    found, counted = dict[str, Any](), Tokens()
+    answers = sum(len(answer) - 1 for example in examples for answer in example.answers)  # the last is read by nobody
+    needed = sum(len(example.prompt) for example in examples) + answers
+    ids = batches(made)["lower"][0]["input_ids"]
+    # a forward with as large a share of rows for the head: the last of each prompt, and all of the options'
+    asked = torch.arange(-round(ids.shape[1] * (len(examples) + answers) / needed), 0, device=ids.device)
 
     def ours() -> None:
         counted.forward = 0
@@ -374,21 +348,19 @@ def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ..
     def one_by_one() -> None:
         found["one by one"] = score_one_by_one(made.adapted.base, examples)
 
-    bundle = batches(made)["lower"][0]
-
     @torch.no_grad()
     def bare() -> None:
-        for _ in range(2):
-            scorer.loss(bundle)
+        made.adapted.base(input_ids=ids, logits_to_keep=asked, use_cache=False)
 
     times = interleaved({"ours": ours, "one by one": one_by_one, "bare": bare})
+    assert counted.forward == needed, "other tokens were read than are needed"
     for key, value in found["one by one"].items():
         assert abs(value - found["ours"][key]) < 1e-4, f"{key} differs: {found}"
-    limit = times["bare"] / (2 * int(bundle["attention_mask"].sum())) * counted.forward
+    limit = times["bare"] / ids.numel() * needed
     way, theirs = "one forward per option, batch 1", times["one by one"]
     return [
         Row(f"scoring {what} behind prompts of about 50", way, theirs / times["ours"], 8.0, True),
-        Row("the limit of this: bare forwards over its tokens", "the same", theirs / limit, None, True),
+        Row("the limit of this: bare forwards over its tokens", "the same", theirs / limit, faster=True),
     ]
 
 
@@ -413,7 +385,7 @@ def process_rows() -> list[Row]:
     runs = {
         "fo": (["fo", folder], 3),
         "bilevel": (["bilevel", folder], 3),
-        "zo": (["zo", folder], 3),
+        "zo": (["zo", folder], 1),
         "q = 8": (["zo", folder, "num_perturbations=8"], 1),
         "inference": (["inference", folder], 1),
     }
@@ -423,8 +395,11 @@ def process_rows() -> list[Row]:
     peaks = {name: statistics.median(one["peak"] for one in several) for name, several in made.items()}
     largest = made["inference"][0]["largest"]
     print({name: f"{peak / 2**20:,.0f} MiB" for name, peak in peaks.items()})
-    starts = [(child("first-step", folder)["seconds"], child("loading", folder)["seconds"]) for _ in range(4)][1:]
-    first, loading = (sorted(values)[1] for values in zip(*starts, strict=True))
+    starts: dict[str, list[float]] = {"loading": [], "trainer": [], "first-step": []}
+    for _ in range(5):
+        for what, seconds in starts.items():
+            seconds.append(child(what, folder)["seconds"])
+    loading, plain, first = map(np.array, starts.values())
     return [
         Row("peak memory of `bilevel`", "`fo` with LoRA, same batch", peaks["bilevel"] / peaks["fo"], 1.05),
         Row("peak memory of `zo`", "inference with the same batch + the largest parameter",
@@ -432,27 +407,8 @@ def process_rows() -> list[Row]:
         Row("peak memory of `zo`, q = 8", "q = 1", peaks["q = 8"] / peaks["zo"], 1.01),
         Row("from the start of zofo to the first step", "`import torch, transformers, peft` and loading the model",
             first / loading, 1.2),
+        Row("the limit of this: a plain `transformers.Trainer` until its first step", "the same", plain / loading),
     ]  # fmt: skip
-
-
-def write_table(rows: list[Row], shares: dict[str, float]) -> None:
-    """Replaces the table in docs/performance.md."""
-    about = machine()
-    lines = [
-        f"The machine: {about['processor']}, {about['threads']} threads, {about['system']}, Python {about['python']}, "
-        f"torch {about['torch']}.\n",
-        "| what | against | ratio | bar | |",
-        "|---|---|---|---|---|",
-        *(f"| {' | '.join(row.cells())} |" for row in rows),
-        "",
-        "Where the time of one iteration of `bilevel` (T = 3) goes:\n",
-        "| part | share |",
-        "|---|---|",
-        *(f"| {name} | {share:.1%} |" for name, share in shares.items()),
-    ]
-    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    PAGE.write_text(before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -34,19 +34,25 @@ def rows_of(words: int) -> list[dict[str, Any]]:
     ]
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each candidate after a warm-up; every round runs all of them in turn."""
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, Any]:
+    """Seconds of each candidate in every round, after a warm-up.
+
+    A round runs all of them in turn, and every second one in the opposite order: a machine that slows down meanwhile
+    slows all of them alike, so ratios are to be taken within rounds.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for candidate in candidates.values():
+    order = list(candidates.items())
+    for _, candidate in order:
         candidate()
     for _ in range(rounds):
-        for name, candidate in candidates.items():
+        order.reverse()
+        for name, candidate in order:
             synchronise()
             start = time.perf_counter()
             candidate()
             synchronise()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: np.array(values) for name, values in times.items()}
 
 
 def synchronise() -> None:

@@ -1,0 +1,79 @@
+"""The table of `make bench` in docs/performance.md: ratios, how far they spread over the rounds, and bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from timing import machine
+
+PAGE = Path("docs/performance.md")
+MARKS = ("<!-- table: begin, written by make bench -->\n", "<!-- table: end -->\n")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a ratio in each round, and the bar that its median must meet: at most, or for `faster` at least."""
+
+    what: str
+    against: str
+    ratios: Any  # an array of one for each round, or one number
+    bar: float | None = None
+    faster: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """The median."""
+        return float(np.median(self.ratios))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The middle half of the rounds lies between these."""
+        low, high = np.quantile(self.ratios, (0.25, 0.75))
+        return float(low), float(high)
+
+    def cells(self) -> list[str]:
+        """The line's cells."""
+        ratio = f"{self.ratio:.3f}{' x faster' * self.faster}"
+        spread = "{:.3f} - {:.3f}".format(*self.quartiles) if np.size(self.ratios) > 1 else ""
+        if self.bar is None:
+            return [self.what, self.against, ratio, spread, "", ""]
+        met = self.ratio >= self.bar if self.faster else self.ratio <= self.bar
+        bar = f"at least {self.bar:g} x faster" if self.faster else f"at most {self.bar:g}"
+        return [self.what, self.against, ratio, spread, bar, "met" if met else "missed"]
+
+    def numbers(self) -> dict[str, Any]:
+        """The line for a file of results."""
+        return {
+            "what": self.what,
+            "against": self.against,
+            "ratio": self.ratio,
+            "quartiles": self.quartiles,
+            "rounds": int(np.size(self.ratios)),
+            "bar": self.bar,
+            "faster": self.faster,
+        }
+
+
+def write_table(rows: Sequence[Row], shares: dict[str, float], seconds: float) -> None:
+    """Replaces the table in docs/performance.md."""
+    about = machine()
+    lines = [
+        f"The machine: {about['processor']}, {about['threads']} threads, {about['system']}, Python {about['python']}, "
+        f"torch {about['torch']}. The whole took {seconds / 60:.0f} minutes.\n",
+        "| what | against | ratio | middle half | bar | |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(row.cells())} |" for row in rows),
+        "",
+        "Where the time of one iteration of `bilevel` (T = 3) goes:\n",
+        "| part | share |",
+        "|---|---|",
+        *(f"| {name} | {share:.1%} |" for name, share in shares.items()),
+    ]
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    PAGE.write_text(before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + after, encoding="utf-8")
