@@ -78,7 +78,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         interval = f"{row['low']:.3f} - {row['high']:.3f}"
         lines.append(f"| {row['task']} | {row['name']} | {row['accuracy']:.3f} | {interval} | {row['loss']:.3f} |")
-    commands = "\n".join(f"zofo {' '.join(command)} --task TASK" for command in (BILEVEL, FO, EIGHT))
+    runs = {"bilevel": BILEVEL, "fo": FO}
+    commands = "\n".join(
+        [*(f"zofo {' '.join(command)} --task TASK --output_dir runs/TASK-{name}" for name, command in runs.items()),
+         f"zofo {' '.join(EIGHT)} --task TASK"]
+    )  # fmt: skip
     return "\n".join([*lines, "", *verdicts(rows), "", "The commands:", "", "```bash", commands, "```", ""])
 
 

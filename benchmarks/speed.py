@@ -65,7 +65,7 @@ def noise_rows() -> list[Row]:
             {
                 "axpy": lambda w=weights, o=other: w.add_(o, alpha=1e-9),
                 "noise": lambda w=weights: noise.update_(w, [noise.Term(1, 1e-9)], 2),
-                "eager": lambda w=weights: noise_torch.eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, math.inf),
+                "eager": lambda w=weights: noise_torch.eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, math.inf, None),
                 "torch.normal": lambda w=weights: w.add_(
                     torch.normal(0.0, 1.0, (ELEMENTS,), device=device()), alpha=1e-9
                 ),

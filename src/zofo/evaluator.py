@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 import yaml
 from accelerate.utils import send_to_device
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zofo.adapters import AdaptedModel
@@ -20,7 +18,7 @@ from zofo.data import Example, LossKind, tokenize
 from zofo.errors import ZofoError
 from zofo.evaluation import Scoring, evaluate
 from zofo.metrics import OPTION_METRICS
-from zofo.models import DType, load_model
+from zofo.models import DType, load_model, on_device
 from zofo.own_data import TASK_FILE
 from zofo.prompting import as_channel, as_chat, behind_premise, demonstrations, in_context
 from zofo.records import Record
@@ -105,8 +103,7 @@ def evaluate_model(
         for number in _numbers(task, settings):
             task.reworded(splits.test, number)
     loaded, tokenizer = load_model(model, settings.dtype)
-    cast(nn.Module, loaded).to("cuda" if torch.cuda.is_available() else "cpu")
-    base = AdaptedModel(loaded, stored=adapter)
+    base = AdaptedModel(on_device(loaded), stored=adapter)
     found: dict[str, Any] = {}
     for name, (task, splits) in parts.items():
         rows = {"test": splits.test, "dev": splits.dev, "train": splits.train}[split]

@@ -12,7 +12,7 @@ import yaml
 
 from zofo.adapters import AdaptedModel
 from zofo.errors import ZofoError
-from zofo.models import DType, load_model
+from zofo.models import DType, load_model, on_device
 
 
 def evaluate_with_harness(
@@ -47,7 +47,7 @@ def evaluate_with_harness(
     manager: Any = importlib.import_module("lm_eval.tasks").TaskManager()
     wanted = [_task(name, manager.all_tasks) for name in tasks]
     base, tokenizer = load_model(model, dtype)
-    adapted = AdaptedModel(base, stored=adapter)
+    adapted = AdaptedModel(on_device(base), stored=adapter)
     lm = huggingface.HFLM(
         pretrained=adapted.model.eval(),
         tokenizer=tokenizer,

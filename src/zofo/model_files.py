@@ -142,5 +142,5 @@ def require_dense(config: Any, name: str, purpose: str) -> None:
     raise ZofoError(
         f"the weights of {name} are quantised ({how}) and cannot be moved, as {purpose} would: use the original "
         "model, or model.dequantize() and save_pretrained in transformers, or a GGUF file, which zofo dequantises; or "
-        "method fo with an adapter, which leaves them as they are"
+        "train an adapter alone, by method fo or zo, which leaves them as they are"
     )

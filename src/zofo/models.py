@@ -95,6 +95,12 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     return model.eval()
 
 
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, moved to the GPU if torch sees one."""
+    cast(nn.Module, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
+
+
 def stored_dtype(name: str) -> DType:
     """The dtype in which a model was saved; float32 if its config does not say."""
     found = _causal_config(local_source(name), name).dtype

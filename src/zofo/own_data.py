@@ -29,13 +29,18 @@ def table_task(file: str, text: str | None, label: str | None) -> dict[str, Any]
         The content of the task file, with the table's absolute path.
 
     Raises:
-        ZofoError: if a column is missing or has gaps, or the labels are no classes: one only, more than 20, or numbers
-            to be predicted.
+        ZofoError: if there is no such file, a column is missing or has gaps, or the labels are no classes: one only,
+            more than 20, or numbers to be predicted.
     """
     if text is None or label is None:
         missing = "--text" if text is None else "--label"
         raise ZofoError(f"data is {file}, but {missing} is not given: name the column that holds the {missing[2:]}")
     path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise ZofoError(
+            f"data is {file}, and there is no such file: give a table; for a folder, a package's file or a Hub data "
+            "set write a task file (docs/tasks.md)"
+        )
     (rows,) = read_rows(str(path), path.parent).values()
     for column in (text, label):
         _require_column(rows, column, file)

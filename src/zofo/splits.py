@@ -50,8 +50,8 @@ def split_records(
 
     Test is cut first, then dev, then the training rows, all along one seeded order in which every stretch has
     nearly the class shares of the whole: so the test rows do not depend on how many rows the others get. A prompt
-    that occurs more than once is kept once, test before dev before train. Rows of one group stay together, so a part
-    may get a few rows less than wanted.
+    that occurs more than once is kept once, test before dev before train. Rows of one group stay in one of
+    test, dev and train, so a part may get a few rows less than wanted.
 
     Args:
         records: {"all": ...}, or {"train": ...} with "dev" or "test" where the source has them.
