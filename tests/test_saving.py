@@ -329,6 +329,31 @@ def test_what_a_killed_save_left_half_written_is_written_anew_without_a_word(
     assert (caplog.text, capfd.readouterr().err) == ("", "")
 
 
+def test_a_card_of_the_user_s_own_is_kept(trainers, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# My own words\n")
+    trainers["bilevel"].save_model(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert "license: mit" in card
+    assert "# My own words" in card
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lr_scheduler_type": "polynomial"},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 3e-3}},
+    ],
+    ids=lambda keys: keys["lr_scheduler_type"],
+)
+@pytest.mark.parametrize("name", ["bilevel", "zo"])
+def test_schedules_that_end_at_a_rate_work_with_every_method(tmp_path, name, keys):
+    trainer = make_trainer(tmp_path, logging_steps=1, save_strategy="no", **RUNS[name], **keys)
+    trainer.train()
+    rates = [entry["zo_learning_rate"] for entry in trainer.state.log_history if "zo_learning_rate" in entry]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < rates[0]
+
+
 def test_there_is_no_pickle_outside_checkpoints(folder, trainers):
     for name in RUNS:
         files = [f for f in (folder / name).rglob("*") if f.is_file() and "checkpoint-" not in str(f)]

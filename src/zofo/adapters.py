@@ -270,7 +270,9 @@ class AdaptedModel:
         for config in self._peft.peft_config.values():
             # an adapter belongs to the moved backbone: on the original one it would be silently wrong
             config.base_model_name_or_path = self.base.name_or_path if self.quantised else str(backbone.resolve())
-        (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
+        card = folder / "README.md"
+        if card.is_file() and not card.read_bytes().strip():
+            card.unlink()  # peft adds to what is there, and a killed save left nothing
         # asking the Hub whether the vocabulary grew would need a network
         self._peft.save_pretrained(str(folder), selected_adapters=list(self.adapters), save_embedding_layers=False)
         return folder / "tokenizer" if self.quantised else backbone

@@ -25,7 +25,7 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
     """
     sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     for name in sizes:
-        with open(folder / name, "rb") as file:
+        with open(folder / name, "rb+") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
     half = folder / f"{SEAL}.half"
     half.write_text(json.dumps({"files": sizes, **content}, indent=1))

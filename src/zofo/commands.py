@@ -17,7 +17,7 @@ from zofo.card import model_card
 from zofo.checkpoint import last_sealed, read_seal, require_same, writing
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.models import DType, load_model, load_weights, require_movable, stored_dtype
+from zofo.models import DType, load_model, load_tokenizer, load_weights, require_movable, stored_dtype
 from zofo.own_data import TASK_FILE, introduction, make_table_task, task_text
 from zofo.plots import plot_curves
 from zofo.splits import Splits, split_records
@@ -26,18 +26,9 @@ from zofo.trainer import ZOFOTrainer
 
 Say = Callable[[str], None]
 
-_RUN_FILES = (
-    "config.yaml",
-    TASK_FILE,
-    "results.json",
-    "README.md",
-    "curves.png",
-    "backbone",
-    "tokenizer",
-    "upper",
-    "lower",
-    "trainer_state.json",
-)
+_PART = 1 << 24  # numbers in double precision at a time
+_RUN = ("config.yaml", "results.json", "backbone", "upper", "lower", "trainer_state.json")  # nobody else has these
+_BESIDE = (TASK_FILE, "README.md", "curves.png", "tokenizer")
 
 
 def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
@@ -52,6 +43,7 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     resume = _resume_point(config, run)
     task, spec = _task(config)
     splits = _split(task, config, say)
+    _require_rows(splits, config)
     for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
         say(line)
     if config.moves_backbone:
@@ -77,6 +69,8 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     if config.method != "none":
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     metrics = trainer.score(test) if config.method != "none" else {UPPER: zero_shot}
+    trainer.save_model()
+    trainer.save_state()
     results: dict[str, Any] = {
         "method": config.method,
         "seed": config.seed,
@@ -87,13 +81,11 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
         "cost": trainer.cost.as_json(),
         "backbone_change": backbone_change(trainer.adapted, config.model, config.dtype),
     }
-    trainer.save_model()
-    trainer.save_state()
+    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot_curves(trainer.state.log_history, f"{config.method} ({config.adapter}) on {task.name}", run / "curves.png")
     backbone = config.model if trainer.adapted.quantised else "backbone"
     card = model_card(config, results, task, trainer.state.global_step, backbone)
     (run / "README.md").write_text(card, encoding="utf-8")
-    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for adapter, scores in metrics.items():
         say(f"{adapter} on test: {_words(scores)}")
     return results
@@ -123,7 +115,6 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
         raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
     backbone, beside = str(run / "backbone"), None
     dtype = dtype or stored_dtype(backbone)
-    _, tokenizer = load_model(backbone, dtype)
     if (run / adapter).is_dir() and is_prompt(run / adapter):
         beside, model = adapter, load_weights(backbone, dtype)
         say(f"{run / adapter} consists of virtual tokens, which cannot be merged: it is kept in {output / adapter}")
@@ -135,6 +126,7 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
     else:
         say(f"{run} has no adapters: its backbone is the whole model")
         model = load_weights(backbone, dtype)
+    tokenizer = load_tokenizer(backbone, model)
     half = output.with_name(output.name + ".half")
     shutil.rmtree(half, ignore_errors=True)
     with writing(output):
@@ -150,9 +142,12 @@ def backbone_change(adapted: AdaptedModel, model: str, dtype: DType) -> float:
     """|θ - θ_0| / |θ_0|, with θ_0 loaded once more."""
     if adapted.quantised:  # and so where it was
         return 0.0
-    start = dict(load_weights(model, dtype).named_parameters())
-    moved = sum(float((p.cpu().double() - start[n].double()).square().sum()) for n, p in adapted.backbone.items())
-    norm = sum(float(p.double().square().sum()) for p in start.values())
+    moved, norm = 0.0, 0.0
+    now = adapted.backbone
+    for name, start in load_weights(model, dtype).named_parameters():
+        for part, before in zip(*(p.detach().flatten().split(_PART) for p in (now[name], start)), strict=True):
+            moved += float((part.cpu().double() - before.double()).square().sum())
+            norm += float(before.double().square().sum())
     return (moved / norm) ** 0.5
 
 
@@ -188,32 +183,63 @@ def _split(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     return splits
 
 
+def _require_rows(splits: Splits, config: ZOFOConfig) -> None:
+    wanted = ["test"] if config.eval_strategy == "no" else ["test", "dev"]
+    for name in wanted:
+        if not vars(splits)[name]:
+            raise ZofoError(f"no row is left for {name}: give more rows, or {name}_size")
+
+
 def _resume_point(config: ZOFOConfig, run: Path) -> Path | None:
-    """The checkpoint to resume from; refuses to write over a run otherwise."""
-    wanted = config.resume_from_checkpoint
+    """The checkpoint to resume from; refuses to write over what `run` holds, unless it goes on from there."""
+    wanted, folder = config.resume_from_checkpoint, None
     if wanted and str(wanted).lower() not in ("false", "none"):
         folder = last_sealed(run) if str(wanted).lower() == "true" else Path(str(wanted))
         require_same(read_seal(folder)["config"], config.identity(), folder)
-        return folder
-    holds = [name for name in _RUN_FILES if (run / name).exists()] + [f.name for f in run.glob("checkpoint-*")]
-    if holds and not config.overwrite_output_dir:
+    if folder is None or not _is_of(folder, run):
+        _require_free(run, config)
+    return folder
+
+
+def _is_of(checkpoint: Path, run: Path) -> bool:
+    return checkpoint.resolve().parent == run.resolve()
+
+
+def _held(run: Path) -> list[Path]:
+    """What a folder holds of a run."""
+    return [run / name for name in (*_RUN, *_BESIDE) if (run / name).exists()] + sorted(run.glob("checkpoint-*"))
+
+
+def _require_free(run: Path, config: ZOFOConfig) -> None:
+    held = _held(run)
+    if not held:
+        return
+    if all(target.name in _BESIDE for target in held):
+        raise ZofoError(f"{run} holds {held[0].name}, but no run that could be removed: choose another output_dir")
+    if not config.overwrite_output_dir:
         raise ZofoError(
-            f"{run} already holds a run ({holds[0]}): choose another output_dir, resume_from_checkpoint: true to go "
-            "on, or overwrite_output_dir: true to remove it"
+            f"{run} already holds a run ({held[0].name}): choose another output_dir, resume_from_checkpoint: true to "
+            "go on, or overwrite_output_dir: true to remove it"
         )
-    return None
+    for key in ("model", "task", "data", "source", "adapter"):
+        given = Path(str(vars(config)[key])).expanduser().resolve()
+        if any(target.resolve() in (given, *given.parents) for target in held):
+            raise ZofoError(
+                f"{key} is {given}, which overwrite_output_dir would remove with the run in {run}: choose another "
+                "output_dir"
+            )
 
 
 def _prepare_folder(run: Path, config: ZOFOConfig, resume: Path | None) -> None:
-    if resume is None:
-        for name in [*_RUN_FILES, *(f.name for f in run.glob("checkpoint-*"))]:
-            target = run / name
+    if config.overwrite_output_dir and (resume is None or not _is_of(resume, run)):
+        for target in _held(run):
             if target.is_dir():
                 shutil.rmtree(target)
             else:
-                target.unlink(missing_ok=True)
+                target.unlink()
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
+        (run / "README.md").unlink(missing_ok=True)  # of the run that goes on: peft would add to it
         (run / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from zofo.cost import Cost, CostCallback
 from zofo.data import Example, collate, tokenize
 from zofo.errors import ZofoError
 from zofo.evaluation import evaluate, require_scorable
-from zofo.levels import NonFiniteLossError
+from zofo.levels import NonFiniteLossError, require_optimizer
 from zofo.methods import make_method
 from zofo.model_files import require_dense
 from zofo.models import load_model, require_fitting_tokenizer
@@ -107,7 +108,8 @@ class ZOFOTrainer(Trainer):
             self.adapted.require_checkpointing()
         rows = _levels(args, train_dataset, upper_dataset)
         self.metrics = tuple(metrics) or ("accuracy" if rows[0][0].options else "exact_match",)
-        require_scorable(self.adapted, self.metrics[0])
+        _require_known_metric(args, self.metrics)
+        require_optimizer(args)
         self.args = args
         self.cost = Cost()
         self.truncated = 0
@@ -116,12 +118,14 @@ class ZOFOTrainer(Trainer):
         lower = self.examples(rows[0])
         upper = lower if rows[1] is rows[0] else self.examples(rows[1])
         self._level_sizes = (len(lower), len(upper))
+        evaluated = self.examples(records(eval_dataset)) if eval_dataset else []
+        require_scorable(self.adapted, self.metrics[0], evaluated)
         use_cache = model.config.use_cache
         super().__init__(
             model=self.adapted.model,
             args=args,
             train_dataset=cast(Any, [*lower, *upper]),
-            eval_dataset=cast(Any, self.examples(records(eval_dataset)) if eval_dataset else None),
+            eval_dataset=cast(Any, evaluated or None),
             processing_class=processing_class,
             callbacks=[CostCallback(self.cost), *(callbacks or [])],
         )
@@ -131,6 +135,7 @@ class ZOFOTrainer(Trainer):
         self.method = make_method(self.adapted, Scorer(self.adapted, self.cost.tokens), args)
         self._micro: list[Bundle] = []
         self._logs: dict[str, list[float]] = defaultdict(list)
+        self._skipped = 0
 
     def examples(self, rows: Sequence[Record]) -> list[Example]:
         """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
@@ -155,7 +160,7 @@ class ZOFOTrainer(Trainer):
         collator = BundleCollator(
             self.method.plan,
             args.per_device_train_batch_size,
-            lambda examples: collate(examples, args.loss, pad_id, side),
+            partial(collate, kind=args.loss, pad_id=pad_id, padding_side=side),
         )
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self.train_dataset),
@@ -186,7 +191,7 @@ class ZOFOTrainer(Trainer):
             if self.args.on_nonfinite == "raise":
                 raise
             self.method.skip()
-            self._logs["skipped_steps"].append(1.0)
+            self._skipped += 1
             return nothing
         for key, value in logs.items():
             self._logs[key].append(value)
@@ -199,8 +204,13 @@ class ZOFOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the method's own values, and every learning rate by its name."""
         if "loss" in logs:
+            if self._skipped:
+                logs["skipped_steps"] = self._skipped
+            if not self._logs:
+                del logs["loss"]  # all of them were skipped, and 0 would be no loss
             logs.update({key: sum(values) / len(values) for key, values in self._logs.items()})
             self._logs.clear()
+            self._skipped = 0
             optimizer = self.method.optimizer
             members = optimizer.members if isinstance(optimizer, JointOptimizer) else {"zo": optimizer}
             for name, member in members.items():
@@ -301,6 +311,7 @@ class ZOFOTrainer(Trainer):
         try:
             with writing(folder):
                 unseal(folder)
+                (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
                 super()._save_checkpoint(model, trial)
                 self.adapted.save_trained(folder)
                 seal(folder, {"config": self._identity, "cost": self.cost.as_json()})
@@ -346,6 +357,15 @@ def records(rows: Rows) -> list[Record]:
                 raise ZofoError(f"row {number} has no text {key!r}: rows need prompt, completion and perhaps options")
         made.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
     return made
+
+
+def _require_known_metric(args: ZOFOConfig, metrics: Sequence[str]) -> None:
+    """Refuses a model selection by what no evaluation will report, before the first one has to be waited for."""
+    adapters = ("", "lower_") if args.method == "bilevel" else ("",)
+    known = [f"{adapter}{name}" for adapter in adapters for name in (*metrics, "loss")]
+    wanted = args.metric_for_best_model
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
 
 
 def _levels(args: ZOFOConfig, train: Rows, upper: Rows | None) -> tuple[list[Record], list[Record]]:
