@@ -147,6 +147,19 @@ def test_all_memory_is_given_back_without_a_search_for_it():
         gc.enable()
 
 
+def test_the_order_is_still_known_after_the_memory_was_given_back(launches):
+    model, scratch = tiny_model(), Scratch()
+    logits(model, scratch)
+    first, known = launches[:], len(launches)
+    logits(model, scratch)
+    second, known = launches[known:], len(launches)
+    scratch.forget()
+    assert not scratch._free
+    logits(model, scratch)
+    assert launches[known:] == second
+    assert len(second) < len(first)
+
+
 def test_with_gradients_every_weight_is_moved_alone(launches):
     model, scratch = tiny_model(), Scratch()
     for _ in range(2):

@@ -46,6 +46,16 @@ KEYS = {
     "more test rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it: ask for"),
     "more dev rows than exist": ({"dev_size": 51}, "dev_size is 51, but only 50 rows are left for it"),
     "no training row left": ({"dev_size": 50}, "no row is left to train on"),
+    "decay at an automatic rate": (
+        {"method": "zo", "adapter": "none", "zo_learning_rate": "auto", "zo_weight_decay": 0.1},
+        "zo_weight_decay is 0.1, but the automatic rate grows without bound",
+    ),
+    "an optimizer that is not there": ({"optim": "galore_adamw"}, "optim galore_adamw cannot be used ("),
+    "an optimizer with weights of its own": ({"optim": "schedule_free_adamw"}, "optim schedule_free_adamw keeps"),
+    "no metric to choose by": (
+        {"eval_steps": 1, "metric_for_best_model": "accuracee"},
+        "metric_for_best_model is 'accuracee', but evaluations report accuracy",
+    ),
     "a length with no room": ({"max_length": 2}, "max_length 2: raise max_length, or shorten the answers"),
 }
 MUST_BE_POSITIVE = (
@@ -137,6 +147,16 @@ def test_data_files(capsys, tmp_path, keys, content, message):
     assert message in refused(capsys, arguments(**keys), tmp_path)
 
 
+def test_rows_that_are_too_few_to_hold_some_out(capsys, tmp_path, keys):
+    (tmp_path / "task" / "rows.jsonl").write_text("".join(LINES[:4]))
+    given = {**keys, "test_size": None, "dev_size": None}
+    assert "no row is left for test: give more rows, or test_size" in refused(capsys, arguments(**given), tmp_path)
+    scored = {"model": keys["model"], "task": keys["task"]}
+    assert "has no row left for test: give more" in refused(capsys, arguments("eval", **scored), tmp_path)
+    given |= {"test_size": 1, "eval_steps": 1}
+    assert "no row is left for dev: give more rows, or dev_size" in refused(capsys, arguments(**given), tmp_path)
+
+
 CONFIGS = {
     "broken YAML": (b"model: [", "is no valid YAML"),
     "a list": (b"- a\n", "is no config: it must hold lines like"),
@@ -224,6 +244,12 @@ def test_models(capsys, tmp_path, keys, make, message, verb):
     if verb == "eval":
         given = {"model": tmp_path / "model", "task": keys["task"], "output": tmp_path / "scores.json"}
     assert message.format(model=tmp_path / "model") in refused(capsys, arguments(verb, **given), tmp_path)
+
+
+def test_two_tasks_of_one_name(capsys, tmp_path, keys):
+    second = write_task(tmp_path / "other")
+    words = ["eval", "--model", str(keys["model"]), "--task", str(keys["task"]), str(second)]
+    assert "two of the tasks are called" in refused(capsys, words, tmp_path)
 
 
 EVAL = {

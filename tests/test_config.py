@@ -41,6 +41,9 @@ def test_no_training_has_no_adapter():
     [
         ({"method": "two_stage"}, False),
         ({"method": "bilevel", "penalty_schedule": "linear"}, False),
+        ({"method": "zo", "lr_scheduler_type": "linear"}, False),
+        ({"method": "zo", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, False),
+        ({"method": "zo", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, True),
         ({"method": "bilevel"}, True),
         ({"method": "zo"}, True),
     ],
@@ -69,6 +72,28 @@ def test_a_stored_configuration_reads_back_as_itself(tmp_path):
     second = parse_config(tmp_path / "config.yaml", [])
     assert second.identity() == first.identity()
     assert second.resolved() == first.resolved()
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("given", ["true", "false"])
+def test_the_command_line_wins_over_a_stored_configuration(tmp_path, stored, given):
+    import yaml
+
+    first = config(method="bilevel", gradient_checkpointing=stored, learning_rate=1e-2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.resolved()))
+    again = parse_config(tmp_path / "config.yaml", [])
+    assert (again.activation_checkpointing, again.upper_learning_rate) == (stored, 1e-2)
+    found = parse_config(tmp_path / "config.yaml", ["--gradient_checkpointing", given, "--learning_rate", "1e-4"])
+    assert found.activation_checkpointing == (given == "true")
+    assert found.upper_learning_rate == 1e-4
+    apart = config(method="bilevel", learning_rate=1e-2, upper_learning_rate=3e-2).resolved()
+    assert apart["upper_learning_rate"] == 3e-2
+
+
+def test_autocast_by_the_settings_of_accelerate_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ZofoError, match=r"mixed_precision: bf16.*set dtype"):
+        config(method="zo")
 
 
 def test_a_list_of_one_task_is_that_task_and_more_are_refused(tmp_path):

@@ -41,7 +41,13 @@ COMMON = {
 RUNS = {
     "bilevel": {"method": "bilevel", "num_perturbations": 2, "per_device_train_batch_size": 1},
     "zo": {"method": "zo", "adapter": "none", "num_perturbations": 2, "per_device_train_batch_size": 2},
-    "auto": {"method": "zo", "adapter": "none", "zo_learning_rate": "auto", "per_device_train_batch_size": 2},
+    "auto": {
+        "method": "zo",
+        "adapter": "none",
+        "zo_learning_rate": "auto",
+        "zo_weight_decay": 0.0,
+        "per_device_train_batch_size": 2,
+    },
     "fo": {"method": "fo", "per_device_train_batch_size": 2},
     "full": {"method": "fo", "adapter": "none", "per_device_train_batch_size": 2, "learning_rate": 1e-3},
     "two_stage": {"method": "two_stage", "two_stage_fraction": 0.8, "per_device_train_batch_size": 2},

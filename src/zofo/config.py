@@ -27,6 +27,7 @@ from zofo.noise import Distribution
 _INHERITED_IDENTITY = (
     "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
+    "lr_scheduler_kwargs", "optim_args",
 )  # fmt: skip
 _POSITIVE = (
     "zo_eps", "num_perturbations", "max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -37,6 +38,9 @@ _NOT_NEGATIVE = (
     "learning_rate", "upper_learning_rate", "penalty", "lower_steps", "zo_weight_decay", "weight_decay", "seed",
     "data_seed", "max_grad_norm", "template",
 )  # fmt: skip
+_CHECKPOINTING = tuple(
+    f"{name}_checkpointing{rest}" for name in ("activation", "gradient") for rest in ("", "_kwargs")
+)
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
 AUTO = "auto"
 _FREE = ("overwrite_output_dir", "on_nonfinite")
@@ -142,6 +146,11 @@ class ZOFOConfig(TrainingArguments):
                 f"this is one of {self.world_size} processes, but a run is a single one: start zofo without torchrun "
                 "or accelerate launch"
             )
+        if self.mixed_precision != "no":
+            raise ZofoError(
+                f"accelerate's settings switch autocast on (mixed_precision: {self.mixed_precision}), which zofo does "
+                "not use: start zofo without accelerate launch, and set dtype"
+            )
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
         options: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and options.get("use_reentrant"):
@@ -158,6 +167,11 @@ class ZOFOConfig(TrainingArguments):
 
     def _check_zo_learning_rate(self) -> None:
         if self.zo_learning_rate == AUTO:
+            if self.zo_weight_decay:
+                raise ZofoError(
+                    f"zo_weight_decay is {self.zo_weight_decay}, but the automatic rate grows without bound where "
+                    "losses are flat, and the decay with it: give zo_learning_rate as a number, or leave it out"
+                )
             return
         try:
             self.zo_learning_rate = float(self.zo_learning_rate)
@@ -204,7 +218,8 @@ class ZOFOConfig(TrainingArguments):
     def identity(self) -> dict[str, Any]:
         """The keys that must not change when a run is resumed, as JSON values."""
         keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in _FREE)]
-        if self.method == "two_stage" or self.penalty_schedule != "constant":
+        timeless = self.lr_scheduler_type in ("constant", "constant_with_warmup") and not 0 < self.warmup_steps < 1
+        if self.method == "two_stage" or self.penalty_schedule != "constant" or not timeless:
             keys += ["max_steps", "num_train_epochs"]  # what a step does depends on how many there will be
         values = {key: _anywhere(key, vars(self)[key]) for key in keys}
         return {key: str(value) if isinstance(value, Enum) else value for key, value in values.items()}
@@ -212,13 +227,18 @@ class ZOFOConfig(TrainingArguments):
     def resolved(self) -> dict[str, Any]:
         """Every key that differs from its default, or is one of zofo's own: what reading it back needs."""
         kept: dict[str, Any] = {}
+        followed = () if self.upper_learning_rate != self.learning_rate else ("upper_learning_rate",)
         for field in dataclasses.fields(self):
             value = vars(self)[field.name]
             value = value.value if isinstance(value, Enum) else value
-            if field.name in _MANNER or not field.init:
+            if field.name in (*_MANNER, *_CHECKPOINTING, *followed) or not field.init:
                 continue
             if (field.name in own_keys() or value != field.default) and _plain(value):
                 kept[field.name] = _anywhere(field.name, value)
+        if self.activation_checkpointing:  # by the name that people give it: two would contradict each other
+            kept["gradient_checkpointing"] = True
+            if self.activation_checkpointing_kwargs:
+                kept["gradient_checkpointing_kwargs"] = self.activation_checkpointing_kwargs
         return kept
 
     def _require(self, name: str, relation: Literal[">", ">="], bound: float) -> None:

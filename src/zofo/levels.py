@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from zofo import precision
 from zofo.adapters import LOWER, AdaptedModel
 from zofo.config import ZOFOConfig
 from zofo.data import Batch
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, first_line
 from zofo.estimators import ESTIMATORS, Estimate, Evaluate, curvature
 from zofo.optimizers import REACH, ZOSGD, AutomaticZOSGD, ZerothOrderOptimizer
 from zofo.perturb import perturbed
@@ -191,7 +192,7 @@ class ZerothOrderLevel:
 
     def release(self) -> None:
         """Frees the scratch memory, which is only worth keeping if nothing else needs much before the next step."""
-        self._scratch = Scratch()
+        self._scratch.forget()
 
     def clear(self) -> None:
         """Forgets the estimate."""
@@ -232,16 +233,33 @@ def mean_losses(scorer: Scorer, terms: Mapping[str, tuple[str, Sequence[Batch]]]
 
 
 def random_state() -> list[Tensor]:
-    """The global random state of torch, on all devices in use: what dropout advances."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    """The global random state of torch, on the CPU and on the accelerator, if there is one: what dropout advances."""
+    accelerator = [torch.get_device_module().get_rng_state()] if torch.accelerator.is_available() else []
+    return [torch.get_rng_state(), *accelerator]
+
+
+def require_optimizer(args: ZOFOConfig) -> None:
+    """Refuses an `optim` that cannot be had, before any work.
+
+    Raises:
+        ZofoError: if it is not installed, needs a model of its own kind, or keeps weights of its own.
+    """
+    if args.method in ("bilevel", "fo", "two_stage"):
+        _first_order_optimizer([torch.zeros(1, requires_grad=True)], args.learning_rate, args)
 
 
 def _first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, args: ZOFOConfig) -> Optimizer:
     """`args.optim` as the trainer would make it; biases and norms are not decayed."""
-    made: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args)
-    kind, settings = made
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})
+    name = str(args.optim.value if isinstance(args.optim, Enum) else args.optim)
+    if name.startswith("schedule_free"):
+        raise ZofoError(f"optim {name} keeps weights of its own for training, which zofo does not: take adamw_torch")
+    try:
+        made: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind, settings = made
+        return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ZofoError(f"optim {name} cannot be used ({first_line(error)}): take adamw_torch, say") from error

@@ -209,7 +209,7 @@ class JointOptimizer(Optimizer):
         # Not super().__init__(): groups and state belong to the members, whose load_state_dict replaces both.
         self.members = dict(members)
         self.stepped = stepped
-        self.defaults = {}
+        self.defaults = {"lr": next(iter(self.members.values())).defaults["lr"]}  # some schedules end in parts of it
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]

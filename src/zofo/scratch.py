@@ -48,6 +48,10 @@ class Scratch:
         self._free.clear()
         return Buffer(like, size)
 
+    def forget(self) -> None:
+        """Frees the memory, and keeps what is known of the order."""
+        self._free.clear()
+
     def give_back(self, buffer: Buffer) -> None:
         """The buffer may be overwritten from now on."""
         insort(self._free, buffer, key=lambda buffer: buffer.size)
