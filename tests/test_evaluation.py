@@ -1,6 +1,7 @@
 """Every way to score equals a plain scorer that reads one candidate in one forward."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from test_scoring import MULTI, PAD, PROMPTS, SINGLE, TOKENIZER, adapted, plain_log_probabilities, pytestmark  # noqa: F401
 from zofo.data import collate, collate_shared, pad, tokenize
+from zofo.errors import ZofoError
 from zofo.evaluation import evaluate, option_totals
-from zofo.evaluator import eval_settings
+from zofo.evaluator import EvalSettings, eval_settings
 from zofo.prompting import as_channel, behind_premise
 from zofo.records import Record
 from zofo.scoring import Scorer, Tokens
@@ -167,8 +169,28 @@ def test_truncation_keeps_the_answer_and_the_suffix(prompt, option, room):
 
 def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path):
     """The backbone of a run on quantised weights lies elsewhere; its held-out rows are still the run's."""
-    (tmp_path / "config.yaml").write_text("task: movie_reviews\ndata_seed: 7\ntest_size: 50\n")
-    for model, adapter in ((str(tmp_path / "backbone"), None), ("owner/model", str(tmp_path / "upper"))):
-        found = eval_settings(model, ["movie_reviews"], {"adapter": adapter})
-        assert (found.data_seed, found.test_size) == (7, 50)
-    assert eval_settings("owner/model", ["movie_reviews"], {}).data_seed == 42
+    run = tmp_path / "run"
+    for part in ("backbone", "upper"):
+        (run / part).mkdir(parents=True)
+    (run / "config.yaml").write_text("method: zo\ntask: movie_reviews\ndata_seed: 7\ntest_size: 50\ntrain_size: 9\n")
+    for model, adapter in ((str(run / "backbone"), None), ("owner/model", str(run / "upper"))):
+        found = eval_settings(model, "movie_reviews", {"adapter": adapter})
+        assert (found.data_seed, found.test_size, found.train_size) == (7, 50, 9)
+        assert eval_settings(model, "tweets", {"adapter": adapter}) == EvalSettings()
+    assert eval_settings("owner/model", "movie_reviews", {}).data_seed == 42
+
+
+@pytest.mark.parametrize("content", ["", "- a", "test_size: 3\n"])
+def test_a_config_of_something_else_is_no_run(tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(content)
+    Path("model").mkdir()
+    for model in ("gpt2", "model.gguf", "model"):
+        assert eval_settings(model, "movie_reviews", {}) == EvalSettings()
+
+
+def test_a_run_whose_configuration_is_broken_is_not_evaluated_on_other_rows(tmp_path):
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "config.yaml").write_text("task: [")
+    with pytest.raises(ZofoError, match=r"cannot read .*config\.yaml"):
+        eval_settings(str(tmp_path / "backbone"), "movie_reviews", {})

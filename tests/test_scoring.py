@@ -106,6 +106,31 @@ def test_prompts_read_once_score_options_as_one_forward_for_each_candidate(famil
         assert scorer.tokens.forward == read
 
 
+@pytest.mark.parametrize("family", ["lfm2", "mamba"])
+def test_prompts_are_not_shared_where_a_state_is_carried_along(family):
+    """Several chunks of options would go on from the state that the first chunk left."""
+    made = adapted(family)
+    assert not Scorer(made, Tokens()).shares_prompts
+    rows = examples([" great film" * 20, " it was", " great film" * 10, " the"], PROMPTS[:2])
+    found = evaluation.option_totals(Scorer(made, Tokens()), rows, TOKENIZER).means
+    for row, example in zip(found, rows, strict=True):
+        torch.testing.assert_close(row, torch.tensor(plain_scores(made.model, example)), **CLOSE)
+
+
+def test_a_choice_needs_options_to_choose_from():
+    made = adapted()
+    alone, _ = tokenize([Record("the film was", " great")], TOKENIZER, 128)
+    one, _ = tokenize([Record("the film was", " great", (" great",))], TOKENIZER, 128)
+    for bad in (alone, one):
+        with pytest.raises(
+            ZofoError, match=r"accuracy needs options to choose from, but the row with the answer .*set loss to lm"
+        ):
+            evaluate(
+                Scorer(made, Tokens()), [*examples(MULTI), *bad], metrics=["accuracy"], kind="lm", tokenizer=TOKENIZER,
+                batch_size=2,
+            )  # fmt: skip
+
+
 def test_options_are_read_beside_others_of_similar_length():
     made = adapted()
     long, scorer, shapes = " great film" * 20, Scorer(made, Tokens()), []

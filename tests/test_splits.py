@@ -109,6 +109,14 @@ def test_a_source_with_its_own_dev_split_uses_it():
     assert set(prompts(found.dev)) < set(prompts(dev))
 
 
+def test_an_empty_split_is_no_split():
+    """As of a Hub data set whose test labels are hidden, once such rows are left out."""
+    train = classified([40, 40])
+    assert split({"train": train, "test": [], "dev": []}) == split({"train": train})
+    with pytest.raises(ZofoError, match="has rows of test, but none to train on"):
+        split({"train": [], "test": train})
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [({"test_size": 101}, "test_size"), ({"dev_size": 90}, "dev_size"), ({"train_size": 71}, "train_size")],

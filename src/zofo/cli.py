@@ -220,15 +220,13 @@ def _eval(options: argparse.Namespace) -> int:
     from zofo import commands, evaluator
 
     commands.quiet_libraries()
-    settings = evaluator.eval_settings(options.model, options.task, vars(options))
-    scores = evaluator.evaluate_model(
-        options.model, options.adapter, options.task, options.split, options.batch_size, settings, _note
-    )
+    tasks = {task: evaluator.eval_settings(options.model, task, vars(options)) for task in options.task}
+    scores = evaluator.evaluate_model(options.model, options.adapter, tasks, options.split, options.batch_size, _note)
     said = {
         "model": options.model,
         "adapter": options.adapter,
         "split": options.split,
-        "settings": dataclasses.asdict(settings),
+        "settings": {task: dataclasses.asdict(settings) for task, settings in tasks.items()},
         "tasks": scores,
     }
     _report(said, options.output)

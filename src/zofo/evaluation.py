@@ -23,12 +23,19 @@ Place = Callable[[Any], Any]
 _NEW_TOKENS = 50
 
 
-def require_scorable(adapted: AdaptedModel, metric: str) -> None:
+def require_scorable(adapted: AdaptedModel, metric: str, examples: Sequence[Example] = ()) -> None:
     """Refuses what cannot be scored right.
 
     Raises:
-        ZofoError: for generated text behind virtual tokens, where peft's `generate` differs from its own forward.
+        ZofoError: for generated text behind virtual tokens, where peft's `generate` differs from its own forward; and
+            for a row without a choice between options, if the metric is of the choice.
     """
+    alone = next((e for e in examples if len(e.answers) < 2), None) if metric in OPTION_METRICS else None
+    if alone is not None:
+        raise ZofoError(
+            f"{metric} needs options to choose from, but the row with the answer {alone.texts[0]!r} has fewer than "
+            f"two: give options, or for generated answers set loss to lm and the metric to {' or '.join(TEXT_METRICS)}"
+        )
     if metric in TEXT_METRICS and adapted.prompt_learning:
         raise ZofoError(
             f"{metric} needs generated text, which peft gets wrong behind virtual tokens on several models: choose "
@@ -73,7 +80,7 @@ def evaluate(
         Prompting" (2022) for "channel".
     """
     for metric in metrics:
-        require_scorable(scorer.adapted, metric)
+        require_scorable(scorer.adapted, metric, examples)
     scorer.adapted.model.eval()
     if kind == "options" or metrics[0] in OPTION_METRICS:
         scores = _all_scores(scorer, examples, scoring, premises, tokenizer, batch_size, place)

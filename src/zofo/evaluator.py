@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from accelerate.utils import send_to_device
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.adapters import AdaptedModel
 from zofo.data import Example, LossKind, tokenize
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, first_line
 from zofo.evaluation import Scoring, evaluate
 from zofo.metrics import OPTION_METRICS
 from zofo.models import DType, load_model, on_device
@@ -34,6 +34,7 @@ class EvalSettings:
     """Which rows `zofo eval` reads, and how; the defaults are those of a training run.
 
     Args:
+        train_size: training rows, as in training.
         test_size: rows of test, as in training.
         dev_size: rows of dev, as in training.
         data_seed: of the order of the rows, and of the choice of examples in context.
@@ -48,6 +49,7 @@ class EvalSettings:
         system_prompt: of the chat.
     """
 
+    train_size: int | None = None
     test_size: int | None = None
     dev_size: int | None = None
     data_seed: int = 42
@@ -62,16 +64,17 @@ class EvalSettings:
     system_prompt: str | None = None
 
 
-def eval_settings(model: str, tasks: list[str], given: dict[str, Any]) -> EvalSettings:
+def eval_settings(model: str, task: str, given: dict[str, Any]) -> EvalSettings:
     """The settings of the run that `model` or the adapter is of, if there is one, and over them what is given.
 
     So that the rows called test are those that the run held out, and never some that it trained on.
+
+    Raises:
+        ZofoError: if the run's configuration cannot be read.
     """
-    places = [Path(path).parent / "config.yaml" for path in (model, given.get("adapter")) if path]
-    config = next((place for place in places if place.is_file()), None)
-    stored: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config else {}
-    if stored and Path(str(stored.get("task") or TASK_FILE)).stem not in [Path(task).stem for task in tasks]:
-        # its sizes are of another task
+    stored = _config_of_run([path for path in (model, given.get("adapter")) if path])
+    if stored and Path(str(stored.get("task") or TASK_FILE)).stem != Path(task).stem:
+        # its rows are of another task
         stored = {key: stored.get(key) for key in ("loss", "dtype", "max_length", "chat_template", "system_prompt")}
     elif stored and stored.get("data_seed") is None:
         stored["data_seed"] = stored.get("seed", EvalSettings.data_seed)
@@ -81,13 +84,24 @@ def eval_settings(model: str, tasks: list[str], given: dict[str, Any]) -> EvalSe
     return EvalSettings(**{name: value for name, value in chosen.items() if name in names})
 
 
+def _config_of_run(parts: Sequence[str]) -> dict[str, Any]:
+    """The configuration of the run that one of these folders is a part of; empty if none is."""
+    for file in [Path(part).parent / "config.yaml" for part in parts if Path(part).is_dir()]:
+        try:
+            content: Any = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ZofoError(f"cannot read {file}, the configuration of the run: {first_line(error)}") from error
+        if isinstance(content, dict) and "method" in content:
+            return cast("dict[str, Any]", content)
+    return {}
+
+
 def evaluate_model(
     model: str,
     adapter: str | None,
-    tasks: list[str],
+    tasks: Mapping[str, EvalSettings],
     split: str,
     batch_size: int,
-    settings: EvalSettings,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task.
@@ -98,15 +112,22 @@ def evaluate_model(
         ZofoError: if a task or template is wrong, or a row cannot be put to the model so; before the model is loaded,
             where that can be known.
     """
-    parts = {task.name: (task, _split(task, settings)) for task in (load_task(t, settings.source) for t in tasks)}
-    for task, splits in parts.values():
+    parts: dict[str, tuple[Task, Splits, list[Record], EvalSettings]] = {}
+    for given, settings in tasks.items():
+        task = load_task(given, settings.source)
+        splits = _split(task, settings)
+        rows = {"test": splits.test, "dev": splits.dev, "train": splits.train}[split]
+        if task.name in parts:
+            raise ZofoError(f"two of the tasks are called {task.name}: evaluate them one after the other")
+        if not rows:
+            raise ZofoError(f"task {task.name} has no row left for {split}: give more rows, or {split}_size")
         for number in _numbers(task, settings):
-            task.reworded(splits.test, number)
-    loaded, tokenizer = load_model(model, settings.dtype)
+            task.reworded(rows, number)
+        parts[task.name] = (task, splits, rows, settings)
+    loaded, tokenizer = load_model(model, next(iter(tasks.values())).dtype)
     base = AdaptedModel(on_device(loaded), stored=adapter)
     found: dict[str, Any] = {}
-    for name, (task, splits) in parts.items():
-        rows = {"test": splits.test, "dev": splits.dev, "train": splits.train}[split]
+    for name, (task, splits, rows, settings) in parts.items():
         numbers = _numbers(task, settings)
         scores = [
             _of_template(base, tokenizer, task, rows, splits, number, batch_size, settings, say) for number in numbers
@@ -143,7 +164,7 @@ def _numbers(task: Task, settings: EvalSettings) -> list[int]:
 def _split(task: Task, settings: EvalSettings) -> Splits:
     return split_records(
         task.records(),
-        train_size=None,
+        train_size=settings.train_size,
         dev_size=settings.dev_size,
         test_size=settings.test_size,
         lower_fraction=0.5,

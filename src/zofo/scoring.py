@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from zofo.adapters import AdaptedModel
 from zofo.data import (
@@ -74,10 +75,9 @@ class Scorer:
         # peft shifts positions by its virtual tokens itself; with right padding the model's own count is right
         self.padding_side = "right" if adapted.prompt_learning else "left"
         self._positions = "position_ids" in accepted and not adapted.prompt_learning
-        # virtual tokens are a cache of peft's own, and what a state-space model remembers is no cache of tokens
-        stateful = adapted.base._is_stateful  # pyright: ignore[reportPrivateUsage]
         self._cache = next((name for name in ("cache", "past_key_values") if name in accepted), "")  # new and old name
-        self.shares_prompts = bool(self._cache) and not adapted.prompt_learning and not stateful
+        # virtual tokens are a cache of peft's own
+        self.shares_prompts = bool(self._cache) and not adapted.prompt_learning and _caches_tokens(adapted.base)
 
     def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(float32 logits, targets) at the positions from the first target of any row to the end."""
@@ -171,6 +171,14 @@ def _option_totals(batch: Batch, logits: Tensor, targets: Tensor) -> OptionTotal
         return OptionTotals(sums, torch.ones_like(batch["candidates"]))
     assert "rows" in batch
     return OptionTotals.of_rows(-_losses(logits, targets).sum(1), (targets != IGNORED).sum(1), batch["rows"])
+
+
+def _caches_tokens(model: PreTrainedModel) -> bool:
+    """Whether a forward leaves keys and values of tokens behind, and no state of a recurrence or a convolution."""
+    if model._is_stateful:  # pyright: ignore[reportPrivateUsage]
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def _of_similar_width(widths: Sequence[int], most: int) -> list[list[int]]:

@@ -65,9 +65,10 @@ def split_records(
     Raises:
         ZofoError: if more rows are wanted than there are.
     """
+    records = {name: rows for name, rows in records.items() if rows}
     if not records.keys() & {"all", "train"}:
         raise ZofoError(
-            f"the source has the splits {', '.join(records) or 'none'}, but no train: name one in `source`"
+            f"the source has rows of {', '.join(records) or 'no split'}, but none to train on: name others in `source`"
         )
     queues = {name: _grouped(_ordered(rows, seed)) for name, rows in records.items()}
     pool = queues["all"] if "all" in queues else queues["train"]
