@@ -49,12 +49,12 @@ def inference(model: str) -> dict[str, float]:
     from zofo.cost import peak_memory, reset_peak_memory
 
     ids = torch.randint(10, 1000, (8, 48), device=loaded.device)
-    reset_peak_memory()
+    reset_peak_memory(loaded.device)
     with torch.no_grad():
         for _ in range(4):
             loaded(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
     largest = max(p.numel() * p.element_size() for p in loaded.parameters())
-    return {"peak": peak_memory(), "largest": largest}
+    return {"peak": peak_memory(loaded.device), "largest": largest}
 
 
 def loading(model: str) -> dict[str, float]:

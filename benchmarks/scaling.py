@@ -114,9 +114,10 @@ def beside(made: ZOFOTrainer, model: LlamaForCausalLM) -> dict[str, Callable[[],
 def peak_of(candidate: Callable[[], object]) -> int:
     """Bytes of the GPU's memory while it runs, after it has run once."""
     candidate()
-    reset_peak_memory()
+    here = torch.device(device())
+    reset_peak_memory(here)
     candidate()
-    return peak_memory()
+    return peak_memory(here)
 
 
 def llama(size: tuple[int, int, int], vocabulary: int) -> LlamaForCausalLM:

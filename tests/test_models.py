@@ -282,7 +282,7 @@ def test_quantised_weights_cannot_move_and_are_not_even_loaded(tmp_path, monkeyp
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert f"quantised ({how}) and cannot be moved" in errors
-    assert "or method fo with an adapter" in errors
+    assert "or train an adapter alone, by method fo or zo" in errors
     assert not (tmp_path / "run").exists()
 
 

@@ -80,6 +80,9 @@ def test_a_chat_has_the_prompt_as_the_user_s_turn():
     assert made.prompt == "<s>system: Be brief.</s><s>user: row 1 was</s><s>assistant: "
     assert (made.completion, made.options) == ("great", ("terrible", "great"))
     assert as_chat(POOL[1], tokenizer, None).prompt == "<s>user: row 1 was</s><s>assistant: "
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ZofoError, match=r"refuses this \(no system role\): leave out system_prompt"):
+        as_chat(POOL[1], tokenizer, "Be brief.")
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,14 @@ def test_a_generated_answer_ends_with_the_end_token_and_an_option_does_not():
     assert one("the film", " was", (" was", " it"))[0].answers == (ids(" was"), ids(" it"))
 
 
+def test_a_tokenizer_without_an_end_cannot_end_a_generated_answer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ZofoError, match="no eos_token, by which a generated answer ends"):
+        one("the film was", " great", tokenizer=tokenizer)
+    assert one("the film was", " great", (" great", " bad"), tokenizer=tokenizer)
+
+
 def test_special_tokens_stand_in_front_and_not_between_prompt_and_answer_or_at_the_end():
     tokenizer = with_special_tokens("<s>", "</s>")
     example, _ = one("the film", " was", (" was", " it"), tokenizer)

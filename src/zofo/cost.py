@@ -58,43 +58,46 @@ class CostCallback(TrainerCallback):
         self._started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reset_peak_memory()
+        reset_peak_memory(args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._cost.wall_seconds += time.perf_counter() - self._started
-        self._cost.peak_memory_bytes = max(self._cost.peak_memory_bytes, peak_memory())
+        self._cost.peak_memory_bytes = max(self._cost.peak_memory_bytes, peak_memory(args.device))
 
 
-def reset_peak_memory() -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Starts a new measurement of `peak_memory`, where the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_PEAK.exists():
         with contextlib.suppress(OSError):  # some containers forbid it; the peak then includes what came before
             _CLEAR_PEAK.write_text("5")  # Linux: sets the peak of this process to what it uses now
 
 
-def peak_memory() -> int:
-    """Bytes at the peak since `reset_peak_memory`."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since `reset_peak_memory`: of torch's allocator on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+    if peak is not None:
+        return int(peak) * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
     import resource  # which Windows does not have
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
-def resident_memory() -> int:
+def resident_memory(device: torch.device) -> int:
     """Bytes of this process on a CPU; 0 where a GPU's allocator is measured, which holds no libraries."""
-    return 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return 0 if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
-def free_memory() -> int:
-    """Bytes that can still be had, on the GPU if there is one."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had there."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

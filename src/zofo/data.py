@@ -140,9 +140,13 @@ def _cut(
 
     start = first_behind(len(record.prompt))
     given = first_behind(len(record.prompt + answer)) - start if record.partial else 0
-    end: Any = tokenizer.eos_token_id  # a generated answer must learn to stop; an option is only compared
+    ends: list[Any] = [] if record.options else [tokenizer.eos_token_id]  # must be learned; an option is only compared
+    if None in ends:
+        raise ZofoError(
+            "the tokenizer has no eos_token, by which a generated answer ends: give it one, or give options"
+        )
     prompt = ids[:start] or ([] if record.prompt else [_first_token(tokenizer)])
-    return _Piece(prompt, ids[start:] + ([] if record.options else [end]), given)
+    return _Piece(prompt, ids[start:] + ends, given)
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:

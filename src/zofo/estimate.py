@@ -88,7 +88,7 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> list[Row]:
     base = load_hollow(config.model, config.dtype)
     tokenizer = load_tokenizer(config.model, base)
     batches = _Batches(config, tokenizer, _examples(config, tokenizer, base))
-    libraries = resident_memory()
+    libraries = resident_memory(config.device)
     rows: list[Row] = []
     for method, adapter in _variants(config):
         adapted = fake(config, adapter, twins=method == "bilevel")
@@ -205,7 +205,7 @@ def _moved(method: str, adapted: AdaptedModel) -> int:
 def _time(config: ZOFOConfig, rows: Sequence[Row], batches: _Batches) -> None:
     """Fills in the seconds of the rows that fit; those without an adapter first, as it cannot be taken off again."""
     assert config.model is not None
-    room = free_memory()
+    room = free_memory(config.device)
     rows = [row for row in rows if row.memory.peak - row.memory.libraries <= room]
     model = load_weights(config.model, config.dtype) if rows else None
     for adapter in sorted({row.adapter for row in rows}, key=lambda name: name != "none"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
@@ -110,16 +111,20 @@ def as_chat(record: Record, tokenizer: PreTrainedTokenizerBase, system: str | No
         system: what the system says, or None for what the template says by itself.
 
     Raises:
-        ZofoError: if the tokenizer has no chat template.
+        ZofoError: if the tokenizer has no chat template, or it refuses these turns.
     """
     if not tokenizer.chat_template:
         raise ZofoError(
             "chat_template is true, but this model's tokenizer has none: leave it out, or take a chat model"
         )
     turns = [{"role": "system", "content": system}] if system is not None else []
-    text: Any = tokenizer.apply_chat_template(
-        [*turns, {"role": "user", "content": record.prompt.rstrip()}], tokenize=False, add_generation_prompt=True
-    )
+    turns.append({"role": "user", "content": record.prompt.rstrip()})
+    try:
+        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ZofoError(
+            f"the model's chat template refuses this ({error}): leave out system_prompt, or chat_template"
+        ) from error
     start = tokenizer.bos_token  # the tokenizer adds it itself
     adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return dataclasses.replace(
