@@ -1,6 +1,7 @@
 """One measurement in a process of its own, printed as JSON: `process.py WHAT MODEL [key=value ...]`.
 
 bilevel, fo, zo    train a few steps; the peak of memory during them
+full               the same for full fine-tuning: `fo` without an adapter
 inference          the same batch through plain transformers; the peak of memory
 first-step         seconds from the start of the process until zofo begins its first training step
 trainer            the same of a plain `transformers.Trainer`
@@ -31,7 +32,8 @@ def training(method: str, model: str, keys: dict[str, Any]) -> dict[str, float]:
     """Peak bytes during two steps, or `max_steps`: the second one has all that the first one leaves behind."""
     from timing import trainer
 
-    adapter = "none" if method == "zo" else "lora"
+    adapter = "none" if method in ("zo", "full") else "lora"
+    method = "fo" if method == "full" else method
     settings = {"lower_steps": 1, "max_steps": 2, **{key: int(value) for key, value in keys.items()}}
     made = trainer(model, method=method, adapter=adapter, **settings)
     made.train()

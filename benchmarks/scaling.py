@@ -1,8 +1,9 @@
 """`python benchmarks/scaling.py`: what a step costs as model, text, batch, queries and threads grow.
 
 Llamas of random weights with SmolLM2's vocabulary, float32 on a CPU and bfloat16 on a GPU. Each point is a two-sided
-MeZO step and, for the size of the model, a step of LoRA by backpropagation, beside the bare forwards; on a GPU also
-an iteration of Bilevel ZOFO with T = 1, the usual way of MeZO, and the peaks of memory. Writes
+MeZO step and, for the size of the model, a step of LoRA by backpropagation, beside the bare forwards; for one size
+also an iteration of Bilevel ZOFO, with T = 1 and 10. On a GPU every point has one (T = 1), the usual way of MeZO, and
+the peaks of memory. Writes
 `benchmarks/results/scaling-<machine>.json` and, on a CPU, draws docs/scaling.png.
 """
 
@@ -32,6 +33,7 @@ SIZES = {
 }
 GPU_SIZES = {"135 M": SIZES["135 M"], "1.3 B": (2048, 22, 32), "7 B": (4096, 32, 32)}  # hidden size, layers, heads
 ALL = ("zo", "fo", "bilevel")
+LOWER_STEPS = "lower steps"  # for the page's text: not drawn
 GPU = torch.cuda.is_available()
 
 
@@ -53,6 +55,8 @@ def main() -> None:
         points.append(point("batch", batch, small, tokenizer, per_device_train_batch_size=batch))
     for queries in (1, 2, 4, 8):
         points.append(point("queries", queries, small, tokenizer, num_perturbations=queries))
+    for steps in (1, 10):
+        points.append(point(LOWER_STEPS, steps, small, tokenizer, ALL, lower_steps=steps))
     threads = torch.get_num_threads()
     for count in range(1, threads + 1):
         torch.set_num_threads(count)
@@ -76,8 +80,9 @@ def point(
     for method in methods:
         gc.collect()  # the models before
         model = llama(size, len(tokenizer))
-        adapter = {"adapter": "none"} if method == "zo" else {"adapter": "lora", "lower_steps": 1}
-        made = trainer(model, tokenizer, method=method, dtype="bfloat16" if GPU else "float32", **adapter, **keys)
+        own = {"adapter": "none"} if method == "zo" else {"adapter": "lora", "lower_steps": 1}
+        dtype = "bfloat16" if GPU else "float32"
+        made = trainer(model, tokenizer, method=method, dtype=dtype, **{**own, **keys})
         candidates: dict[str, Callable[[], object]] = {method: step_of(made)}
         if method == "zo":
             found["parameters"] = sum(p.numel() for p in model.parameters())
@@ -144,7 +149,7 @@ def draw(points: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-    series = list(dict.fromkeys(p["series"] for p in points))
+    series = list(dict.fromkeys(p["series"] for p in points if p["series"] != LOWER_STEPS))
     figure = Figure(figsize=(3.4 * len(series), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(series), squeeze=False)
