@@ -167,7 +167,7 @@ def test_truncation_keeps_the_answer_and_the_suffix(prompt, option, room):
     assert int((batch["targets"] != -100).sum()) == len(short.answers[0]) - short.given[0] > 0
 
 
-def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path):
+def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path, monkeypatch):
     """The backbone of a run on quantised weights lies elsewhere; its held-out rows are still the run's."""
     run = tmp_path / "run"
     for part in ("backbone", "upper"):
@@ -177,7 +177,27 @@ def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path):
         found = eval_settings(model, "movie_reviews", {"adapter": adapter})
         assert (found.data_seed, found.test_size, found.train_size) == (7, 50, 9)
         assert eval_settings(model, "tweets", {"adapter": adapter}) == EvalSettings()
+        other = eval_settings(model, "movie_reviews", {"adapter": adapter, "test_size": 60})
+        assert (other.data_seed, other.test_size, other.train_size) == (7, 60, None)
+    (run / "checkpoint-20" / "backbone").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (str(run / "checkpoint-20" / "backbone"), "~/run/backbone", "~/run/checkpoint-20/backbone"):
+        assert eval_settings(path, "movie_reviews", {}).test_size == 50
+    monkeypatch.chdir(run / "backbone")
+    assert eval_settings(".", "movie_reviews", {}).test_size == 50
     assert eval_settings("owner/model", "movie_reviews", {}).data_seed == 42
+
+
+def test_task_files_of_one_name_are_told_apart(tmp_path):
+    for name in ("mine", "other", "run/backbone"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "task.yaml").write_text("")
+    own, other = (str(tmp_path / name / "task.yaml") for name in ("mine", "other"))
+    (tmp_path / "run" / "config.yaml").write_text(f"method: zo\ntask: {own}\ntest_size: 50\n")
+    model = str(tmp_path / "run" / "backbone")
+    assert [eval_settings(model, task, {}).test_size for task in (own, other)] == [50, None]
+    (tmp_path / "mine" / "task.yaml").unlink()  # moved: the name decides
+    assert eval_settings(model, other, {}).test_size == 50
 
 
 @pytest.mark.parametrize("content", ["", "- a", "test_size: 3\n"])

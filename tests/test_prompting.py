@@ -10,6 +10,7 @@ from tiny import tiny_tokenizer
 from zofo.cli import main
 from zofo.data import tokenize
 from zofo.errors import ZofoError
+from zofo.evaluator import EvalSettings, _posed
 from zofo.prompting import SEPARATOR, as_channel, as_chat, demonstrations, in_context
 from zofo.records import Record
 
@@ -100,6 +101,17 @@ def evaluated(folder, capsys, *arguments):
     assert main(["eval", "--model", model, "--task", task, "--test_size", "12", *arguments]) == 0
     out, notes = capsys.readouterr()
     return json.loads(out)["tasks"]["tiny"], notes
+
+
+def test_a_chat_leaves_room_for_its_own_words():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    settings = EvalSettings(chat_template=True, system_prompt="the film was long and the music was not")
+    for room in (60, 80, 120):
+        _, cut, used = _posed(POOL[:3], shown=POOL[3:], tokenizer=tokenizer, room=room, settings=settings)
+        assert cut == 0
+        assert min(used) < 17
+    assert min(used) > 0
 
 
 def test_each_way_to_ask_gives_other_scores(folder, capsys):

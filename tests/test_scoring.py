@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from zofo import evaluation
@@ -393,6 +394,17 @@ def test_generation_ends_where_the_models_positions_end(family):
     rows = tokenize([Record("the film was " * 60, " great", ())], TOKENIZER, made.positions)[0]
     assert rows[0].length == made.positions == 128
     assert evaluated(made, rows, "exact_match", "lm")["rows"] == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_generation_is_greedy_whatever_the_model_s_own_file_wants(kind):
+    made = adapted("llama", kind)
+    rows = tokenize([Record(p, " great") for p in PROMPTS], TOKENIZER, 128)[0]
+    texts = evaluation._generated(Scorer(made, Tokens()), rows, TOKENIZER, 2, lambda batch: batch)
+    own = GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3, suppress_tokens=[5, 6, 7])
+    made.base.generation_config = own
+    assert evaluation._generated(Scorer(made, Tokens()), rows, TOKENIZER, 2, lambda batch: batch) == texts
+    assert made.base.generation_config is own
 
 
 def test_options_without_a_loss_over_them_are_refused():

@@ -143,6 +143,15 @@ def test_a_folder_is_no_data_file(tmp_path):
         read_rows("rows.jsonl", tmp_path)
 
 
+def test_dev_and_validation_mean_the_same_and_a_missing_split_is_named(tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}')
+    for split in ("dev", "validation"):
+        assert read_rows(f"{tmp_path}#{split}", tmp_path) == {"all": [{"text": "dev"}]}
+    with pytest.raises(ZofoError, match=r"has no split 'test': it has dev, train"):
+        read_rows(f"{tmp_path}#test", tmp_path)
+
+
 def test_an_unknown_format_says_which_are_known(tmp_path):
     """What is no file of a known kind counts as a Hub data set; without a network the message names both ways out."""
     (tmp_path / "rows.xlsx").write_bytes(b"PK")

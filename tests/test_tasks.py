@@ -78,6 +78,16 @@ def test_a_source_may_name_its_splits(make, tmp_path):
     assert {name: rows[0].prompt[0] for name, rows in found.items()} == {"train": "a", "test": "b", "dev": "c"}
 
 
+def test_a_split_that_its_source_lacks_is_not_made_of_training_rows(make, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"text": name, "label": 0}), encoding="utf-8")
+    found = make(source={"train": "data/", "dev": "data/"}).records()
+    assert {name: rows[0].prompt.split()[0] for name, rows in found.items()} == {"train": "train", "dev": "validation"}
+    with pytest.raises(ZofoError, match=r"the source data/ of .* has no test: it has train, dev"):
+        make(source={"train": "data/", "test": "data/"}).records()
+
+
 BAD_FILES = {
     "an unknown key": ({"anwser": "x"}, r"task\.yaml: unknown key 'anwser'; did you mean 'answer'\?"),
     "a key like no other": ({"zzz": "x"}, r"unknown key 'zzz'; the keys are name, "),

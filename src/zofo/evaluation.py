@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -185,10 +186,25 @@ def _generated(
         room = max(1, min(_NEW_TOKENS, scorer.adapted.positions - ids.shape[1]))
         config = GenerationConfig(max_new_tokens=room, do_sample=False, pad_token_id=_pad_id(tokenizer))
         config.eos_token_id = ends
-        output = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config)
+        with _plain_generation(scorer.adapted):
+            output = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config)
         answers: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         texts.update({i: text.split("\n")[0].strip() for i, text in zip(numbers, answers, strict=True)})
     return [texts[i] for i in range(len(examples))]
+
+
+@contextmanager
+def _plain_generation(adapted: AdaptedModel) -> Generator[None]:
+    """Within the block, what a model's own file wants of generation (penalties, beams) is not filled in."""
+    models: list[Any] = list({id(model): model for model in (adapted.base, adapted.model)}.values())
+    own = [model.generation_config for model in models]
+    for model in models:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for model, config in zip(models, own, strict=True):
+            model.generation_config = config
 
 
 @lru_cache(maxsize=2)

@@ -72,28 +72,38 @@ def eval_settings(model: str, task: str, given: dict[str, Any]) -> EvalSettings:
     Raises:
         ZofoError: if the run's configuration cannot be read.
     """
-    stored = _config_of_run([path for path in (model, given.get("adapter")) if path])
-    if stored and Path(str(stored.get("task") or TASK_FILE)).stem != Path(task).stem:
+    run, stored = _config_of_run([path for path in (model, given.get("adapter")) if path])
+    if stored and not _is_task(task, str(stored.get("task") or run / TASK_FILE)):
         # its rows are of another task
         stored = {key: stored.get(key) for key in ("loss", "dtype", "max_length", "chat_template", "system_prompt")}
     elif stored and stored.get("data_seed") is None:
         stored["data_seed"] = stored.get("seed", EvalSettings.data_seed)
+    if any(given.get(key) is not None for key in ("source", "test_size", "dev_size", "data_seed")):
+        stored["train_size"] = None  # of rows that are divided otherwise
     chosen = {name: value for name, value in [*stored.items(), *given.items()] if value is not None}
     chosen["template"] = str(chosen.get("template", EvalSettings.template))
     names = [field.name for field in fields(EvalSettings)]
     return EvalSettings(**{name: value for name, value in chosen.items() if name in names})
 
 
-def _config_of_run(parts: Sequence[str]) -> dict[str, Any]:
-    """The configuration of the run that one of these folders is a part of; empty if none is."""
-    for file in [Path(part).parent / "config.yaml" for part in parts if Path(part).is_dir()]:
+def _is_task(given: str, stored: str) -> bool:
+    """Whether a task is that of a run: the same file where both are files, else of the same name."""
+    one, other = Path(given).expanduser(), Path(stored)
+    return one.resolve() == other.resolve() if one.is_file() and other.is_file() else one.stem == other.stem
+
+
+def _config_of_run(parts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The run that one of these folders is a part of, and its configuration; that is empty if none is."""
+    places = [Path(part).expanduser().resolve().parent for part in parts if Path(part).expanduser().is_dir()]
+    for run in [place.parent if place.name.startswith("checkpoint-") else place for place in places]:
+        file = run / "config.yaml"
         try:
             content: Any = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ZofoError(f"cannot read {file}, the configuration of the run: {first_line(error)}") from error
         if isinstance(content, dict) and "method" in content:
-            return cast("dict[str, Any]", content)
-    return {}
+            return run, cast("dict[str, Any]", content)
+    return Path(), {}
 
 
 def evaluate_model(
@@ -220,7 +230,11 @@ def _posed(
     """The records as they are put to the model, how many of them were cut, and the examples in front of each."""
     if settings.scoring == "channel":
         records, shown = [as_channel(r) for r in records], [as_channel(r) for r in shown]
-    records, used = in_context(records, shown, tokenizer, room)
+    around = 0
+    if settings.chat_template:  # the system's words and the marks of turns take their room as well
+        plain, framed = records[0], as_chat(records[0], tokenizer, settings.system_prompt)
+        around = len(tokenizer(framed.prompt)["input_ids"]) - len(tokenizer(plain.prompt)["input_ids"])
+    records, used = in_context(records, shown, tokenizer, room - around)
     if settings.chat_template:
         records = [as_chat(r, tokenizer, settings.system_prompt) for r in records]
     return *tokenize(records, tokenizer, room), used

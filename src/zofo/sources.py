@@ -19,6 +19,7 @@ from zofo.records import Row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 SPLITS = ("train", "dev", "validation", "test")
+_ALIKE = {"dev": "validation", "validation": "dev"}
 
 
 def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
@@ -54,7 +55,10 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
 
 
 def _read_folder(folder: Path, wanted: str) -> dict[str, list[Row]]:
-    """{split: rows} of the files in a folder that are named after splits; only of the wanted one, if one is."""
+    """{split: rows} of the files in a folder that are named after splits; only of the wanted one, if one is.
+
+    Of dev and validation, which mean the same, each stands for the other.
+    """
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         name = file.name.split(".")[0]
@@ -65,7 +69,12 @@ def _read_folder(folder: Path, wanted: str) -> dict[str, list[Row]]:
         raise ZofoError(f"{folder} has both {twice[0].name} and {twice[1].name}: keep one, or name a file in `source`")
     if not found:
         raise ZofoError(f"{folder} holds no data: it needs files named after splits, such as train.jsonl or test.csv")
-    return {name: _rows_of(files[0]) for name, files in found.items() if name == wanted or not wanted}
+    if not wanted:
+        return {name: _rows_of(files[0]) for name, files in found.items()}
+    name = wanted if wanted in found else _ALIKE.get(wanted, wanted)
+    if name not in found:
+        raise ZofoError(f"{folder} has no split {wanted!r}: it has {', '.join(found)}")
+    return {wanted: _rows_of(found[name][0])}
 
 
 def _rows_of(path: Path) -> list[Row]:

@@ -62,11 +62,13 @@ class Task:
         """
         splits: dict[str, list[Row]] = {}
         for name, source in self.source.items():
-            found = read_rows(source, self.folder)
+            found = {_SOURCE_NAMES.get(key, key): rows for key, rows in read_rows(source, self.folder).items()}
             if name == "all":
-                splits.update({_SOURCE_NAMES.get(key, key): rows for key, rows in found.items()})
-            else:
+                splits.update(found)
+            elif "all" in found or name in found:
                 splits[name] = found.get("all", found.get(name, []))
+            else:
+                raise ZofoError(f"the source {source} of {self.name} has no {name}: it has {', '.join(found)}")
         return {name: self._render(rows, name) for name, rows in splits.items() if name in ("all", *SPLIT_NAMES)}
 
     def reworded(self, records: Sequence[Record], template: int) -> list[Record]:
