@@ -105,6 +105,45 @@ def test_going_on_from_elsewhere_does_not_write_over_a_run(capsys, tmp_path, key
     assert main(arguments(**same)) == 0
 
 
+def test_a_folder_with_a_configuration_of_one_s_own_is_no_run(capsys, tmp_path, keys):
+    folder = without_run(keys)["output_dir"]
+    folder.mkdir()
+    (folder / "checkpoint-best").mkdir()
+    (folder / "config.yaml").write_text("# my words\nlower_steps: 1\n")
+    words = [*arguments(**{**keys, "overwrite_output_dir": "true"}), "--config", str(folder / "config.yaml")]
+    assert "holds config.yaml, but no run that could be removed" in refused(capsys, words, tmp_path)
+
+
+def test_a_run_goes_on_with_the_same_rows_only(capsys, tmp_path, keys):
+    task = write_task(tmp_path / "task")
+    given = {**without_run(keys), "task": task, "source": None}
+    assert main(arguments(**given)) == 0
+    rows = (tmp_path / "task" / "rows.jsonl").read_text()
+    (tmp_path / "task" / "rows.jsonl").write_text(rows.replace("film", "book"))
+    more = {**given, "resume_from_checkpoint": "true", "max_steps": 3}
+    assert "was written with rows = [" in refused(capsys, arguments(**more), tmp_path)
+
+
+def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(capsys, tmp_path, keys):
+    assert main(arguments(**{**without_run(keys), "save_only_model": "true"})) == 0
+    more = {**keys, "resume_from_checkpoint": "true", "max_steps": 3}
+    assert "holds no optimizer.pt, as save_only_model leaves it out" in refused(capsys, arguments(**more), tmp_path)
+
+
+def test_a_finished_run_that_goes_on_says_what_training_says(tmp_path, keys):
+    tokenizer = tiny_tokenizer()
+    args = ZOFOConfig(
+        output_dir=str(tmp_path / "python"), method="fo", max_steps=2, save_steps=1, per_device_train_batch_size=2,
+        use_cpu=True, disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    rows = [{"prompt": f"the film {i} was", "completion": OPTIONS[0], "options": OPTIONS} for i in range(8)]
+    for resume in (None, True):
+        model = tiny_model("llama", vocab_size=len(tokenizer))
+        found = ZOFOTrainer(model, args, rows, processing_class=tokenizer).train(resume_from_checkpoint=resume)
+        assert found.global_step == 2
+        assert isinstance(found.metrics, dict)
+
+
 def test_what_was_learned_is_saved_before_the_backbone_is_compared(tmp_path, keys, monkeypatch):
     from zofo import commands
 

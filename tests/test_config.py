@@ -90,6 +90,10 @@ def test_the_command_line_wins_over_a_stored_configuration(tmp_path, stored, giv
     assert apart["upper_learning_rate"] == 3e-2
 
 
+def test_a_secret_is_not_stored():
+    assert "hf_secret" not in str(config(method="zo", hub_token="hf_secret").resolved())
+
+
 def test_autocast_by_the_settings_of_accelerate_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ZofoError, match=r"mixed_precision: bf16.*set dtype"):

@@ -178,6 +178,14 @@ def test_merge_says_how_far_the_rounded_logits_are(folder, trainers, tmp_path, c
     assert (1e-4 if dtype else 0) <= wanted < most
 
 
+def test_merge_does_not_remove_what_is_in_its_way(folder, trainers, tmp_path, capsys):
+    (tmp_path / "merged.half").mkdir()
+    (tmp_path / "merged.half" / "mine.txt").write_text("mine")
+    assert main(["merge", "--run", str(folder / "bilevel"), "--output", str(tmp_path / "merged")]) == 2
+    assert "merged.half is in the way" in capsys.readouterr().err
+    assert (tmp_path / "merged.half" / "mine.txt").read_text() == "mine"
+
+
 def test_merge_writes_over_nothing(folder, trainers, tmp_path, capsys):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("mine")

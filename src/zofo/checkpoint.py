@@ -80,28 +80,40 @@ def read_seal(folder: Path) -> dict[str, Any]:
     return content
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, complete or not, the oldest first."""
+    numbered = {int(m[1]): f for f in run.glob("checkpoint-*") if (m := _NAME.fullmatch(f.name))}
+    return [numbered[number] for number in sorted(numbered)]
+
+
 def last_sealed(run: Path) -> Path:
     """The newest complete checkpoint of a run.
 
     Raises:
         ZofoError: if there is none.
     """
-    numbered = {int(m[1]): f for f in run.glob("checkpoint-*") if (m := _NAME.fullmatch(f.name))}
-    for number in sorted(numbered, reverse=True):
+    for folder in reversed(checkpoints(run)):
         try:
-            read_seal(numbered[number])
+            read_seal(folder)
         except ZofoError:
             continue
-        return numbered[number]
+        return folder
     raise ZofoError(f"{run} holds no complete checkpoint to resume from: start without resume_from_checkpoint")
 
 
-def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Refuses to resume a run under another configuration.
+def require_resumable(folder: Path, current: dict[str, Any]) -> None:
+    """Refuses to resume a run under another configuration, or without the state of its optimizer.
 
     Raises:
         ZofoError: with the first key that differs and both values.
     """
+    stored: dict[str, Any] = read_seal(folder)["config"]
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not (folder / name).is_file():
+            raise ZofoError(
+                f"{folder} holds no {name}, as save_only_model leaves it out: a run cannot go on from there; its "
+                "model can be evaluated"
+            )
     for key, value in current.items():
         if stored.get(key) != value:
             raise ZofoError(

@@ -34,8 +34,8 @@ _ESTIMATE_HELP = """usage: zofo estimate --config FILE [--key value ...] [--memo
 What a run would take, before it: the memory of each method at its peak, found without the weights by running a step on
 tensors that have shapes only, and the seconds of a step, from a few timed forwards and backwards. The model, the
 adapter, the batches and the other keys are those of zofo train, from the same file; the row of the run's own method is
-marked. Evaluations are not counted. Without `task`, rows of max_length tokens are assumed, and all weights of the
-backbone are taken to move, whatever zo_parameters, zo_exclude and zo_layers say; chat_template adds nothing.
+marked. Evaluations are not counted. Without a task or data, rows of max_length tokens are assumed; chat_template adds
+nothing; and `trained` counts the whole backbone, whatever zo_parameters, zo_exclude and zo_layers say.
 
   zofo estimate --config configs/demo.yaml
   zofo estimate --config configs/demo.yaml --per_device_train_batch_size 16 --gradient_checkpointing true --memory_only
@@ -183,7 +183,7 @@ def _train(arguments: list[str]) -> int:
 
     config = parse_config(options.config, keys)
     commands.quiet_libraries()
-    commands.train(config, _say)
+    commands.train(config, file=options.config, say=_say)
     _say(f"run folder: {config.output_dir}")
     return 0
 

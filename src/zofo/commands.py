@@ -14,9 +14,10 @@ import yaml
 
 from zofo.adapters import UPPER, AdaptedModel, is_prompt, merged
 from zofo.card import model_card
-from zofo.checkpoint import last_sealed, read_seal, require_same, writing
+from zofo.checkpoint import checkpoints, last_sealed, require_resumable, writing
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
+from zofo.evaluation import require_scorable
 from zofo.models import DType, load_model, load_tokenizer, load_weights, require_movable, stored_dtype
 from zofo.own_data import TASK_FILE, introduction, make_table_task, task_text
 from zofo.plots import plot_curves
@@ -31,8 +32,13 @@ _RUN = ("config.yaml", "results.json", "backbone", "upper", "lower", "trainer_st
 _BESIDE = (TASK_FILE, "README.md", "curves.png", "tokenizer")
 
 
-def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
+def train(config: ZOFOConfig, say: Say, file: Path | None = None) -> dict[str, Any]:
     """One run: loads, trains, evaluates, and writes the run folder. Returns what `results.json` holds.
+
+    Args:
+        config: everything that decides the run.
+        say: where to tell what is done.
+        file: where the configuration was read from, if it was.
 
     Raises:
         ZofoError: if anything that was given cannot work; nothing has been overwritten then.
@@ -40,7 +46,7 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     if not config.model:
         raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
     run = Path(str(config.output_dir))
-    resume = _resume_point(config, run)
+    resume = _resume_point(config, run, file)
     task, spec = _task(config)
     splits = _split(task, config, say)
     _require_rows(splits, config)
@@ -61,6 +67,10 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     test = trainer.examples(splits.test)
     if trainer.truncated:
         say(f"{trainer.truncated} rows are longer than {config.max_length} tokens: their prompts lost their beginning")
+    for metric in task.metrics:
+        require_scorable(trainer.adapted, metric, test)
+    if resume:
+        require_resumable(resume, trainer.identity)
     _prepare_folder(run, config, resume)
     if spec:
         (run / TASK_FILE).write_text(task_text(spec), encoding="utf-8")
@@ -113,6 +123,11 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
         )
     if output.exists():
         raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
+    half = output.with_name(output.name + ".half")
+    if half.exists():
+        raise ZofoError(
+            f"{half} is in the way, perhaps of a merge that was cut off: remove it, or give another folder"
+        )
     backbone, beside = str(run / "backbone"), None
     dtype = dtype or stored_dtype(backbone)
     if (run / adapter).is_dir() and is_prompt(run / adapter):
@@ -127,8 +142,6 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
         say(f"{run} has no adapters: its backbone is the whole model")
         model = load_weights(backbone, dtype)
     tokenizer = load_tokenizer(backbone, model)
-    half = output.with_name(output.name + ".half")
-    shutil.rmtree(half, ignore_errors=True)
     with writing(output):
         model.save_pretrained(half)
         tokenizer.save_pretrained(half)
@@ -156,7 +169,12 @@ def _task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
     if config.data:
         if config.task:
             raise ZofoError(f"both task ({config.task}) and data ({config.data}) are given: leave one out")
+        if config.source:
+            raise ZofoError(f"source ({config.source}) is of a task, but data ({config.data}) is given: leave one out")
         return make_table_task(config.data, config.text, config.label)
+    for key in ("text", "label"):
+        if vars(config)[key]:
+            raise ZofoError(f"{key} ({vars(config)[key]}) is a column of data, but data is not given: leave it out")
     if not config.task:
         raise ZofoError(
             "task is not given: add task: ... to the config, or --task ... to the command; or give a table of "
@@ -190,14 +208,14 @@ def _require_rows(splits: Splits, config: ZOFOConfig) -> None:
             raise ZofoError(f"no row is left for {name}: give more rows, or {name}_size")
 
 
-def _resume_point(config: ZOFOConfig, run: Path) -> Path | None:
+def _resume_point(config: ZOFOConfig, run: Path, file: Path | None) -> Path | None:
     """The checkpoint to resume from; refuses to write over what `run` holds, unless it goes on from there."""
     wanted, folder = config.resume_from_checkpoint, None
     if wanted and str(wanted).lower() not in ("false", "none"):
-        folder = last_sealed(run) if str(wanted).lower() == "true" else Path(str(wanted))
-        require_same(read_seal(folder)["config"], config.identity(), folder)
+        folder = last_sealed(run) if str(wanted).lower() == "true" else Path(str(wanted)).expanduser()
+        require_resumable(folder, config.identity())
     if folder is None or not _is_of(folder, run):
-        _require_free(run, config)
+        _require_free(run, config, file)
     return folder
 
 
@@ -207,14 +225,15 @@ def _is_of(checkpoint: Path, run: Path) -> bool:
 
 def _held(run: Path) -> list[Path]:
     """What a folder holds of a run."""
-    return [run / name for name in (*_RUN, *_BESIDE) if (run / name).exists()] + sorted(run.glob("checkpoint-*"))
+    return [run / name for name in (*_RUN, *_BESIDE) if (run / name).exists()] + checkpoints(run)
 
 
-def _require_free(run: Path, config: ZOFOConfig) -> None:
+def _require_free(run: Path, config: ZOFOConfig, file: Path | None) -> None:
     held = _held(run)
+    own = file.resolve() if file else None  # a configuration that somebody put there makes no run
     if not held:
         return
-    if all(target.name in _BESIDE for target in held):
+    if all(target.name in _BESIDE or target.resolve() == own for target in held):
         raise ZofoError(f"{run} holds {held[0].name}, but no run that could be removed: choose another output_dir")
     if not config.overwrite_output_dir:
         raise ZofoError(

@@ -233,6 +233,8 @@ class ZOFOConfig(TrainingArguments):
             value = value.value if isinstance(value, Enum) else value
             if field.name in (*_MANNER, *_CHECKPOINTING, *followed) or not field.init:
                 continue
+            if field.name.endswith("_token"):  # a secret
+                continue
             if (field.name in own_keys() or value != field.default) and _plain(value):
                 kept[field.name] = _anywhere(field.name, value)
         if self.activation_checkpointing:  # by the name that people give it: two would contradict each other

@@ -57,10 +57,8 @@ class CostCallback(TrainerCallback):
         self._cost = cost
         self._started = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reset_peak_memory(args.device)
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reset_peak_memory(args.device)  # evaluations and checkpoints lie between the steps
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

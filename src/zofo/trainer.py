@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from zofo import noise
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
 from zofo.batches import Bundle, BundleCollator, IterationSampler
-from zofo.checkpoint import last_sealed, read_seal, require_same, seal, unseal, writing
+from zofo.checkpoint import last_sealed, read_seal, require_resumable, seal, unseal, writing
 from zofo.config import ZOFOConfig
 from zofo.cost import Cost, CostCallback
-from zofo.data import Example, collate, tokenize
+from zofo.data import Example, collate, digest, tokenize
 from zofo.errors import ZofoError
 from zofo.evaluation import evaluate, require_scorable
 from zofo.levels import NonFiniteLossError, require_optimizer
@@ -100,7 +100,7 @@ class ZOFOTrainer(Trainer):
         if args.moves_backbone or args.method == "none":  # Trainer takes no quantised model without an adapter
             require_dense(model.config, model.config.name_or_path or type(model).__name__, f"method {args.method}")
         config = peft_config or adapter_config(args.adapter, model)
-        self._identity = {**args.identity(), "peft_config": described(config)}
+        self.identity = {**args.identity(), "peft_config": described(config)}
         real_prefix = peft_config is None and args.adapter == "prefix"
         self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel", real_prefix=real_prefix)
         self.adapted.require_prompts()
@@ -118,8 +118,10 @@ class ZOFOTrainer(Trainer):
         lower = self.examples(rows[0])
         upper = lower if rows[1] is rows[0] else self.examples(rows[1])
         self._level_sizes = (len(lower), len(upper))
+        self.identity["rows"] = [digest(lower), digest(upper)]
         evaluated = self.examples(records(eval_dataset)) if eval_dataset else []
-        require_scorable(self.adapted, self.metrics[0], evaluated)
+        for metric in self.metrics:
+            require_scorable(self.adapted, metric, evaluated)
         use_cache = model.config.use_cache
         super().__init__(
             model=self.adapted.model,
@@ -268,15 +270,16 @@ class ZOFOTrainer(Trainer):
         """
         if resume_from_checkpoint:
             last = resume_from_checkpoint is True
-            folder = last_sealed(Path(str(self.args.output_dir))) if last else Path(str(resume_from_checkpoint))
-            require_same(read_seal(folder)["config"], self._identity, folder)
+            given = Path(str(resume_from_checkpoint)).expanduser()
+            folder = last_sealed(Path(str(self.args.output_dir))) if last else given
+            require_resumable(folder, self.identity)
             resume_from_checkpoint = str(folder)
         if self.args.method in ("bilevel", "zo", "two_stage"):
             parameter = next(iter(self.adapted.backbone.values()))
             if not noise.warm_up(parameter.dtype, parameter.device):
                 logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
         if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
-            return None
+            return TrainOutput(self.state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _is_finished(self, folder: str) -> bool:
@@ -314,7 +317,7 @@ class ZOFOTrainer(Trainer):
                 (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
                 super()._save_checkpoint(model, trial)
                 self.adapted.save_trained(folder)
-                seal(folder, {"config": self._identity, "cost": self.cost.as_json()})
+                seal(folder, {"config": self.identity, "cost": self.cost.as_json()})
         finally:
             self.args.save_total_limit = limit
         # only now that the new one is whole may an old one go
@@ -325,7 +328,8 @@ class ZOFOTrainer(Trainer):
         self.cost.restore(read_seal(Path(resume_from_checkpoint))["cost"])
 
     def _load_best_model(self) -> None:
-        self.adapted.load(Path(str(self.state.best_model_checkpoint)))
+        best = Path(str(self.state.best_model_checkpoint))
+        self.adapted.load(best if best.is_dir() else Path(str(self.args.output_dir)) / best.name)  # a run may be moved
 
     # ---- parts
 
