@@ -229,3 +229,26 @@ def test_virtual_tokens_cannot_be_merged(tmp_path, kind):
     backbone = save_tiny_model(tmp_path / "base")
     with pytest.raises(ZofoError, match="virtual tokens, which cannot be merged"):
         merged(str(backbone), str(stored))
+
+
+@torch.no_grad()
+def test_a_backbone_of_two_precisions_is_restored_to_the_bit(tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    model.model.norm.float().weight.normal_(1, 0.1)
+    adapted = AdaptedModel(model)
+    before = {name: p.clone() for name, p in adapted.backbone.items()}
+    adapted.save(tmp_path)
+    for parameter in adapted.backbone.values():
+        parameter.zero_()
+    adapted.load(tmp_path)
+    for name, parameter in adapted.backbone.items():
+        assert parameter.dtype == before[name].dtype
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_path_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    stored = saved_adapter(tmp_path)
+    (tmp_path / "lora.json").write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2}')
+    assert adapter_config("~/lora.json", tiny_model()).r == 2
+    assert attach(tiny_model(), f"~/{stored.relative_to(tmp_path)}")

@@ -95,6 +95,32 @@ def test_every_method_is_timed(tmp_path, model_folder):
     assert rows["bilevel", "lora"].seconds > 2 * rows["fo", "lora"].seconds
 
 
+def test_a_table_of_one_s_own_is_read(tmp_path, model_folder):
+    lines = [f"the film number {i} was seen,{'good' if i % 2 else 'bad'}" for i in range(40)]
+    (tmp_path / "r.csv").write_text("\n".join(["text,label", *lines]))
+    keys = {"model": str(model_folder), "max_length": 64}
+    whole, own = (
+        rows_of(tmp_path, **keys, **more)["fo", "lora"].memory.activations
+        for more in ({}, {"data": str(tmp_path / "r.csv"), "text": "text", "label": "label"})
+    )
+    assert own < 0.9 * whole  # rows of max_length otherwise
+
+
+def test_an_adapter_that_zeroth_order_moves_is_timed_by_itself(tmp_path, model_folder, monkeypatch):
+    from zofo import timing
+
+    moved, level = [], timing.ZerothOrderLevel
+    monkeypatch.setattr(
+        timing,
+        "ZerothOrderLevel",
+        lambda adapted, named, config: moved.append(set(named)) or level(adapted, named, config),
+    )
+    keys = {"method": "zo", "adapter": "lora", "zo_parameters": None}
+    rows = rows_of(tmp_path, timed=True, model=str(model_folder), **keys)
+    assert rows["zo", "lora"].seconds > 0
+    assert [all("lora" in name for name in names) for names in moved] == [False, False, True]
+
+
 def test_the_command_prints_a_table_and_writes_the_same_once(capsys, tmp_path, model_folder):
     keys = {"model": model_folder, "task": write_task(tmp_path / "task"), "output": tmp_path / "estimate.json"}
     words = [*arguments("estimate", **{**QUICK, **keys}), "--memory_only"]
@@ -115,6 +141,7 @@ BAD = {
     "an unknown key": ({"penlty": 1}, "unknown key 'penlty': did you mean penalty?"),
     "an unknown task": ({"task": "movie_review"}, "there is no task 'movie_review'"),
     "an unknown adapter": ({"adapter": "loar"}, "adapter is 'loar'"),
+    "nothing to train": ({"method": "none", "adapter": "none"}, "method none trains nothing"),
     "more rows than exist": ({"train_size": 41}, "train_size is 41, but only 40 rows are left for it"),
 }
 

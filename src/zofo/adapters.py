@@ -67,7 +67,7 @@ def adapter_config(adapter: str, model: PreTrainedModel) -> PeftConfig | None:
             task_type=TaskType.CAUSAL_LM, num_virtual_tokens=10, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
             num_attention_heads=heads,
         )  # fmt: skip
-    return _read_config(Path(adapter))
+    return _read_config(Path(adapter).expanduser())
 
 
 def _lora_targets(model: PreTrainedModel) -> list[str] | str:
@@ -314,7 +314,8 @@ class AdaptedModel:
             parameter.copy_(stored[name])
 
     def _load_backbone(self, folder: Path) -> None:
-        dtype: Any = str(next(iter(self.backbone.values())).dtype).removeprefix("torch.")
+        kinds = {p.dtype for p in self.backbone.values()}
+        dtype: Any = str(kinds.pop()).removeprefix("torch.") if len(kinds) == 1 else "float32"  # which holds them all
         values = dict(load_weights(str(folder / "backbone"), dtype).named_parameters())
         if values.keys() != self.backbone.keys():
             odd = sorted(values.keys() ^ self.backbone.keys())[0]

@@ -17,6 +17,7 @@ from zofo.data import Batch, Example, collate, tokenize
 from zofo.errors import ZofoError
 from zofo.memory import Memory, checkpoint, fake, step_memory
 from zofo.models import load_hollow, load_tokenizer, load_weights
+from zofo.own_data import make_table_task
 from zofo.scoring import Scorer, Tokens
 from zofo.splits import split_records
 from zofo.tasks import load_task
@@ -85,6 +86,8 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> list[Row]:
     """
     if config.model is None:
         raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
+    if config.method == "none":
+        raise ZofoError("method none trains nothing, so there is nothing to estimate: leave it out")
     base = load_hollow(config.model, config.dtype)
     tokenizer = load_tokenizer(config.model, base)
     batches = _Batches(config, tokenizer, _examples(config, tokenizer, base))
@@ -153,16 +156,19 @@ def _own(config: ZOFOConfig) -> tuple[str, str]:
 def _variants(config: ZOFOConfig) -> list[tuple[str, str]]:
     """Methods and adapters in the order of the table: the four that are always of interest, and the run's own."""
     adapter = "lora" if config.adapter == "none" else config.adapter
-    own = [_own(config)] if config.method != "none" else []
-    return list(dict.fromkeys([("fo", "none"), ("fo", adapter), ("zo", "none"), ("bilevel", adapter), *own]))
+    always = [("fo", "none"), ("fo", adapter), ("zo", "none"), ("bilevel", adapter)]
+    return list(dict.fromkeys([*always, _own(config)]))
 
 
 def _examples(config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> list[Example]:
     """A sample of the training rows; without a task, one row of the greatest length."""
     room = min(config.max_length, AdaptedModel(base).positions)
-    if config.task is None:
+    if config.task is None and config.data is None:
         return [Example((0,) * (room - 1), ((0,), (1,)), 0, ("a", "b"))]
-    task = load_task(config.task, config.source)
+    if config.data:
+        task, _ = make_table_task(config.data, config.text, config.label)
+    else:
+        task = load_task(str(config.task), config.source)
     splits = split_records(
         task.records(),
         train_size=config.train_size,
@@ -214,6 +220,8 @@ def _time(config: ZOFOConfig, rows: Sequence[Row], batches: _Batches) -> None:
         adapted = AdaptedModel(model, adapter_config(adapter, model), twins=any(r.method == "bilevel" for r in group))
         cast(nn.Module, adapted.model).to(config.device)
         checkpoint(config, adapted)
-        measured = times(config, adapted, batches.typical(adapted), [row.method for row in group])
-        for row in group:
-            row.seconds = seconds(config, row.method, measured)
+        adapter_alone = [row for row in group if row.method == "zo" and adapted.adapters]
+        for rows_alike in ([row for row in group if row not in adapter_alone], adapter_alone):
+            measured = times(config, adapted, batches.typical(adapted), [row.method for row in rows_alike])
+            for row in rows_alike:
+                row.seconds = seconds(config, row.method, measured)

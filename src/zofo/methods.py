@@ -88,7 +88,7 @@ class ZerothOrder(Method):
         self.plan = Plan(upper=1)
         self._scorer = scorer
         whole = backbone or not adapted.adapters
-        moved = _moved_backbone(adapted, args) if whole else adapted.adapter_parameters(UPPER)
+        moved = moved_backbone(adapted, args) if whole else adapted.adapter_parameters(UPPER)
         self._level = ZerothOrderLevel(adapted, moved, args)
         self.optimizer = self._level.optimizer
 
@@ -137,7 +137,7 @@ class Bilevel(Method):
         self.s = FirstOrderLevel(adapted, scorer, LOWER, args.learning_rate, args)
         self.p = FirstOrderLevel(adapted, scorer, UPPER, args.upper_learning_rate, args)
         self._before: tuple[list[Tensor], dict[str, Any]] | None = None
-        self.theta = ZerothOrderLevel(adapted, _moved_backbone(adapted, args), args)
+        self.theta = ZerothOrderLevel(adapted, moved_backbone(adapted, args), args)
         members = {"lower": self.s.optimizer, "upper": self.p.optimizer, "zo": self.theta.optimizer}
         self.optimizer = JointOptimizer(members, stepped=("upper", "zo"))
 
@@ -231,7 +231,7 @@ def make_method(adapted: AdaptedModel, scorer: Scorer, args: ZOFOConfig) -> Meth
             return FirstOrder(adapted, scorer, args)
 
 
-def _moved_backbone(adapted: AdaptedModel, args: ZOFOConfig) -> dict[str, Tensor]:
+def moved_backbone(adapted: AdaptedModel, args: ZOFOConfig) -> dict[str, Tensor]:
     """The backbone's weights that the zeroth-order level moves."""
     if any(isinstance(module, ParamWrapper) for module in adapted.model.modules()):
         raise ZofoError(

@@ -179,6 +179,7 @@ def attach(model: PreTrainedModel, adapter: str) -> PeftModel:
     Raises:
         ZofoError: if the folder is no PEFT folder, or does not fit.
     """
+    adapter = str(Path(adapter).expanduser())
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ZofoError(f"{adapter} is no adapter: give a folder with adapter_config.json, such as RUN/upper")
     if not (Path(adapter) / "adapter_model.safetensors").is_file():

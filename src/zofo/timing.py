@@ -15,6 +15,7 @@ from zofo.data import Batch
 from zofo.estimators import Estimate
 from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses
 from zofo.memory import LEVELS
+from zofo.methods import moved_backbone
 from zofo.optimizers import CURVATURE_EVERY
 from zofo.scoring import Scorer, Tokens
 
@@ -36,13 +37,15 @@ def times(config: ZOFOConfig, adapted: AdaptedModel, batches: Sequence[Batch], m
         config: of the run.
         adapted: the model.
         batches: of typical rows.
-        methods: some of `memory.LEVELS`.
+        methods: some of `memory.LEVELS`; "zo" alone moves the adapter, if there is one.
     """
     scorer = Scorer(adapted, Tokens())
     forward = zeroth_update = backward = update = 0.0
     if any(LEVELS[method][1] for method in methods):
         noise.warm_up(next(iter(adapted.backbone.values())).dtype, config.device)
-        theta = ZerothOrderLevel(adapted, adapted.backbone, config)
+        alone = list(methods) == ["zo"] and bool(adapted.adapters)
+        moved = adapted.adapter_parameters(UPPER) if alone else moved_backbone(adapted, config)
+        theta = ZerothOrderLevel(adapted, moved, config)
 
         def near(batch: Batch) -> None:
             with theta.perturbed(0, config.zo_eps, 0):
