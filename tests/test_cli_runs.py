@@ -105,13 +105,20 @@ def test_going_on_from_elsewhere_does_not_write_over_a_run(capsys, tmp_path, key
     assert main(arguments(**same)) == 0
 
 
-def test_a_folder_with_a_configuration_of_one_s_own_is_no_run(capsys, tmp_path, keys):
-    folder = without_run(keys)["output_dir"]
-    folder.mkdir()
-    (folder / "checkpoint-best").mkdir()
-    (folder / "config.yaml").write_text("# my words\nlower_steps: 1\n")
-    words = [*arguments(**{**keys, "overwrite_output_dir": "true"}), "--config", str(folder / "config.yaml")]
-    assert "holds config.yaml, but no run that could be removed" in refused(capsys, words, tmp_path)
+def test_only_numbered_checkpoints_are_a_run_s(tmp_path, keys):
+    best = keys["output_dir"] / "checkpoint-best"
+    best.mkdir()
+    assert main(arguments(**{**keys, "overwrite_output_dir": "true"})) == 0
+    assert best.is_dir()
+
+
+def test_a_checkpoint_may_be_a_link_to_another_disk(tmp_path, keys):
+    (keys["output_dir"] / "checkpoint-2").rename(tmp_path / "elsewhere")
+    (keys["output_dir"] / "checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    assert main(arguments(**{**keys, "resume_from_checkpoint": "true", "max_steps": 3})) == 0
+    assert main(arguments(**{**keys, "overwrite_output_dir": "true"})) == 0
+    assert not (keys["output_dir"] / "checkpoint-2").is_symlink()
+    assert (tmp_path / "elsewhere" / "seal.json").exists()
 
 
 def test_a_run_goes_on_with_the_same_rows_only(capsys, tmp_path, keys):
@@ -121,11 +128,12 @@ def test_a_run_goes_on_with_the_same_rows_only(capsys, tmp_path, keys):
     rows = (tmp_path / "task" / "rows.jsonl").read_text()
     (tmp_path / "task" / "rows.jsonl").write_text(rows.replace("film", "book"))
     more = {**given, "resume_from_checkpoint": "true", "max_steps": 3}
-    assert "was written with rows = [" in refused(capsys, arguments(**more), tmp_path)
+    assert "was written by a run on other training rows" in refused(capsys, arguments(**more), tmp_path)
 
 
 def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(capsys, tmp_path, keys):
     assert main(arguments(**{**without_run(keys), "save_only_model": "true"})) == 0
+    assert main(arguments(**{**keys, "resume_from_checkpoint": "true"})) == 0  # it is finished, and needs none
     more = {**keys, "resume_from_checkpoint": "true", "max_steps": 3}
     assert "holds no optimizer.pt, as save_only_model leaves it out" in refused(capsys, arguments(**more), tmp_path)
 

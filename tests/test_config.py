@@ -42,6 +42,7 @@ def test_no_training_has_no_adapter():
         ({"method": "two_stage"}, False),
         ({"method": "bilevel", "penalty_schedule": "linear"}, False),
         ({"method": "zo", "lr_scheduler_type": "linear"}, False),
+        ({"method": "zo", "lr_scheduler_type": "inverse_sqrt"}, True),
         ({"method": "zo", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, False),
         ({"method": "zo", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, True),
         ({"method": "bilevel"}, True),

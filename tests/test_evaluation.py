@@ -191,11 +191,14 @@ def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path, monkeypatch)
 def test_task_files_of_one_name_are_told_apart(tmp_path):
     for name in ("mine", "other", "run/backbone"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "task.yaml").write_text("")
+        (tmp_path / name / "task.yaml").write_text(f"# {name}")
     own, other = (str(tmp_path / name / "task.yaml") for name in ("mine", "other"))
     (tmp_path / "run" / "config.yaml").write_text(f"method: zo\ntask: {own}\ntest_size: 50\n")
     model = str(tmp_path / "run" / "backbone")
     assert [eval_settings(model, task, {}).test_size for task in (own, other)] == [50, None]
+    (tmp_path / "other" / "task.yaml").write_text("# mine")  # a copy
+    assert eval_settings(model, other, {}).test_size == 50
+    (tmp_path / "other" / "task.yaml").write_text("# other")
     (tmp_path / "mine" / "task.yaml").unlink()  # moved: the name decides
     assert eval_settings(model, other, {}).test_size == 50
 

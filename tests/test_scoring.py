@@ -397,6 +397,15 @@ def test_generation_ends_where_the_models_positions_end(family):
 
 
 @pytest.mark.parametrize("kind", ["none", "lora"])
+def test_only_the_metric_that_decides_needs_options(kind):
+    made, rows = adapted("llama", kind), tokenize([Record(PROMPTS[0], " great")], TOKENIZER, 128)[0]
+    found = evaluate(
+        Scorer(made, Tokens()), rows, metrics=["exact_match", "accuracy"], kind="lm", tokenizer=TOKENIZER, batch_size=1
+    )
+    assert found["accuracy"] == found["exact_match"]
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
 def test_generation_is_greedy_whatever_the_model_s_own_file_wants(kind):
     made = adapted("llama", kind)
     rows = tokenize([Record(p, " great") for p in PROMPTS], TOKENIZER, 128)[0]

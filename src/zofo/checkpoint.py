@@ -101,19 +101,31 @@ def last_sealed(run: Path) -> Path:
     raise ZofoError(f"{run} holds no complete checkpoint to resume from: start without resume_from_checkpoint")
 
 
-def require_resumable(folder: Path, current: dict[str, Any]) -> None:
-    """Refuses to resume a run under another configuration, or without the state of its optimizer.
+def require_optimizer_state(folder: Path) -> None:
+    """Refuses to go on from a checkpoint that holds a model only.
 
     Raises:
-        ZofoError: with the first key that differs and both values.
+        ZofoError: if the state of the optimizer or of the schedule is missing.
     """
-    stored: dict[str, Any] = read_seal(folder)["config"]
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():
             raise ZofoError(
                 f"{folder} holds no {name}, as save_only_model leaves it out: a run cannot go on from there; its "
                 "model can be evaluated"
             )
+
+
+def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Refuses to resume a run under another configuration, or on other rows.
+
+    Raises:
+        ZofoError: with the first key that differs and both values.
+    """
+    if "rows" in current and stored.get("rows") != current["rows"]:
+        raise ZofoError(
+            f"{folder} was written by a run on other training rows: give it the same data and task file, or start a "
+            "new run in another output_dir"
+        )
     for key, value in current.items():
         if stored.get(key) != value:
             raise ZofoError(

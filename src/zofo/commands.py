@@ -14,10 +14,9 @@ import yaml
 
 from zofo.adapters import UPPER, AdaptedModel, is_prompt, merged
 from zofo.card import model_card
-from zofo.checkpoint import checkpoints, last_sealed, require_resumable, writing
+from zofo.checkpoint import checkpoints, last_sealed, read_seal, require_same, writing
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.evaluation import require_scorable
 from zofo.models import DType, load_model, load_tokenizer, load_weights, require_movable, stored_dtype
 from zofo.own_data import TASK_FILE, introduction, make_table_task, task_text
 from zofo.plots import plot_curves
@@ -32,13 +31,8 @@ _RUN = ("config.yaml", "results.json", "backbone", "upper", "lower", "trainer_st
 _BESIDE = (TASK_FILE, "README.md", "curves.png", "tokenizer")
 
 
-def train(config: ZOFOConfig, say: Say, file: Path | None = None) -> dict[str, Any]:
+def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     """One run: loads, trains, evaluates, and writes the run folder. Returns what `results.json` holds.
-
-    Args:
-        config: everything that decides the run.
-        say: where to tell what is done.
-        file: where the configuration was read from, if it was.
 
     Raises:
         ZofoError: if anything that was given cannot work; nothing has been overwritten then.
@@ -46,7 +40,7 @@ def train(config: ZOFOConfig, say: Say, file: Path | None = None) -> dict[str, A
     if not config.model:
         raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
     run = Path(str(config.output_dir))
-    resume = _resume_point(config, run, file)
+    resume = _resume_point(config, run)
     task, spec = _task(config)
     splits = _split(task, config, say)
     _require_rows(splits, config)
@@ -67,10 +61,9 @@ def train(config: ZOFOConfig, say: Say, file: Path | None = None) -> dict[str, A
     test = trainer.examples(splits.test)
     if trainer.truncated:
         say(f"{trainer.truncated} rows are longer than {config.max_length} tokens: their prompts lost their beginning")
-    for metric in task.metrics:
-        require_scorable(trainer.adapted, metric, test)
+    trainer.require_scorable(test)
     if resume:
-        require_resumable(resume, trainer.identity)
+        trainer.require_resumable(resume)
     _prepare_folder(run, config, resume)
     if spec:
         (run / TASK_FILE).write_text(task_text(spec), encoding="utf-8")
@@ -208,19 +201,19 @@ def _require_rows(splits: Splits, config: ZOFOConfig) -> None:
             raise ZofoError(f"no row is left for {name}: give more rows, or {name}_size")
 
 
-def _resume_point(config: ZOFOConfig, run: Path, file: Path | None) -> Path | None:
+def _resume_point(config: ZOFOConfig, run: Path) -> Path | None:
     """The checkpoint to resume from; refuses to write over what `run` holds, unless it goes on from there."""
     wanted, folder = config.resume_from_checkpoint, None
     if wanted and str(wanted).lower() not in ("false", "none"):
         folder = last_sealed(run) if str(wanted).lower() == "true" else Path(str(wanted)).expanduser()
-        require_resumable(folder, config.identity())
+        require_same(read_seal(folder)["config"], config.identity(), folder)
     if folder is None or not _is_of(folder, run):
-        _require_free(run, config, file)
+        _require_free(run, config)
     return folder
 
 
 def _is_of(checkpoint: Path, run: Path) -> bool:
-    return checkpoint.resolve().parent == run.resolve()
+    return checkpoint.absolute().parent.resolve() == run.resolve()  # which may be a link to a larger disk
 
 
 def _held(run: Path) -> list[Path]:
@@ -228,12 +221,11 @@ def _held(run: Path) -> list[Path]:
     return [run / name for name in (*_RUN, *_BESIDE) if (run / name).exists()] + checkpoints(run)
 
 
-def _require_free(run: Path, config: ZOFOConfig, file: Path | None) -> None:
+def _require_free(run: Path, config: ZOFOConfig) -> None:
     held = _held(run)
-    own = file.resolve() if file else None  # a configuration that somebody put there makes no run
     if not held:
         return
-    if all(target.name in _BESIDE or target.resolve() == own for target in held):
+    if all(target.name in _BESIDE for target in held):
         raise ZofoError(f"{run} holds {held[0].name}, but no run that could be removed: choose another output_dir")
     if not config.overwrite_output_dir:
         raise ZofoError(
@@ -252,7 +244,7 @@ def _require_free(run: Path, config: ZOFOConfig, file: Path | None) -> None:
 def _prepare_folder(run: Path, config: ZOFOConfig, resume: Path | None) -> None:
     if config.overwrite_output_dir and (resume is None or not _is_of(resume, run)):
         for target in _held(run):
-            if target.is_dir():
+            if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             else:
                 target.unlink()

@@ -41,6 +41,7 @@ _NOT_NEGATIVE = (
 _CHECKPOINTING = tuple(
     f"{name}_checkpointing{rest}" for name in ("activation", "gradient") for rest in ("", "_kwargs")
 )
+_TIMELESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
 AUTO = "auto"
 _FREE = ("overwrite_output_dir", "on_nonfinite")
@@ -86,7 +87,9 @@ class ZOFOConfig(TrainingArguments):
     num_perturbations: int = _key(1, "q, directions per zeroth-order step")
     zo_estimator: EstimatorName = _key("two_sided", "two_sided or one_sided differences")
     zo_optimizer: Literal["sgd"] = _key("sgd", "rule of the zeroth-order level")
-    zo_weight_decay: float = _key(0.0, "decoupled weight decay of the zeroth-order level; not on biases and norms")
+    zo_weight_decay: float = _key(
+        0.0, "decoupled weight decay of the zeroth-order level, at a given rate; not on biases and norms"
+    )
     zo_parameters: list[str] | None = _key(
         None, "backbone weights that move: kinds (attention, mlp, embeddings, norms, head), parts of names or patterns"
     )
@@ -167,10 +170,10 @@ class ZOFOConfig(TrainingArguments):
 
     def _check_zo_learning_rate(self) -> None:
         if self.zo_learning_rate == AUTO:
-            if self.zo_weight_decay:
+            if self.zo_weight_decay and self.method in ("bilevel", "zo", "two_stage"):
                 raise ZofoError(
                     f"zo_weight_decay is {self.zo_weight_decay}, but the automatic rate grows without bound where "
-                    "losses are flat, and the decay with it: give zo_learning_rate as a number, or leave it out"
+                    "losses are flat, and the decay with it: leave it out, or give zo_learning_rate as a number"
                 )
             return
         try:
@@ -218,7 +221,7 @@ class ZOFOConfig(TrainingArguments):
     def identity(self) -> dict[str, Any]:
         """The keys that must not change when a run is resumed, as JSON values."""
         keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in _FREE)]
-        timeless = self.lr_scheduler_type in ("constant", "constant_with_warmup") and not 0 < self.warmup_steps < 1
+        timeless = self.lr_scheduler_type in _TIMELESS and not 0 < self.warmup_steps < 1
         if self.method == "two_stage" or self.penalty_schedule != "constant" or not timeless:
             keys += ["max_steps", "num_train_epochs"]  # what a step does depends on how many there will be
         values = {key: _anywhere(key, vars(self)[key]) for key in keys}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
@@ -214,21 +212,6 @@ def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerB
             f"{max_length}: raise max_length, or shorten the answers"
         )
     return dataclasses.replace(example, prompt=example.prompt[:head] + example.prompt[head + excess :])
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """A short name of these examples in this order, by which a changed set is known.
-
-    Examples:
-        >>> one, other = (Example((5, 6), ((7,), (n,)), 0, ("a", "b")) for n in (8, 9))
-        >>> digest([one]) == digest([one]), digest([one]) == digest([other])
-        (True, False)
-    """
-    found = hashlib.sha256()
-    for example in examples:
-        for part in (example.prompt, *example.answers, (example.gold,)):
-            found.update(array("q", (len(part), *part)).tobytes())
-    return found.hexdigest()[:16]
 
 
 def collate(examples: Sequence[Example], kind: LossKind, pad_id: int, padding_side: str = "left") -> Batch:

@@ -24,19 +24,21 @@ Place = Callable[[Any], Any]
 _NEW_TOKENS = 50
 
 
-def require_scorable(adapted: AdaptedModel, metric: str, examples: Sequence[Example] = ()) -> None:
+def require_scorable(adapted: AdaptedModel, metrics: Sequence[str], examples: Sequence[Example]) -> None:
     """Refuses what cannot be scored right.
 
     Raises:
         ZofoError: for generated text behind virtual tokens, where peft's `generate` differs from its own forward; and
-            for a row without a choice between options, if the metric is of the choice.
+            for a row without a choice between options, if the metric that decides is of the choice.
     """
+    metric = metrics[0]
     alone = next((e for e in examples if len(e.answers) < 2), None) if metric in OPTION_METRICS else None
     if alone is not None:
         raise ZofoError(
             f"{metric} needs options to choose from, but the row with the answer {alone.texts[0]!r} has fewer than "
             f"two: give options, or for generated answers set loss to lm and the metric to {' or '.join(TEXT_METRICS)}"
         )
+    metric = next((metric for metric in metrics if metric in TEXT_METRICS), metric)
     if metric in TEXT_METRICS and adapted.prompt_learning:
         raise ZofoError(
             f"{metric} needs generated text, which peft gets wrong behind virtual tokens on several models: choose "
@@ -80,8 +82,7 @@ def evaluate(
         A. Holtzman et al., "Surface Form Competition" (2021) for "pmi"; S. Min et al., "Noisy Channel Language Model
         Prompting" (2022) for "channel".
     """
-    for metric in metrics:
-        require_scorable(scorer.adapted, metric, examples)
+    require_scorable(scorer.adapted, metrics, examples)
     scorer.adapted.model.eval()
     if kind == "options" or metrics[0] in OPTION_METRICS:
         scores = _all_scores(scorer, examples, scoring, premises, tokenizer, batch_size, place)
@@ -196,15 +197,11 @@ def _generated(
 @contextmanager
 def _plain_generation(adapted: AdaptedModel) -> Generator[None]:
     """Within the block, what a model's own file wants of generation (penalties, beams) is not filled in."""
-    models: list[Any] = list({id(model): model for model in (adapted.base, adapted.model)}.values())
-    own = [model.generation_config for model in models]
-    for model in models:
-        model.generation_config = GenerationConfig()
+    own, adapted.base.generation_config = adapted.base.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        for model, config in zip(models, own, strict=True):
-            model.generation_config = config
+        adapted.base.generation_config = own
 
 
 @lru_cache(maxsize=2)

@@ -87,9 +87,11 @@ def eval_settings(model: str, task: str, given: dict[str, Any]) -> EvalSettings:
 
 
 def _is_task(given: str, stored: str) -> bool:
-    """Whether a task is that of a run: the same file where both are files, else of the same name."""
+    """Whether a task is that of a run: the same file, or a copy, where both are files; else of the same name."""
     one, other = Path(given).expanduser(), Path(stored)
-    return one.resolve() == other.resolve() if one.is_file() and other.is_file() else one.stem == other.stem
+    if one.is_file() and other.is_file():
+        return one.read_bytes() == other.read_bytes()
+    return one.stem == other.stem
 
 
 def _config_of_run(parts: Sequence[str]) -> tuple[Path, dict[str, Any]]:

@@ -135,7 +135,7 @@ class ZerothOrderLevel:
         if isinstance(rate, float):
             rule, factor = ZOSGD(args.zo_weight_decay), rate
         else:
-            rule, factor = AutomaticZOSGD(args.zo_weight_decay, args.zo_eps), 1.0
+            rule, factor = AutomaticZOSGD(eps=args.zo_eps), 1.0
         limits = magnitude_limits(self._parameters, args.zo_sparsity)
         self.optimizer = ZerothOrderOptimizer(self._parameters, rule, factor, limits)
         for parameter in self._parameters.values():
@@ -244,8 +244,15 @@ def require_optimizer(args: ZOFOConfig) -> None:
     Raises:
         ZofoError: if it is not installed, needs a model of its own kind, or keeps weights of its own.
     """
-    if args.method in ("bilevel", "fo", "two_stage"):
+    if args.method not in ("bilevel", "fo", "two_stage"):
+        return
+    name = str(args.optim.value if isinstance(args.optim, Enum) else args.optim)
+    if name.startswith("schedule_free"):
+        raise ZofoError(f"optim {name} keeps weights of its own for training, which zofo does not: take adamw_torch")
+    try:
         _first_order_optimizer([torch.zeros(1, requires_grad=True)], args.learning_rate, args)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ZofoError(f"optim {name} cannot be used ({first_line(error)}): take adamw_torch, say") from error
 
 
 def _first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, args: ZOFOConfig) -> Optimizer:
@@ -254,12 +261,6 @@ def _first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, a
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    name = str(args.optim.value if isinstance(args.optim, Enum) else args.optim)
-    if name.startswith("schedule_free"):
-        raise ZofoError(f"optim {name} keeps weights of its own for training, which zofo does not: take adamw_torch")
-    try:
-        made: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args)
-        kind, settings = made
-        return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ZofoError(f"optim {name} cannot be used ({first_line(error)}): take adamw_torch, say") from error
+    made: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args)
+    kind, settings = made
+    return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,41 @@ class Record:
     def identity(self) -> tuple[Any, ...]:
         """What makes two records the same question."""
         return (self.prompt, self.suffix, self.options) if self.suffix else (self.prompt,)
+
+
+Rows = Sequence[Record] | Sequence[Row]
+
+
+def records(rows: Rows) -> list[Record]:
+    """Rows as records.
+
+    Raises:
+        ZofoError: if a row lacks `prompt` or `completion`.
+    """
+    made: list[Record] = []
+    for number, row in enumerate(rows):
+        if isinstance(row, Record):
+            made.append(row)
+            continue
+        for key in ("prompt", "completion"):
+            if not isinstance(row.get(key), str):
+                raise ZofoError(f"row {number} has no text {key!r}: rows need prompt, completion and perhaps options")
+        made.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
+    return made
+
+
+def digest(records: Sequence[Record]) -> str:
+    """A short name of these records in this order, by which a changed set is known.
+
+    Examples:
+        >>> one, other = Record("a", " b"), Record("a", " c")
+        >>> digest([one]) == digest([one]), digest([one]) == digest([other])
+        (True, False)
+    """
+    found = hashlib.sha256()
+    for record in records:
+        found.update(repr(record).encode())
+    return found.hexdigest()[:16]
 
 
 def checked(record: Record) -> Record:

@@ -49,8 +49,6 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
     splits = _read_folder(inside, split) if inside.is_dir() else _hub(location, split)
     if not split:
         return splits
-    if split not in splits:
-        raise ZofoError(f"{location} has no split {split!r}: it has {', '.join(splits) or 'none'}")
     return {"all": splits[split]}
 
 

@@ -22,10 +22,10 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from zofo import noise
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
 from zofo.batches import Bundle, BundleCollator, IterationSampler
-from zofo.checkpoint import last_sealed, read_seal, require_resumable, seal, unseal, writing
+from zofo.checkpoint import last_sealed, read_seal, require_optimizer_state, require_same, seal, unseal, writing
 from zofo.config import ZOFOConfig
 from zofo.cost import Cost, CostCallback
-from zofo.data import Example, collate, digest, tokenize
+from zofo.data import Example, collate, tokenize
 from zofo.errors import ZofoError
 from zofo.evaluation import evaluate, require_scorable
 from zofo.levels import NonFiniteLossError, require_optimizer
@@ -36,11 +36,9 @@ from zofo.optimizers import JointOptimizer, ZerothOrderOptimizer
 from zofo.peft_models import described
 from zofo.progress import LossBar
 from zofo.prompting import as_chat
-from zofo.records import Record, checked
+from zofo.records import Record, Rows, digest, records
 from zofo.scoring import Scorer, Tokens
 from zofo.splits import halves
-
-Rows = Sequence[Record] | Sequence[dict[str, Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +105,7 @@ class ZOFOTrainer(Trainer):
         if args.activation_checkpointing:
             self.adapted.require_checkpointing()
         rows = _levels(args, train_dataset, upper_dataset)
+        self.identity["rows"] = [digest(level) for level in rows]
         self.metrics = tuple(metrics) or ("accuracy" if rows[0][0].options else "exact_match",)
         _require_known_metric(args, self.metrics)
         require_optimizer(args)
@@ -118,10 +117,8 @@ class ZOFOTrainer(Trainer):
         lower = self.examples(rows[0])
         upper = lower if rows[1] is rows[0] else self.examples(rows[1])
         self._level_sizes = (len(lower), len(upper))
-        self.identity["rows"] = [digest(lower), digest(upper)]
         evaluated = self.examples(records(eval_dataset)) if eval_dataset else []
-        for metric in self.metrics:
-            require_scorable(self.adapted, metric, evaluated)
+        self.require_scorable(evaluated)
         use_cache = model.config.use_cache
         super().__init__(
             model=self.adapted.model,
@@ -146,6 +143,20 @@ class ZOFOTrainer(Trainer):
         made, cut = tokenize(rows, self._tokenizer, self._room)
         self.truncated += cut
         return made
+
+    def require_scorable(self, rows: Sequence[Example]) -> None:
+        """Refuses rows that `evaluate` could not score."""
+        require_scorable(self.adapted, self.metrics, rows)
+
+    def require_resumable(self, folder: Path) -> None:
+        """Refuses a checkpoint that this run cannot go on from, or that is none.
+
+        Raises:
+            ZofoError: if it is incomplete, damaged, of another configuration or other rows, or without what is needed.
+        """
+        require_same(read_seal(folder)["config"], self.identity, folder)
+        if self._steps_of(folder) < self._planned_steps():
+            require_optimizer_state(folder)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
@@ -265,14 +276,14 @@ class ZOFOTrainer(Trainer):
             ignore_keys_for_eval: as in Trainer.
 
         Raises:
-            ZofoError: if there is no such checkpoint, or it is incomplete, damaged or of another configuration; and at
-                a loss that is not finite, unless `on_nonfinite` is skip.
+            ZofoError: if there is no such checkpoint, or it is incomplete, damaged, of another configuration or other
+                rows; and at a loss that is not finite, unless `on_nonfinite` is skip.
         """
         if resume_from_checkpoint:
             last = resume_from_checkpoint is True
             given = Path(str(resume_from_checkpoint)).expanduser()
             folder = last_sealed(Path(str(self.args.output_dir))) if last else given
-            require_resumable(folder, self.identity)
+            self.require_resumable(folder)
             resume_from_checkpoint = str(folder)
         if self.args.method in ("bilevel", "zo", "two_stage"):
             parameter = next(iter(self.adapted.backbone.values()))
@@ -284,15 +295,17 @@ class ZOFOTrainer(Trainer):
 
     def _is_finished(self, folder: str) -> bool:
         """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
-        state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
-        if state.global_step < self._planned_steps():
+        if self._steps_of(Path(folder)) < self._planned_steps():
             return False
-        self.state = state
+        self.state = state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(folder)
         if best is not None:
             self._load_best_model()
         return True
+
+    def _steps_of(self, folder: Path) -> int:
+        return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
 
     def _planned_steps(self) -> int:
         if self.args.max_steps > 0:
@@ -329,7 +342,8 @@ class ZOFOTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
-        self.adapted.load(best if best.is_dir() else Path(str(self.args.output_dir)) / best.name)  # a run may be moved
+        own = Path(str(self.args.output_dir)) / best.name  # a run may have been moved
+        self.adapted.load(own if own.is_dir() else best)
 
     # ---- parts
 
@@ -343,24 +357,6 @@ class ZOFOTrainer(Trainer):
             batch_size=self.args.per_device_eval_batch_size,
             place=lambda batch: self._prepare_inputs(batch),
         )
-
-
-def records(rows: Rows) -> list[Record]:
-    """Rows as records.
-
-    Raises:
-        ZofoError: if a row lacks `prompt` or `completion`.
-    """
-    made: list[Record] = []
-    for number, row in enumerate(rows):
-        if isinstance(row, Record):
-            made.append(row)
-            continue
-        for key in ("prompt", "completion"):
-            if not isinstance(row.get(key), str):
-                raise ZofoError(f"row {number} has no text {key!r}: rows need prompt, completion and perhaps options")
-        made.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
-    return made
 
 
 def _require_known_metric(args: ZOFOConfig, metrics: Sequence[str]) -> None:
