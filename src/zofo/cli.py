@@ -183,7 +183,7 @@ def _train(arguments: list[str]) -> int:
 
     config = parse_config(options.config, keys)
     commands.quiet_libraries()
-    commands.train(config, say=_say)
+    commands.train(config, _say)
     _say(f"run folder: {config.output_dir}")
     return 0
 
