@@ -60,7 +60,7 @@ def apart(task: Task, records: list[Record]) -> tuple[int, list[Record]]:
 
 
 def ours(scorer: Scorer, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
-    """The same of all candidates, as zofo computes them: in batches, prompts read once."""
+    """The same of all candidates, as zofo computes them: in batches, as many options in a row as fit."""
     found: dict[int, list[float]] = {}
     for numbers in by_length(examples, 8):
         sums = option_totals(scorer, [examples[i] for i in numbers], tokenizer).sums.tolist()

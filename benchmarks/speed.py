@@ -8,6 +8,7 @@ docs/performance.md.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -35,6 +36,7 @@ from zofo.tasks import Record
 ELEMENTS = 33_500_000
 EPS = 1e-3
 QUERIES = 8
+PARTS = 4  # of an evaluation set, one of which is scored one by one in each round
 
 
 def main() -> None:
@@ -116,8 +118,9 @@ def zeroth_order_rows() -> list[Row]:
         rounds=9,
     )
     least = one["ours"] + 3 * one["axpy"]  # z is needed at +ε, at -ε and in the update
-    eight = interleaved({"before": step, "eight": step_of(many), "after": step})
-    singles = QUERIES * (eight["before"] + eight["after"]) / 2
+    half = times_(QUERIES // 2, step)
+    eight = interleaved({"before": half, "eight": step_of(many), "after": half})
+    singles = eight["before"] + eight["after"]
     way = "4 out-of-place Gaussian passes, 2 forwards with all logits"
     return [
         Row("two-sided ZO step, q = 1", "two forwards with `logits_to_keep=1`", one["step"] / one["bare"], 1.15),
@@ -320,7 +323,8 @@ def scoring_rows() -> list[Row]:
     )  # fmt: skip
     letter = "to the editor of a small paper in the far north of this country, where winter is long and news is rare, "
     prompts = [
-        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i % 7 + 6)}about" for i in range(4)
+        f"Somebody wrote number {i} of many letters, {letter}{'and again ' * (i // PARTS % 4 + 6)}about"
+        for i in range(4 * PARTS)
     ]
     return [
         *scored(made, tokenizer, prompts, sentences, "6 options of 6 or 7 tokens"),
@@ -331,22 +335,27 @@ def scoring_rows() -> list[Row]:
 def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ...], what: str) -> list[Row]:
     """Ours against one candidate in a forward, which must give the same; and what ours would be with bare forwards."""
     examples, _ = tokenize([Record(p, options[0], options) for p in prompts], tokenizer, 512)
-    found, counted = dict[str, Any](), Tokens()
+    found, alone, counted = dict[str, float](), dict[int, dict[str, float]](), Tokens()
     answers = sum(len(answer) - 1 for example in examples for answer in example.answers)  # the last is read by nobody
     needed = sum(len(example.prompt) for example in examples) + answers
-    ids = batches(made)["lower"][0]["input_ids"]
-    # a forward with as large a share of rows for the head: the last of each prompt, and all of the options'
-    asked = torch.arange(-round(ids.shape[1] * (len(examples) + answers) / needed), 0, device=ids.device)
+    # a forward of as many rows and tokens, and logits where ours has them: of a row's last prompt token, and behind it
+    shape = (len(examples), needed // len(examples))
+    ids = torch.full(shape, tokenizer.eos_token_id, device=made.args.device)
+    asked = torch.arange(-1 - answers // len(examples), 0, device=ids.device)
+    parts = itertools.cycle(range(PARTS))  # whose prompts have the same lengths
 
     def ours() -> None:
         counted.forward = 0
-        found["ours"] = evaluate(
-            Scorer(made.adapted, counted), examples, metrics=["accuracy"], kind="options", tokenizer=tokenizer,
-            batch_size=16, place=lambda batch: made._prepare_inputs(batch),
+        found.update(
+            evaluate(
+                Scorer(made.adapted, counted), examples, metrics=["accuracy"], kind="options", tokenizer=tokenizer,
+                batch_size=len(examples), place=lambda batch: made._prepare_inputs(batch),
+            )
         )  # fmt: skip
 
     def one_by_one() -> None:
-        found["one by one"] = score_one_by_one(made.adapted.base, examples)
+        part = next(parts)
+        alone[part] = score_one_by_one(made.adapted.base, examples[part::PARTS])
 
     @torch.no_grad()
     def bare() -> None:
@@ -354,13 +363,13 @@ def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ..
 
     times = interleaved({"ours": ours, "one by one": one_by_one, "bare": bare})
     assert counted.forward == needed, "other tokens were read than are needed"
-    for key, value in found["one by one"].items():
-        assert abs(value - found["ours"][key]) < 1e-4, f"{key} differs: {found}"
-    limit = times["bare"] / ids.numel() * needed
-    way, theirs = "one forward per option, batch 1", times["one by one"]
+    for key in ("accuracy", "loss"):
+        value = statistics.mean(alone[part][key] for part in range(PARTS))
+        assert abs(value - found[key]) < 1e-4, f"{key} differs: {found}, {alone}"
+    way, theirs = "one forward per option, batch 1", times["one by one"] * PARTS
     return [
-        Row(f"scoring {what} behind prompts of about 50", way, theirs / times["ours"], 8.0, True),
-        Row("the limit of this: bare forwards over its tokens", "the same", theirs / limit, faster=True),
+        Row(f"scoring {what} behind {len(examples)} prompts of about 50", way, theirs / times["ours"], 8.0, True),
+        Row("the limit of this: a bare forward over its tokens", "the same", theirs / times["bare"], faster=True),
     ]
 
 

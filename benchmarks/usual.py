@@ -87,7 +87,7 @@ def stored_gradient_step(
 
 def option_loss(model: torch.nn.Module, batch: Mapping[str, Tensor], logits_to_keep: int = 0) -> Tensor:
     """Cross-entropy over one-token options; for transformers, to keep 0 means the logits of all positions."""
-    mask = batch["attention_mask"]
+    mask, tokens = batch["attention_mask"], batch["scored"][2]
     logits = model(
         input_ids=batch["input_ids"],
         attention_mask=mask,
@@ -95,5 +95,5 @@ def option_loss(model: torch.nn.Module, batch: Mapping[str, Tensor], logits_to_k
         logits_to_keep=logits_to_keep,
         use_cache=False,
     ).logits
-    scores = logits.float()[:, -1].log_softmax(-1).gather(1, batch["candidates"])
+    scores = logits.float()[:, -1].log_softmax(-1).gather(1, tokens[batch["slots"][:, :, 0]])
     return functional.cross_entropy(scores, batch["gold"])

@@ -146,23 +146,24 @@ class Watch(TrainerCallback):
 
 
 def plain_loss(model, batch):
-    """The mean loss of a batch from all logits of a plain forward, row by row."""
-    mask = batch["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions).logits.float()
-    log_probabilities = logits.log_softmax(-1)
-    answers = batch["targets"] != -100
+    """The mean loss of a batch: one plain forward for each answer, nothing padded, all logits."""
+    segments = batch.get("segments", batch["attention_mask"])
+
+    def log_probabilities(columns, segment):
+        rows, positions, tokens = batch["scored"][:, columns]
+        read = (segments[rows[0]] == 1) | (segments[rows[0]] == segment)
+        ids = batch["input_ids"][rows[0]][read][None]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :].float()
+        return logits.log_softmax(-1)[read.cumsum(0)[positions] - 1, tokens]
+
     if "gold" not in batch:
-        return -torch.cat([log_probabilities[answers].gather(1, batch["targets"][answers][:, None])]).mean()
-    if "candidates" in batch:
-        scores = torch.stack([log_probabilities[r][answers[r]][0, c] for r, c in enumerate(batch["candidates"])])
-    else:
-        of_row = [
-            log_probabilities[r][answers[r]].gather(1, batch["targets"][r][answers[r]][:, None]).mean()
-            for r in range(len(mask))
-        ]
-        scores = torch.stack([torch.stack([of_row[r] for r in numbers]) for numbers in batch["rows"].tolist()])
-    return functional.cross_entropy(scores, batch["gold"])
+        rows = batch["scored"][0]
+        return -torch.cat([log_probabilities(rows == row, 1) for row in range(len(segments))]).mean()
+    scores = [
+        torch.stack([log_probabilities(own[own >= 0], option + 2).mean() for option, own in enumerate(options)])
+        for options in batch["slots"]
+    ]
+    return functional.cross_entropy(torch.stack(scores), batch["gold"])
 
 
 def at(theta, direction_of, scale, loss):

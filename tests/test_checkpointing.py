@@ -65,6 +65,7 @@ def test_the_estimate_sees_fewer_activations(tmp_path):
     for on in (False, True):
         config = ZOFOConfig(output_dir=str(tmp_path), gradient_checkpointing=on, **keys)
         tokens = torch.zeros(8, 96, dtype=torch.long)
-        batch = {"input_ids": tokens, "attention_mask": tokens + 1, "targets": tokens}
+        scored = torch.cartesian_prod(torch.arange(8), torch.arange(96), torch.tensor([0])).T
+        batch = {"input_ids": tokens, "attention_mask": tokens + 1, "scored": scored}
         sizes.append(step_memory(config, "fo", fake(config, "lora", twins=False), batch).activations)
     assert sizes[1] < sizes[0] / 3

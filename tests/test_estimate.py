@@ -58,7 +58,8 @@ def test_activations_grow_with_the_batch_and_not_with_accumulation(tmp_path, mod
         keys = {"model": str(model_folder), "gradient_accumulation_steps": accumulation, "use_cpu": True}
         config = ZOFOConfig(output_dir=str(tmp_path), **keys)
         tokens = torch.zeros(batch, 64, dtype=torch.long)
-        rows = {"input_ids": tokens, "attention_mask": tokens + 1, "targets": tokens}
+        scored = torch.cartesian_prod(torch.arange(batch), torch.arange(64), torch.tensor([0])).T
+        rows = {"input_ids": tokens, "attention_mask": tokens + 1, "scored": scored}
         sizes[batch, accumulation] = step_memory(config, method, fake(config, adapter, False), rows).activations
     assert sizes[8, 1] > 2.5 * sizes[2, 1]
     assert sizes[2, 4] < 1.1 * sizes[2, 1]

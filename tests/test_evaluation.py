@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_scoring import MULTI, PAD, PROMPTS, SINGLE, TOKENIZER, adapted, plain_log_probabilities, pytestmark  # noqa: F401
-from zofo.data import collate, collate_shared, pad, tokenize
+from test_scoring import MULTI, PAD, PROMPTS, SINGLE, TOKENIZER, WIDE, adapted, plain_log_probabilities, pytestmark  # noqa: F401
+from zofo.collate import Layout, collate
+from zofo.data import tokenize
 from zofo.errors import ZofoError
 from zofo.evaluation import evaluate, option_totals
 from zofo.evaluator import EvalSettings, eval_settings
@@ -38,20 +39,19 @@ def of(record, completion=None):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
-@pytest.mark.parametrize("shared", [False, True], ids=["apart", "prompts once"])
+@pytest.mark.parametrize("beside", [False, True], ids=["apart", "side by side"])
 @pytest.mark.parametrize("partial", [False, True], ids=["with the option", "the suffix alone"])
-def test_a_suffix_is_scored_as_in_one_forward_for_each_candidate(family, shared, partial):
-    made = adapted(family)
+def test_a_suffix_is_scored_as_in_one_forward_for_each_candidate(family, beside, partial):
+    made = adapted(family, **WIDE.get(family, {}))
     records = [Record(p, MULTI[0], MULTI, suffix=SUFFIX, partial=partial) for p in PROMPTS]
     rows, _ = tokenize(records, TOKENIZER, 128)
     suffix = len(TOKENIZER(SUFFIX)["input_ids"])
     expected = torch.stack([plain_totals(made.model, r, (lambda _: suffix) if partial else None) for r in records])
     scorer = Scorer(made, Tokens())
-    if shared:
-        found = scorer.shared_totals(collate_shared(rows, PAD))
-    else:
-        with torch.no_grad():
-            found = scorer.option_totals(collate(rows, "options", PAD, scorer.padding_side))
+    batch = collate(rows, "options", PAD, scorer.layout if beside else Layout())
+    assert ("segments" in batch) == beside
+    with torch.no_grad():
+        found = scorer.option_totals(batch)
     torch.testing.assert_close(found.sums, expected, rtol=1e-4, atol=1e-4)
     sizes = [suffix + (0 if partial else len(TOKENIZER(option)["input_ids"])) for option in MULTI]
     assert found.counts.tolist() == [sizes] * len(records)
@@ -61,7 +61,7 @@ def test_partial_scores_are_trained_on_too():
     made = adapted()
     rows, _ = tokenize([Record("the", " a", SINGLE, suffix=SUFFIX, partial=True)], TOKENIZER, 128)
     scorer = Scorer(made, Tokens())
-    batch = collate(rows, "options", PAD, "left")
+    batch = collate(rows, "options", PAD)
     with torch.no_grad():
         means = scorer.option_totals(batch).means
         assert float(scorer.loss(batch)) == pytest.approx(float(-means.log_softmax(1)[0, 0]), abs=1e-5)
@@ -144,7 +144,7 @@ def test_the_padding_side_and_the_dtype_of_the_mask_change_no_score(prompts, dty
     rows, _ = tokenize([Record(f"{p} {i}", MULTI[0], MULTI) for i, p in enumerate(prompts)], TOKENIZER, 128)
     found = []
     for side in ("left", "right"):
-        batch = collate(rows, "options", PAD, side)
+        batch = collate(rows, "options", PAD, Layout(side))
         batch["attention_mask"] = batch["attention_mask"].to(dtype)
         with torch.no_grad():
             found.append(Scorer(MODEL, Tokens()).option_totals(batch))
@@ -163,8 +163,8 @@ def test_truncation_keeps_the_answer_and_the_suffix(prompt, option, room):
     assert short.length <= room
     assert (short.answers, short.given) == (whole.answers, whole.given)
     assert whole.prompt[len(whole.prompt) - len(short.prompt) :] == short.prompt
-    batch = pad([short.row(0)], PAD, "left")
-    assert int((batch["targets"] != -100).sum()) == len(short.answers[0]) - short.given[0] > 0
+    batch = collate([short], "lm", PAD)
+    assert batch["scored"].shape[1] == len(short.answers[0]) - short.given[0] > 0
 
 
 def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from transformers import GenerationConfig
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from zofo import evaluation
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
-from zofo.data import Example, collate, collate_shared, tokenize
+from zofo.collate import Layout, collate
+from zofo.data import Example, tokenize
 from zofo.errors import ZofoError
 from zofo.evaluation import evaluate
 from zofo.scoring import Scorer, Tokens, count
@@ -33,6 +34,7 @@ PROMPTS = (
 )
 SINGLE = (" a", " it", " the")
 MULTI = (" great film", " bad", " it was terrible")
+WIDE = {"gemma2": {"sliding_window": 128}}  # a window that these rows fit into
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -75,7 +77,7 @@ def plain_scores(model, example, width=0):
 @torch.no_grad()
 def scores(made, rows):
     scorer = Scorer(made, Tokens())
-    return scorer.option_totals(collate(rows, "options", PAD, scorer.padding_side)).means
+    return scorer.option_totals(collate(rows, "options", PAD, scorer.layout)).means
 
 
 @pytest.mark.parametrize("options", [SINGLE, MULTI], ids=["one token", "more tokens"])
@@ -89,33 +91,61 @@ def test_a_batch_scores_options_as_one_forward_for_each_candidate(family, kind, 
     torch.testing.assert_close(scores(made, rows), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("attention", [{}, {"attn_implementation": "eager"}], ids=["its own", "eager"])
 @pytest.mark.parametrize("kind", ["none", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_read_once_score_options_as_one_forward_for_each_candidate(family, kind, batch_size):
+def test_options_side_by_side_score_as_one_forward_for_each_candidate(family, kind, attention):
+    made = adapted(family, kind, **attention, **WIDE.get(family, {}))
+    scorer, rows = Scorer(made, Tokens()), ragged(MULTI, SINGLE)
+    batch = collate(rows, "options", PAD, scorer.layout)
+    assert batch["segments"].shape[0] == len(rows)
+    with torch.no_grad():
+        found = scorer.option_totals(batch).means
+    expected = torch.tensor([plain_scores(made.model, row, width=3) for row in rows])
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert scorer.tokens.forward == sum(len(e.prompt) + sum(len(a) - 1 for a in e.answers) for e in rows)
+
+
+def test_options_side_by_side_have_the_gradient_of_options_apart():
+    made = adapted("llama", "lora")
+    rows, scorer, gradients = ragged(MULTI, SINGLE), Scorer(made, Tokens()), []
+    for layout in (scorer.layout, Layout()):
+        scorer.loss(collate(rows, "options", PAD, layout)).backward()
+        gradients.append([p.grad.clone() for p in made.adapter_parameters(UPPER).values()])
+        made.model.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "room"),
+    [
+        ("llama", "none", 128),
+        ("mistral", "none", 8),  # its window
+        ("gpt_oss", "lora", 128),
+        ("deepseek_v3", "none", 128),
+        ("llama", "prefix", 0),  # peft puts virtual tokens in front of the mask
+        ("lfm2", "none", 0),  # a convolution reads across options
+        ("mamba", "none", 0),
+        ("bloom", "none", 0),  # distances in the row, not positions
+        ("falcon", "none", 0),
+    ],
+)
+def test_options_are_side_by_side_where_a_mask_alone_keeps_them_apart(family, kind, room):
     made = adapted(family, kind)
-    scorer, rows = Scorer(made, Tokens()), ragged(MULTI, SINGLE if batch_size > 1 else MULTI)
-    assert scorer.shares_prompts
-    for start in range(0, len(rows), batch_size):
-        group = rows[start : start + batch_size]
-        scorer.tokens = Tokens()
-        found = scorer.shared_totals(collate_shared(group, PAD)).means
-        for row, example in zip(found, group, strict=True):
-            expected = torch.tensor(plain_scores(made.model, example, width=found.shape[1]))
-            torch.testing.assert_close(row, expected, **CLOSE)
-        read = sum(len(e.prompt) + sum(len(a) - 1 for a in e.answers) for e in group)
-        assert scorer.tokens.forward == read
-
-
-@pytest.mark.parametrize("family", ["lfm2", "mamba"])
-def test_prompts_are_not_shared_where_a_state_is_carried_along(family):
-    """Several chunks of options would go on from the state that the first chunk left."""
-    made = adapted(family)
-    assert not Scorer(made, Tokens()).shares_prompts
-    rows = examples([" great film" * 20, " it was", " great film" * 10, " the"], PROMPTS[:2])
-    found = evaluation.option_totals(Scorer(made, Tokens()), rows, TOKENIZER).means
+    scorer = Scorer(made, Tokens())
+    assert scorer.layout.room == room
+    rows = examples([" great film" * 4, " it was", " the"], PROMPTS[:2])
+    found = evaluation.option_totals(scorer, rows, TOKENIZER).means
     for row, example in zip(found, rows, strict=True):
         torch.testing.assert_close(row, torch.tensor(plain_scores(made.model, example)), **CLOSE)
+
+
+def test_other_kinds_of_attention_take_no_such_mask():
+    made = adapted()
+    made.base.config._attn_implementation = "flash_attention_2"
+    assert Scorer(made, Tokens()).layout.room == 0
 
 
 def test_a_choice_needs_options_to_choose_from():
@@ -132,19 +162,18 @@ def test_a_choice_needs_options_to_choose_from():
             )  # fmt: skip
 
 
-def test_options_are_read_beside_others_of_similar_length():
-    made = adapted()
-    long, scorer, shapes = " great film" * 20, Scorer(made, Tokens()), []
-    group = examples([long, " it was", long + " bad", " it was a", " the"], PROMPTS[:2])
-    made.base.register_forward_pre_hook(
-        lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
-    found = scorer.shared_totals(collate_shared(group, PAD)).means
-    longest, short = (max(len(e.answers[i]) for e in group) - 1 for i in (2, 3))
-    prompt = max(len(e.prompt) for e in group)
-    assert shapes == [(2, prompt), (4, longest), (4, short)]
-    for row, example in zip(found, group, strict=True):
-        torch.testing.assert_close(row, torch.tensor(plain_scores(made.model, example)), **CLOSE)
+def test_few_tokens_of_answers_are_scored_at_a_time(monkeypatch):
+    """Each of them has logits over the whole vocabulary."""
+    made, read = adapted(), []
+    rows = examples(MULTI)
+    of_one = sum(len(answer) - 1 for answer in rows[0].answers)
+    expected = evaluated(made, rows, "accuracy", "options", 4)
+    made.base.register_forward_pre_hook(lambda _, args, given: read.append(len(given["input_ids"])), with_kwargs=True)
+    for most, sizes in ((4 * of_one, [4]), (3 * of_one, [2, 2]), (of_one - 1, [1, 1, 1, 1])):
+        monkeypatch.setattr(evaluation, "_ANSWER_TOKENS", most)
+        read.clear()
+        assert evaluated(made, rows, "accuracy", "options", 4) == pytest.approx(expected, abs=1e-4)
+        assert read == sizes
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
@@ -162,7 +191,7 @@ def test_padding_on_the_other_side_would_be_seen(kind):
     made = adapted("gpt2", kind)
     rows = examples(SINGLE)
     with torch.no_grad():
-        wrong = Scorer(made, Tokens()).option_totals(collate(rows, "options", PAD, "left")).means
+        wrong = Scorer(made, Tokens()).option_totals(collate(rows, "options", PAD, Layout("left"))).means
     expected = torch.tensor([plain_scores(made.model, row) for row in rows])
     assert (wrong - expected).abs().max() > 10 * CLOSE["atol"]
 
@@ -211,7 +240,7 @@ def test_the_lm_loss_of_a_batch_is_the_sum_over_the_answers_tokens(kind):
     ]
     rows = tokenize(records, TOKENIZER, 128)[0]
     scorer = Scorer(made, Tokens())
-    batch = collate(rows, "lm", PAD, scorer.padding_side)
+    batch = collate(rows, "lm", PAD, scorer.layout)
     parts = torch.cat([plain_log_probabilities(made.model, row.prompt, row.answers[0]) for row in rows])
     with torch.no_grad():
         torch.testing.assert_close(scorer.loss(batch), -parts.sum().float(), **CLOSE)
@@ -242,7 +271,7 @@ def test_losses_of_batches_in_one_forward_are_those_of_one_forward_each(kind, op
     made = adapted(kind=kind)
     scorer = Scorer(made, Tokens())
     groups = [(examples(options, PROMPTS[:1]), "options"), (examples(options), "options"), (examples(options), "lm")]
-    batches = [collate(group, loss, PAD, scorer.padding_side) for group, loss in groups]
+    batches = [collate(group, loss, PAD, scorer.layout) for group, loss in groups]
     assert len({batch["input_ids"].shape[1] for batch in batches}) > 1
     alone = [scorer.loss(batch) for batch in batches]
     counted, scorer.tokens = scorer.tokens.forward, Tokens()
@@ -253,7 +282,7 @@ def test_losses_of_batches_in_one_forward_are_those_of_one_forward_each(kind, op
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_logits_that_predict_answers_are_computed(family):
-    made = adapted(family)
+    made = adapted(family, **WIDE.get(family, {}))
     spy = Spy(made.base)
     rows = examples(SINGLE)
     contiguous: list[bool] = []
@@ -261,9 +290,10 @@ def test_only_the_logits_that_predict_answers_are_computed(family):
     head.register_forward_pre_hook(lambda _, given: contiguous.append(given[0].is_contiguous()))
     scores(made, rows)
     scores(made, examples(MULTI))
-    assert [call["logits_to_keep"].tolist() for call in spy.calls] == [[-1], [-6, -5, -4, -3, -2, -1]]
+    last = 1 + sum(len(answer) - 1 for answer in examples(MULTI)[0].answers)
+    assert [call["logits_to_keep"].tolist() for call in spy.calls] == [[-1], [*range(-last, 0)]]
     assert contiguous == [True, True], "torch reads the whole head for each row of what is not contiguous"
-    assert spy.shapes == [(len(rows), 1, len(TOKENIZER)), (len(rows) * len(MULTI), 6, len(TOKENIZER))]
+    assert spy.shapes == [(len(rows), 1, len(TOKENIZER)), (len(rows), last, len(TOKENIZER))]
     assert not any(call["use_cache"] for call in spy.calls)
 
 

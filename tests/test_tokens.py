@@ -6,7 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tiny import SENTENCES, tiny_tokenizer
-from zofo.data import IGNORED, NO_CANDIDATE, Example, collate, pad, tokenize
+from zofo.collate import Layout, collate
+from zofo.data import Example, tokenize
 from zofo.errors import ZofoError
 from zofo.tasks import Record
 
@@ -151,39 +152,69 @@ def example(prompt, *answers, gold=0):
 
 
 @pytest.mark.parametrize(
-    ("side", "input_ids", "targets"),
+    ("side", "input_ids", "scored"),
     [
-        ("left", [[5, 6, 7, 8], [PAD, PAD, PAD, 9]], [[-100, -100, 8, 10], [-100, -100, -100, 11]]),
-        ("right", [[5, 6, 7, 8], [9, PAD, PAD, PAD]], [[-100, -100, 8, 10], [11, -100, -100, -100]]),
+        ("left", [[5, 6, 7, 8], [PAD, PAD, PAD, 9]], [[0, 2, 8], [0, 3, 10], [1, 3, 11]]),
+        ("right", [[5, 6, 7, 8], [9, PAD, PAD, PAD]], [[0, 2, 8], [0, 3, 10], [1, 0, 11]]),
     ],
 )
-def test_padding_keeps_each_target_at_the_position_that_predicts_it(side, input_ids, targets):
-    batch = pad([((5, 6, 7), (8, 10)), ((9,), (11,))], PAD, side)
+def test_each_token_is_scored_at_the_position_that_predicts_it(side, input_ids, scored):
+    batch = collate([example((5, 6, 7), (8, 10)), example((9,), (11,))], "lm", PAD, Layout(side))
     assert batch["input_ids"].tolist() == input_ids
-    assert batch["targets"].tolist() == targets
+    assert batch["scored"].T.tolist() == scored
     assert torch.equal(batch["attention_mask"], (batch["input_ids"] != PAD).long())
+    assert batch.keys() == {"input_ids", "attention_mask", "scored"}
 
 
 def test_a_pad_token_inside_a_text_is_read():
-    assert pad([((5, PAD), (7,))], PAD, "left")["attention_mask"].tolist() == [[1, 1]]
+    assert collate([example((5, PAD), (7,))], "lm", PAD)["attention_mask"].tolist() == [[1, 1]]
 
 
-def test_options_of_one_token_share_one_row_and_longer_ones_have_a_row_each():
-    short = collate([example((5, 6), (7,), (8,)), example((5,), (7,), (9,), (3,), gold=2)], "options", PAD)
-    assert short["input_ids"].tolist() == [[5, 6], [PAD, 5]]
-    assert short["candidates"].tolist() == [[7, 8, NO_CANDIDATE], [7, 9, 3]]
-    assert short["gold"].tolist() == [0, 2]
-    assert "rows" not in short
-    long = collate([example((5, 6), (7,), (8, 3)), example((5,), (7,), (9,), (3,), gold=2)], "options", PAD)
-    assert long["input_ids"].tolist() == [[PAD, 5, 6], [5, 6, 8], [PAD, PAD, 5], [PAD, PAD, 5], [PAD, PAD, 5]]
-    assert long["rows"].tolist() == [[0, 1, NO_CANDIDATE], [2, 3, 4]]
-    assert "candidates" not in long
+@pytest.mark.parametrize("room", [0, 100])
+def test_options_of_one_token_share_a_row(room):
+    rows = [example((5, 6), (7,), (8,)), example((5,), (7,), (9,), (3,), gold=2)]
+    batch = collate(rows, "options", PAD, Layout(room=room))
+    assert batch["input_ids"].tolist() == [[5, 6], [PAD, 5]]
+    assert batch["scored"].T.tolist() == [[0, 1, 7], [0, 1, 8], [1, 1, 7], [1, 1, 9], [1, 1, 3]]
+    assert batch["slots"].tolist() == [[[0], [1], [-1]], [[2], [3], [4]]]
+    assert batch["gold"].tolist() == [0, 2]
+    assert "segments" not in batch
+
+
+LONGER = [example((5, 6), (7, 4), (8, 3, 9)), example((5,), (7,), (9, 4), (3,), gold=2)]
+
+
+def test_longer_options_lie_side_by_side_where_there_is_room():
+    batch = collate(LONGER, "options", PAD, Layout(room=5))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 3], [PAD, PAD, PAD, 5, 9]]
+    assert batch["segments"].tolist() == [[1, 1, 2, 3, 3], [0, 0, 0, 1, 3]]
+    first = [[0, 1, 7], [0, 2, 4], [0, 1, 8], [0, 3, 3], [0, 4, 9]]
+    assert batch["scored"].T.tolist() == [*first, [1, 3, 7], [1, 3, 9], [1, 4, 4], [1, 3, 3]]
+    assert batch["slots"].tolist() == [[[0, 1, -1], [2, 3, 4], [-1] * 3], [[5, -1, -1], [6, 7, -1], [8, -1, -1]]]
+
+
+def test_longer_options_have_a_row_each_where_there_is_none():
+    batch = collate(LONGER, "options", PAD, Layout(room=4))
+    rows = [[PAD, 5, 6, 7], [5, 6, 8, 3], [PAD, PAD, PAD, 5], [PAD, PAD, 5, 9], [PAD, PAD, PAD, 5]]
+    assert batch["input_ids"].tolist() == rows
+    assert "segments" not in batch
+    together = collate(LONGER, "options", PAD, Layout(room=5))
+    assert torch.equal(batch["scored"][2], together["scored"][2])
+    assert torch.equal(batch["slots"], together["slots"])
+
+
+def test_options_with_little_before_them_have_a_row_each():
+    """Side by side they would be compared with each other in vain, to save the reading of one token."""
+    apart = example((5,), (7,) * 500, (8,) * 500)
+    assert "segments" not in collate([apart], "options", PAD, Layout(room=10_000))
+    behind = example((5,) * 500, (7,) * 500, (8,) * 500)
+    assert "segments" in collate([behind], "options", PAD, Layout(room=10_000))
 
 
 def test_the_lm_batch_holds_only_the_right_answers():
-    batch = collate([example((5, 6), (7,), (8, 3), gold=1)], "lm", PAD)
+    batch = collate([example((5, 6), (7,), (8, 3), gold=1)], "lm", PAD, Layout(room=100))
     assert batch["input_ids"].tolist() == [[5, 6, 8]]
-    assert batch["targets"].tolist() == [[IGNORED, 8, 3]]
+    assert batch["scored"].T.tolist() == [[0, 1, 8], [0, 2, 3]]
     assert "gold" not in batch
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from zofo.data import Batch, Example
+from zofo.collate import Batch
+from zofo.data import Example
 
 Stream = Literal["lower", "penalty", "upper"]
 Bundle = dict[Stream, list[Batch]]

@@ -1,4 +1,4 @@
-"""Text to tokens to batches: BPE boundaries right, answers never cut, logits only where they are needed."""
+"""Text to tokens: BPE boundaries right, answers never cut."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
@@ -19,8 +16,6 @@ from zofo.records import Record
 logger = logging.getLogger(__name__)
 
 LossKind = Literal["options", "lm"]
-IGNORED = -100
-NO_CANDIDATE = -1
 
 
 @dataclass(frozen=True)
@@ -54,27 +49,6 @@ class Example:
     def right(self) -> tuple[str, ...]:
         """All right answers."""
         return self.references or (self.texts[self.gold],)
-
-    def row(self, answer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(what is only read, what is scored) of one candidate."""
-        given = self.given[answer] if self.given else 0
-        return self.prompt + self.answers[answer][:given], self.answers[answer][given:]
-
-
-class Batch(TypedDict):
-    """Rows for one forward: R rows of S tokens, of B examples with at most J options.
-
-    `targets[r, t]` is the token that position t of row r must predict, or -100. `gold[b]` is the right option. Where
-    every option is one token, `candidates[b, j]` is the token of option j; else `rows[b, j]` is its row. Both are -1
-    where example b has no option j.
-    """
-
-    input_ids: Tensor  # (R, S)
-    attention_mask: Tensor  # (R, S)
-    targets: Tensor  # (R, S)
-    gold: NotRequired[Tensor]  # (B,)
-    candidates: NotRequired[Tensor]  # (B, J)
-    rows: NotRequired[Tensor]  # (B, J)
 
 
 def tokenize(
@@ -212,103 +186,3 @@ def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerB
             f"{max_length}: raise max_length, or shorten the answers"
         )
     return dataclasses.replace(example, prompt=example.prompt[:head] + example.prompt[head + excess :])
-
-
-def collate(examples: Sequence[Example], kind: LossKind, pad_id: int, padding_side: str = "left") -> Batch:
-    """Examples to one batch; a single forward gives the loss, or the scores of all options.
-
-    Args:
-        examples: what to batch.
-        kind: "lm" (only the right answer), or "options".
-        pad_id: the padding token.
-        padding_side: "left" keeps the answers together at the end; "right" suits virtual tokens in front.
-
-    Raises:
-        ZofoError: if `kind` is "options" and an example has none.
-    """
-    if kind == "lm":
-        return pad([e.row(e.gold) for e in examples], pad_id, padding_side)
-    if any(len(e.answers) < 2 for e in examples):
-        raise ZofoError("loss is 'options', but a row has fewer than two: set loss to lm, or give options")
-    gold = torch.tensor([e.gold for e in examples])
-    if not has_several_tokens(examples):
-        batch = pad([(e.prompt, e.answers[e.gold]) for e in examples], pad_id, padding_side)
-        return {**batch, "candidates": _ragged([[a[0] for a in e.answers] for e in examples]), "gold": gold}
-    texts = [e.row(j) for e in examples for j in range(len(e.answers))]
-    numbers = iter(range(len(texts)))
-    rows = _ragged([[next(numbers) for _ in e.answers] for e in examples])
-    return {**pad(texts, pad_id, padding_side), "rows": rows, "gold": gold}
-
-
-def has_several_tokens(examples: Sequence[Example]) -> bool:
-    """Whether an option of the examples has more than one token."""
-    return any(len(answer) > 1 for e in examples for answer in e.answers)
-
-
-def pad(texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int, side: str) -> Batch:
-    """Rows of prompt and answer without its last token, which is only ever predicted."""
-    width = max(len(prompt) + len(answer) - 1 for prompt, answer in texts)
-    ids = torch.full((len(texts), width), pad_id)
-    mask = torch.zeros_like(ids)
-    targets = torch.full_like(ids, IGNORED)
-    for row, (prompt, answer) in enumerate(texts):
-        read = torch.tensor((prompt + answer)[:-1])
-        start = width - len(read) if side == "left" else 0
-        ids[row, start : start + len(read)] = read
-        mask[row, start : start + len(read)] = 1
-        first = start + len(prompt) - 1
-        targets[row, first : first + len(answer)] = torch.tensor(answer)
-    return {"input_ids": ids, "attention_mask": mask, "targets": targets}
-
-
-def stack(batches: Sequence[Batch], side: str) -> Batch:
-    """The rows of several batches as one; what is asked of them (`gold` and its like) stays with each batch."""
-    width = max(batch["input_ids"].shape[1] for batch in batches)
-
-    def widened(key: Literal["input_ids", "attention_mask", "targets"], value: int) -> Tensor:
-        tensors = [batch[key] for batch in batches]
-        missing = [width - tensor.shape[1] for tensor in tensors]
-        sides = [(n, 0) if side == "left" else (0, n) for n in missing]
-        return torch.cat([functional.pad(t, pad, value=value) for t, pad in zip(tensors, sides, strict=True)])
-
-    # any id will do behind the mask
-    return {
-        "input_ids": widened("input_ids", 0),
-        "attention_mask": widened("attention_mask", 0),
-        "targets": widened("targets", IGNORED),
-    }
-
-
-class SharedPrompts(TypedDict):
-    """Prompts once, answers apart: R answers of at most A tokens, of B prompts of at most S."""
-
-    prompts: Batch  # (B, S), each with the first token of its right answer as target
-    answers: Batch  # (R, A - 1), padded on the right, the shortest first; targets are the tokens that are scored
-    owner: Tensor  # (R,) the prompt of each answer
-    first: Tensor  # (R,) the first token of each answer
-    scored: Tensor  # (R,) whether that one is scored: it is not where it is given
-    rows: Tensor  # (B, J) the answers of each prompt, as in `Batch`
-
-
-def collate_shared(examples: Sequence[Example], pad_id: int) -> SharedPrompts:
-    """Examples for scoring that reads every prompt once, however many options it has."""
-    answers = [(i, j) for i, example in enumerate(examples) for j in range(len(example.answers))]
-    answers.sort(key=lambda pair: len(examples[pair[0]].answers[pair[1]]))
-    number = {pair: r for r, pair in enumerate(answers)}
-    tokens = [examples[i].answers[j] for i, j in answers]
-    given = [examples[i].given[j] if examples[i].given else 0 for i, j in answers]
-    return {
-        "prompts": pad([(e.prompt, e.answers[e.gold][:1]) for e in examples], pad_id, "left"),
-        "answers": pad(
-            [(a[: max(g, 1)], a[max(g, 1) :]) for a, g in zip(tokens, given, strict=True)], pad_id, "right"
-        ),
-        "owner": torch.tensor([i for i, _ in answers]),
-        "first": torch.tensor([answer[0] for answer in tokens]),
-        "scored": torch.tensor([g == 0 for g in given]),
-        "rows": _ragged([[number[i, j] for j in range(len(e.answers))] for i, e in enumerate(examples)]),
-    }
-
-
-def _ragged(lists: list[list[int]]) -> Tensor:
-    width = max(map(len, lists))
-    return torch.tensor([line + [NO_CANDIDATE] * (width - len(line)) for line in lists])

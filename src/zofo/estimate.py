@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zofo.adapters import AdaptedModel, adapter_config
+from zofo.collate import Batch, collate
 from zofo.config import ZOFOConfig
 from zofo.cost import free_memory, resident_memory
-from zofo.data import Batch, Example, collate, tokenize
+from zofo.data import Example, tokenize
 from zofo.errors import ZofoError
 from zofo.memory import Memory, checkpoint, fake, step_memory
 from zofo.models import load_hollow, load_tokenizer, load_weights
@@ -197,8 +198,8 @@ class _Batches:
 
     def _batch(self, adapted: AdaptedModel, examples: Sequence[Example], number: int) -> Batch:
         size = self._config.per_device_train_batch_size
-        side = Scorer(adapted, Tokens()).padding_side
-        batch: Any = collate(examples[number * size : (number + 1) * size], self._config.loss, self._pad_id, side)
+        layout = Scorer(adapted, Tokens()).layout
+        batch: Any = collate(examples[number * size : (number + 1) * size], self._config.loss, self._pad_id, layout)
         return cast(Batch, {key: tensor.to(self._config.device) for key, tensor in batch.items()})
 
 

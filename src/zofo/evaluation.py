@@ -13,7 +13,8 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from zofo.adapters import AdaptedModel
-from zofo.data import Example, LossKind, collate, collate_shared, has_several_tokens, pad
+from zofo.collate import answer_tokens, collate, collate_prompts
+from zofo.data import Example, LossKind
 from zofo.errors import ZofoError
 from zofo.metrics import OPTION_METRICS, TEXT_METRICS, score
 from zofo.scoring import OptionTotals, Scorer, count
@@ -22,6 +23,7 @@ Scoring = Literal["mean", "sum", "pmi", "channel"]
 Place = Callable[[Any], Any]
 
 _NEW_TOKENS = 50
+_ANSWER_TOKENS = 512  # in one forward, about: each has logits over the whole vocabulary
 
 
 def require_scorable(adapted: AdaptedModel, metrics: Sequence[str], examples: Sequence[Example]) -> None:
@@ -121,10 +123,8 @@ def option_totals(
     tokenizer: PreTrainedTokenizerBase,
     place: Place = lambda batch: batch,
 ) -> OptionTotals:
-    """The log-probabilities of all options, by the cheapest way that the options and the model allow."""
-    if has_several_tokens(group) and scorer.shares_prompts:
-        return scorer.shared_totals(place(collate_shared(group, _pad_id(tokenizer))))
-    return scorer.option_totals(place(collate(group, "options", _pad_id(tokenizer), scorer.padding_side)))
+    """The log-probabilities of all options."""
+    return scorer.option_totals(place(collate(group, "options", _pad_id(tokenizer), scorer.layout)))
 
 
 def _all_scores(
@@ -138,7 +138,7 @@ def _all_scores(
 ) -> list[Tensor]:
     """The scores of each example's options."""
     found: dict[int, Tensor] = {}
-    for numbers in by_length(examples, batch_size):
+    for numbers in _of_few_answers(examples, by_length(examples, batch_size)):
         totals = option_totals(scorer, [examples[i] for i in numbers], tokenizer, place)
         scores = totals.means if scoring == "mean" else totals.sums
         found.update({i: own[: len(examples[i].answers)] for i, own in zip(numbers, scores.cpu(), strict=True)})
@@ -154,6 +154,15 @@ def _all_scores(
     return [own - without for own, without in zip(scores, behind, strict=True)]
 
 
+def _of_few_answers(examples: Sequence[Example], groups: Sequence[list[int]]) -> Generator[list[int]]:
+    """The groups, in equal parts where their answers have more than `_ANSWER_TOKENS`."""
+    for group in groups:
+        tokens = sum(answer_tokens(examples[i]) for i in group)
+        parts = max(1, -(-tokens // _ANSWER_TOKENS))
+        size = -(-len(group) // parts)
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
 def _options_loss(examples: Sequence[Example], scores: Sequence[Tensor]) -> float:
     losses = [
         functional.cross_entropy(own, torch.tensor(example.gold))
@@ -167,7 +176,7 @@ def _lm_loss(
 ) -> float:
     total, parts = 0.0, 0
     for numbers in by_length(examples, batch_size):
-        batch = place(collate([examples[i] for i in numbers], "lm", _pad_id(tokenizer), scorer.padding_side))
+        batch = place(collate([examples[i] for i in numbers], "lm", _pad_id(tokenizer), scorer.layout))
         total += float(scorer.loss(batch))
         parts += count(batch)
     return total / parts
@@ -181,8 +190,7 @@ def _generated(
     texts: dict[int, str] = {}
     ends = [tokenizer.eos_token_id, *_line_breaks(tokenizer)]
     for numbers in by_length(examples, batch_size):
-        # a dummy answer of one token: what is left to read is the prompt
-        batch = place(pad([(examples[i].prompt, (0,)) for i in numbers], _pad_id(tokenizer), "left"))
+        batch = place(collate_prompts([examples[i] for i in numbers], _pad_id(tokenizer)))
         ids = batch["input_ids"]
         room = max(1, min(_NEW_TOKENS, scorer.adapted.positions - ids.shape[1]))
         config = GenerationConfig(max_new_tokens=room, do_sample=False, pad_token_id=_pad_id(tokenizer))

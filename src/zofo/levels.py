@@ -17,8 +17,8 @@ from transformers import Trainer
 
 from zofo import precision
 from zofo.adapters import LOWER, AdaptedModel
+from zofo.collate import Batch
 from zofo.config import ZOFOConfig
-from zofo.data import Batch
 from zofo.errors import ZofoError, first_line
 from zofo.estimators import ESTIMATORS, Estimate, Evaluate, curvature
 from zofo.optimizers import REACH, ZOSGD, AutomaticZOSGD, ZerothOrderOptimizer

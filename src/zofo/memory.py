@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 
 from zofo.adapters import LOWER, UPPER, AdaptedModel, adapter_config
+from zofo.collate import Batch
 from zofo.config import ZOFOConfig
-from zofo.data import Batch
 from zofo.errors import ZofoError
 from zofo.levels import FirstOrderLevel, mean_losses
 from zofo.models import load_hollow, replace_tensors

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from zofo.adapters import LOWER, UPPER, AdaptedModel
 from zofo.batches import Bundle, Plan, Stream
 from zofo.bilevel import Penalty, Terms, bilevel_step, scheduled_penalty
+from zofo.collate import Batch
 from zofo.config import ZOFOConfig
-from zofo.data import Batch
 from zofo.errors import ZofoError
 from zofo.estimators import Evaluate
 from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses, random_state

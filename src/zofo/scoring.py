@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zofo.adapters import AdaptedModel
-from zofo.data import (
-    IGNORED,
-    NO_CANDIDATE,
-    Batch,
-    SharedPrompts,
-    stack,
-)
-
-_CACHED_TOKENS = 4096  # of shared prompts, copied at once for the options behind them
-_PADDING = 32  # tokens, in a forward of options: about what one more forward costs on a CPU
+from zofo.collate import PROMPT, Batch, Layout, stack
 
 
 @dataclass(frozen=True)
@@ -42,13 +32,7 @@ class OptionTotals:
     @property
     def means(self) -> Tensor:
         """(B, J) mean log-probability per token; -inf where there is no option."""
-        return self.sums / self.counts
-
-    @staticmethod
-    def of_rows(sums: Tensor, counts: Tensor, rows: Tensor) -> OptionTotals:
-        """From those of each row, and the row of each option (-1: none)."""
-        numbers, missing = rows.clamp(min=0), rows == NO_CANDIDATE
-        return OptionTotals(sums[numbers].masked_fill(missing, -torch.inf), counts[numbers])
+        return self.sums / self.counts.clamp(min=1)
 
 
 @dataclass
@@ -73,30 +57,25 @@ class Scorer:
         accepted = inspect.signature(adapted.base.forward).parameters
         self._windowed = "logits_to_keep" in accepted
         # peft shifts positions by its virtual tokens itself; with right padding the model's own count is right
-        self.padding_side = "right" if adapted.prompt_learning else "left"
         self._positions = "position_ids" in accepted and not adapted.prompt_learning
-        self._cache = next((name for name in ("cache", "past_key_values") if name in accepted), "")  # new and old name
-        # virtual tokens are a cache of peft's own
-        self.shares_prompts = bool(self._cache) and not adapted.prompt_learning and _caches_tokens(adapted.base)
+        room = min(adapted.positions, _room(adapted.base)) if self._positions else 0
+        self.layout = Layout("right" if adapted.prompt_learning else "left", room)
 
-    def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(float32 logits, targets) at the positions from the first target of any row to the end."""
-        ids, mask, targets = batch["input_ids"], batch["attention_mask"], batch["targets"]
-        start = int((targets != IGNORED).any(0).nonzero()[0])
-        keep = targets.shape[1] - start
-        extra = self._window(keep, ids)
-        if self._positions:
-            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        self.tokens.forward += int(mask.sum())
-        output = self.adapted.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
-        return output[:, -keep:].float(), targets[:, -keep:]
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """(N,) float32 log-probability of each scored token."""
+        rows, positions, tokens = batch["scored"]
+        start = int(positions.min())
+        keep = batch["input_ids"].shape[1] - start
+        self.tokens.forward += int(batch["attention_mask"].sum())
+        output = self.adapted.model(**self._inputs(batch, keep), use_cache=False).logits[:, -keep:].float()
+        return output.log_softmax(-1)[rows, positions - start, tokens]
 
     def loss(self, batch: Batch) -> Tensor:
         """The summed float32 loss of a batch: divide by `count`.
 
         For options, cross-entropy over the candidates' mean log-probabilities; else that of the answers' tokens.
         """
-        return _loss(batch, *self.logits(batch))
+        return _loss(batch, self.log_probabilities(batch))
 
     def losses(self, batches: Sequence[Batch], adapters: Sequence[str]) -> list[Tensor]:
         """The `loss` of each batch through its adapter, from one forward of all their rows: cheaper than one each.
@@ -107,102 +86,76 @@ class Scorer:
         with self.adapted.through([name for name, count in zip(adapters, rows, strict=True) for _ in range(count)]):
             if len(batches) == 1:
                 return [self.loss(batches[0])]
-            logits, targets = self.logits(stack(batches, self.padding_side))
-        parts = zip(batches, logits.split(rows), targets.split(rows), strict=True)
-        return [_loss(batch, own_logits, own_targets) for batch, own_logits, own_targets in parts]
+            found = self.log_probabilities(stack(batches, self.layout.side))
+        parts = found.split([batch["scored"].shape[1] for batch in batches])
+        return [_loss(batch, part) for batch, part in zip(batches, parts, strict=True)]
 
     def option_totals(self, batch: Batch) -> OptionTotals:
         """The log-probabilities of every option."""
-        return _option_totals(batch, *self.logits(batch))
+        return _option_totals(batch, self.log_probabilities(batch))
 
-    @torch.no_grad()
-    def shared_totals(self, batch: SharedPrompts) -> OptionTotals:
-        """The `option_totals` of the same examples; every prompt is read once, and its cache serves all options."""
-        prompts, answers, targets = batch["prompts"], batch["answers"], batch["answers"]["targets"]
-        cache = DynamicCache(config=self.adapted.base.config)
-        last = self._read(prompts, cache, self._window(1, prompts["input_ids"]))
-        sums = functional.log_softmax(last[:, -1], dim=-1)[batch["owner"], batch["first"]] * batch["scored"]
-        rows = max(len(last), _CACHED_TOKENS // prompts["input_ids"].shape[1])
-        widths = answers["attention_mask"].sum(1).tolist()
-        for chunk in _of_similar_width(widths, rows):
-            owner, width = batch["owner"][chunk], widths[chunk[0]]
-            mask = torch.cat([prompts["attention_mask"][owner], answers["attention_mask"][chunk, :width]], dim=1)
-            ids, own = answers["input_ids"][chunk, :width], targets[chunk, :width]
-            logits = self._read(
-                {"input_ids": ids, "attention_mask": mask, "targets": own}, _selected(cache, owner), {}
-            )
-            sums[chunk] -= _losses(logits, own).sum(1)
-        return OptionTotals.of_rows(sums, batch["scored"] + (targets != IGNORED).sum(1), batch["rows"])
-
-    def _window(self, keep: int, ids: Tensor) -> dict[str, Any]:
-        """What makes the model give logits of the last `keep` positions alone."""
-        # as indices, which copy: a slice is a view, which torch multiplies with the whole head once for each row
-        return {"logits_to_keep": torch.arange(-keep, 0, device=ids.device)} if self._windowed else {}
-
-    def _read(self, batch: Batch, cache: DynamicCache, extra: dict[str, Any]) -> Tensor:
-        """The float32 logits behind a cache, which grows; the mask also covers what it holds already."""
+    def _inputs(self, batch: Batch, keep: int) -> dict[str, Any]:
+        """What a forward takes, of whose logits only the last `keep` positions are needed."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        extra = {**extra, self._cache: cache}
-        if self._positions:
-            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        self.tokens.forward += int(mask[:, -ids.shape[1] :].sum())
-        return self.adapted.model(input_ids=ids, attention_mask=mask, use_cache=True, **extra).logits.float()
+        found: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self._windowed:
+            # as indices, which copy: a slice is a view, which torch multiplies with the whole head once for each row
+            found["logits_to_keep"] = torch.arange(-keep, 0, device=ids.device)
+        if "segments" in batch:
+            read = _read(batch["segments"])
+            found |= {"attention_mask": self._mask(read), "position_ids": read.sum(-1) - 1}
+        elif self._positions:
+            found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        return found
+
+    def _mask(self, read: Tensor) -> Tensor:
+        """(R, 1, S, S) as the model's attention takes it."""
+        if _attention(self.adapted.base) == "sdpa":
+            return read[:, None]
+        zeros = torch.zeros(read.shape, dtype=self.adapted.base.dtype, device=read.device)
+        return zeros.masked_fill(~read, torch.finfo(zeros.dtype).min)[:, None]
 
 
-def _loss(batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
+def _loss(batch: Batch, log_probabilities: Tensor) -> Tensor:
     if "gold" in batch:
-        return functional.cross_entropy(_option_totals(batch, logits, targets).means, batch["gold"], reduction="sum")
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        means = _option_totals(batch, log_probabilities).means
+        return functional.cross_entropy(means, batch["gold"], reduction="sum")
+    return -log_probabilities.sum()
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(R, S) cross-entropy at each position, 0 where nothing is asked."""
-    return functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(targets.shape)
+def _option_totals(batch: Batch, log_probabilities: Tensor) -> OptionTotals:
+    assert "slots" in batch
+    slots = batch["slots"]
+    filled = slots >= 0
+    sums = log_probabilities[slots.clamp(min=0)].masked_fill(~filled, 0.0).sum(-1)
+    counts = filled.sum(-1)
+    return OptionTotals(sums.masked_fill(counts == 0, -torch.inf), counts)
 
 
-def _option_totals(batch: Batch, logits: Tensor, targets: Tensor) -> OptionTotals:
-    if "candidates" in batch:
-        where = (targets != IGNORED).int().argmax(1)
-        at_answer = functional.log_softmax(logits[torch.arange(len(where)), where], dim=-1)
-        missing = batch["candidates"] == NO_CANDIDATE
-        sums = at_answer.gather(1, batch["candidates"].clamp(min=0)).masked_fill(missing, -torch.inf)
-        return OptionTotals(sums, torch.ones_like(batch["candidates"]))
-    assert "rows" in batch
-    return OptionTotals.of_rows(-_losses(logits, targets).sum(1), (targets != IGNORED).sum(1), batch["rows"])
+def _read(segments: Tensor) -> Tensor:
+    """(R, S, S) whether a position reads another: earlier ones of the prompt and of its own option, and itself."""
+    here, there = segments[:, :, None], segments[:, None, :]
+    positions = torch.arange(segments.shape[1], device=segments.device)
+    earlier = positions[:, None] > positions
+    itself = positions[:, None] == positions  # so that padding reads something: else it would be nan
+    return earlier & ((there == PROMPT) | (there == here) & (here > 0)) | itself
 
 
-def _caches_tokens(model: PreTrainedModel) -> bool:
-    """Whether a forward leaves keys and values of tokens behind, and no state of a recurrence or a convolution."""
-    if model._is_stateful:  # pyright: ignore[reportPrivateUsage]
-        return False
+def _room(model: PreTrainedModel) -> int:
+    """How many tokens of a row may be read through a mask of any form, with positions of any order."""
+    # the flag says that the mask is made by transformers itself, which leaves one of four dimensions as it is
+    if not model._supports_attention_backend or _attention(model) not in ("sdpa", "eager"):  # pyright: ignore[reportPrivateUsage]
+        return 0
     layers = DynamicCache(config=model.config).layers
-    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return 0  # a state of a recurrence or a convolution, or an index of its own: masks do not reach it
+    return min([layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)] or [1 << 30])
 
 
-def _of_similar_width(widths: Sequence[int], most: int) -> list[list[int]]:
-    """The rows that are not empty in groups of at most `most`, the widest first, so that little is padded."""
-    groups: list[list[int]] = []
-    padding = 0
-    filled = [row for row, width in enumerate(widths) if width]
-    for row in sorted(filled, key=lambda row: -widths[row]):
-        padding += widths[groups[-1][0]] - widths[row] if groups else 0
-        if not groups or len(groups[-1]) == most or padding > _PADDING:
-            groups.append([])
-            padding = 0
-        groups[-1].append(row)
-    return groups
-
-
-def _selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """The cache of some rows, in any order and number; the given one stays."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.reorder_cache(cast(Any, rows))
-    return chosen
+def _attention(model: PreTrainedModel) -> str | None:
+    return model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
 
 
 def count(batch: Batch) -> int:
     """What a batch's summed loss is divided by: its examples, or its answer tokens."""
-    return len(batch["gold"]) if "gold" in batch else int((batch["targets"] != IGNORED).sum())
+    return len(batch["gold"]) if "gold" in batch else batch["scored"].shape[1]

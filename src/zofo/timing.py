@@ -10,8 +10,8 @@ import torch
 
 from zofo import noise
 from zofo.adapters import UPPER, AdaptedModel
+from zofo.collate import Batch
 from zofo.config import AUTO, ZOFOConfig
-from zofo.data import Batch
 from zofo.estimators import Estimate
 from zofo.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses
 from zofo.memory import LEVELS

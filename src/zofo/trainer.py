@@ -23,9 +23,10 @@ from zofo import noise
 from zofo.adapters import UPPER, AdaptedModel, adapter_config
 from zofo.batches import Bundle, BundleCollator, IterationSampler
 from zofo.checkpoint import last_sealed, read_seal, require_optimizer_state, require_same, seal, unseal, writing
+from zofo.collate import collate
 from zofo.config import ZOFOConfig
 from zofo.cost import Cost, CostCallback
-from zofo.data import Example, collate, tokenize
+from zofo.data import Example, tokenize
 from zofo.errors import ZofoError
 from zofo.evaluation import evaluate, require_scorable
 from zofo.levels import NonFiniteLossError, require_optimizer
@@ -162,7 +163,7 @@ class ZOFOTrainer(Trainer):
         """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
         args = self.args
         pad_id: Any = self._tokenizer.pad_token_id
-        side = Scorer(self.adapted, Tokens()).padding_side
+        layout = Scorer(self.adapted, Tokens()).layout
         sampler = IterationSampler(
             *self._level_sizes,
             self.method.plan,
@@ -173,7 +174,7 @@ class ZOFOTrainer(Trainer):
         collator = BundleCollator(
             self.method.plan,
             args.per_device_train_batch_size,
-            partial(collate, kind=args.loss, pad_id=pad_id, padding_side=side),
+            partial(collate, kind=args.loss, pad_id=pad_id, layout=layout),
         )
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self.train_dataset),
