@@ -79,7 +79,7 @@ def timed_run(**keys: Any) -> tuple[dict[str, float], float]:
     made = trainer(model, tokenizer, callbacks=[Span()], **keys)
     with patched(
         (noise, "write_sums", clock.wrap("noise", noise.write_sums)),
-        (scoring.Scorer, "logits", clock.wrap("forward", Scorer.logits)),
+        (scoring.Scorer, "log_probabilities", clock.wrap("forward", Scorer.log_probabilities)),
         (Tensor, "backward", clock.wrap("backward", Tensor.backward)),
         (made.method, "step", clock.wrap("rest of the method", made.method.step)),
         (made.method.optimizer, "step", clock.wrap("optimizers", made.method.optimizer.step)),

@@ -97,8 +97,10 @@ def test_twins_start_equal_train_apart_resume_bitwise_and_are_read_by_peft(kind,
 def test_only_plain_lora_reads_the_rows_of_both_twins_in_one_forward(kind, tmp_path, monkeypatch):
     mixes = kind in ("rslora", "orthogonal lora", "lora with dropout")
     forwards: list[bool] = []
-    logits = Scorer.logits
-    monkeypatch.setattr(Scorer, "logits", lambda *given: forwards.append(torch.is_grad_enabled()) or logits(*given))
+    forward = Scorer.log_probabilities
+    monkeypatch.setattr(
+        Scorer, "log_probabilities", lambda *given: forwards.append(torch.is_grad_enabled()) or forward(*given)
+    )
     trainer = trainer_of(kind, tmp_path, max_steps=1, lower_steps=1)
     trainer.train()
     assert trainer.adapted.mixes == mixes

@@ -61,9 +61,9 @@ def test_a_channel_record_scores_the_prompt_behind_each_option():
     (example,), _ = tokenize([turned], TOKENIZER, 100)
     assert example.prompt == (TOKENIZER.bos_token_id,)
     for j, option in enumerate(turned.options):
-        read, scored = example.row(j)
-        assert TOKENIZER.decode(read[1:]) == option
-        assert TOKENIZER.decode(scored) == "a film was"
+        answer, given = example.answers[j], example.given[j]
+        assert TOKENIZER.decode(answer[:given]) == option
+        assert TOKENIZER.decode(answer[given:]) == "a film was"
 
 
 @pytest.mark.parametrize("record", [Record("x", " y"), Record("x", " y", (" y", " z"), suffix=" w")])
