@@ -62,7 +62,7 @@ def apart(task: Task, records: list[Record]) -> tuple[int, list[Record]]:
 def ours(scorer: Scorer, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
     """The same of all candidates, as zofo computes them: in batches, as many options in a row as fit."""
     found: dict[int, list[float]] = {}
-    for numbers in by_length(examples, 8):
+    for numbers in by_length(examples, 8, "options"):
         sums = option_totals(scorer, [examples[i] for i in numbers], tokenizer).sums.tolist()
         found.update({i: own[: len(examples[i].answers)] for i, own in zip(numbers, sums, strict=True)})
     return [found[i] for i in range(len(examples))]

@@ -88,7 +88,11 @@ def test_a_batch_scores_options_as_one_forward_for_each_candidate(family, kind, 
     rows = examples(options)
     assert {len(a) for a in rows[0].answers} == ({1} if options is SINGLE else {6, 3, 5})
     expected = torch.tensor([plain_scores(made.model, row) for row in rows])
-    torch.testing.assert_close(scores(made, rows), expected, **CLOSE)
+    scorer = Scorer(made, Tokens())
+    batch = collate(rows, "options", PAD, Layout(scorer.layout.side))
+    assert len(batch["input_ids"]) == len(rows) * (1 if options is SINGLE else 3)
+    with torch.no_grad():
+        torch.testing.assert_close(scorer.option_totals(batch).means, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("attention", [{}, {"attn_implementation": "eager"}], ids=["its own", "eager"])
@@ -141,6 +145,36 @@ def test_options_are_side_by_side_where_a_mask_alone_keeps_them_apart(family, ki
     found = evaluation.option_totals(scorer, rows, TOKENIZER).means
     for row, example in zip(found, rows, strict=True):
         torch.testing.assert_close(row, torch.tensor(plain_scores(made.model, example)), **CLOSE)
+
+
+def test_a_row_wider_than_the_window_keeps_its_window_beside_options_in_one_row():
+    made = adapted("gemma2")
+    scorer, wide = Scorer(made, Tokens()), (" great film was the best of all" * 2, " it")
+    groups = [examples(MULTI, PROMPTS[2:3]), examples(wide, PROMPTS[1:2])]
+    batches = [collate(group, "options", PAD, scorer.layout) for group in groups]
+    assert ["segments" in batch for batch in batches] == [True, False]
+    with torch.no_grad():
+        found = scorer.losses(batches, [UPPER] * 2)
+    for loss, (example,) in zip(found, groups, strict=True):
+        expected = -torch.tensor(plain_scores(made.model, example)).log_softmax(0)[example.gold]
+        torch.testing.assert_close(loss, expected, **CLOSE)
+
+
+def test_options_side_by_side_are_read_right_in_16_bits():
+    made = adapted("gemma2", **WIDE["gemma2"])
+    made.base.to(torch.bfloat16)
+    scorer, rows = Scorer(made, Tokens()), ragged(MULTI, SINGLE)
+    with torch.no_grad():
+        beside, apart = (
+            scorer.option_totals(collate(rows, "options", PAD, x)).means for x in (scorer.layout, Layout())
+        )
+    torch.testing.assert_close(beside, apart, rtol=2e-2, atol=2e-2)
+
+
+def test_experts_that_are_balanced_take_a_mask_of_two_dimensions():
+    made = adapted("qwen3_moe", output_router_logits=True)
+    assert Scorer(made, Tokens()).layout.room == 0
+    scores(made, examples(MULTI))
 
 
 def test_other_kinds_of_attention_take_no_such_mask():

@@ -14,7 +14,9 @@ from zofo.data import Example, LossKind
 from zofo.errors import ZofoError
 
 PROMPT = 1  # the segment of what all options of a row read
-_PAIRS = 1000  # whose comparison costs less than one token costs the rest of a model, of 200 or more hidden units
+_PAIRS_PER_TOKEN = (
+    1000  # that cost attention less than one token costs the rest of a model of 200 or more hidden units
+)
 
 
 class Batch(TypedDict):
@@ -56,10 +58,10 @@ class _Row:
     scored: list[list[tuple[int, int]]]  # of each answer: (position, token)
 
     @staticmethod
-    def of(example: Example, answers: Sequence[int]) -> _Row:
+    def of(example: Example, numbers: Sequence[int]) -> _Row:
         ids, segments = list(example.prompt), [PROMPT] * len(example.prompt)
         scored: list[list[tuple[int, int]]] = []
-        for number in answers:
+        for number in numbers:
             answer, given = example.answers[number], example.given[number] if example.given else 0
             before = [len(example.prompt) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
             scored.append(list(zip(before, answer, strict=True))[given:])
@@ -81,20 +83,22 @@ def collate(examples: Sequence[Example], kind: LossKind, pad_id: int, layout: La
         layout: of the model, as its `Scorer` says.
 
     Raises:
-        ZofoError: if `kind` is "options" and an example has none.
+        ZofoError: if `kind` is "options" and an example has fewer than two.
     """
     if kind == "lm":
         return _pad([_Row.of(e, [e.gold]) for e in examples], pad_id, layout.side)
     if any(len(e.answers) < 2 for e in examples):
         raise ZofoError("loss is 'options', but a row has fewer than two: set loss to lm, or give options")
-    together = [_Row.of(e, range(len(e.answers))) for e in examples]
-    apart = [_Row.of(e, [j]) for e in examples for j in range(len(e.answers))]
-    single = all(len(row.ids) == len(e.prompt) for row, e in zip(together, examples, strict=True))
-    side_by_side = not single and _widest(together) <= layout.room and _cost(together) < _cost(apart)
-    batch = _pad(together if single or side_by_side else apart, pad_id, layout.side, segments=side_by_side)
+    several = any(answer_tokens(e) for e in examples)
+    if several and not _side_by_side(examples, layout):
+        rows = [_Row.of(e, [j]) for e in examples for j in range(len(e.answers))]
+    else:
+        rows = [_Row.of(e, range(len(e.answers))) for e in examples]
+    batch = _pad(rows, pad_id, layout.side, segments=several and len(rows) == len(examples))
     numbers = iter(range(batch["scored"].shape[1]))
-    slots = [[[next(numbers) for _ in option] for option in row.scored] for row in together]
-    return {**batch, "slots": _ragged(slots), "gold": torch.tensor([e.gold for e in examples])}
+    options = iter([[next(numbers) for _ in option] for row in rows for option in row.scored])
+    slots = _ragged([[next(options) for _ in e.answers] for e in examples])
+    return {**batch, "slots": slots, "gold": torch.tensor([e.gold for e in examples])}
 
 
 def collate_prompts(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -103,24 +107,31 @@ def collate_prompts(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def answer_tokens(example: Example) -> int:
-    """How many tokens of all its answers are read."""
+    """How many tokens of all its answers are read: the last of each is only predicted."""
     return sum(len(answer) - 1 for answer in example.answers)
+
+
+def width(example: Example, kind: LossKind) -> int:
+    """Tokens that are read of an example, with all of its options, or with the right answer."""
+    return len(example.prompt) + (
+        answer_tokens(example) if kind == "options" else len(example.answers[example.gold]) - 1
+    )
 
 
 def stack(batches: Sequence[Batch], side: Literal["left", "right"]) -> Batch:
     """The rows of several batches as one; what is asked of them (`gold` and `slots`) stays with each batch."""
-    width = max(batch["input_ids"].shape[1] for batch in batches)
+    widest = max(batch["input_ids"].shape[1] for batch in batches)
 
     def widened(tensors: Sequence[Tensor]) -> Tensor:
-        missing = [width - tensor.shape[1] for tensor in tensors]
+        missing = [widest - tensor.shape[1] for tensor in tensors]
         sides = [(n, 0) if side == "left" else (0, n) for n in missing]
         # any id will do behind the mask
         return torch.cat([functional.pad(tensor, pad) for tensor, pad in zip(tensors, sides, strict=True)])
 
     first, scored = 0, list[Tensor]()
     for batch in batches:
-        rows, columns = batch["input_ids"].shape
-        moved = (first, width - columns if side == "left" else 0, 0)
+        rows, own = batch["input_ids"].shape
+        moved = (first, widest - own if side == "left" else 0, 0)
         scored.append(batch["scored"] + batch["scored"].new_tensor(moved)[:, None])
         first += rows
     found: Batch = {
@@ -133,18 +144,22 @@ def stack(batches: Sequence[Batch], side: Literal["left", "right"]) -> Batch:
     return found
 
 
-def _widest(rows: Sequence[_Row]) -> int:
-    return max(len(row.ids) for row in rows)
+def _side_by_side(examples: Sequence[Example], layout: Layout) -> bool:
+    """Whether the options of each example are to share a row."""
+    widest = max(width(e, "options") for e in examples)
+    together = _cost(len(examples), widest)
+    return widest <= layout.room and together < _cost(
+        sum(len(e.answers) for e in examples), max(e.length for e in examples) - 1
+    )
 
 
-def _cost(rows: Sequence[_Row]) -> int:
-    """In pairs of positions, of which attention compares all in a row."""
-    width = _widest(rows)
-    return len(rows) * width * (width + _PAIRS)
+def _cost(rows: int, width: int) -> int:
+    """In pairs of positions, all of which attention compares in a row."""
+    return rows * width * (width + _PAIRS_PER_TOKEN)
 
 
 def _pad(rows: Sequence[_Row], pad_id: int, side: str, segments: bool = False) -> Batch:
-    width = _widest(rows)
+    width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
     marks = torch.zeros_like(ids)
     scored: list[tuple[int, int, int]] = []

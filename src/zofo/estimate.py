@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zofo.adapters import AdaptedModel, adapter_config
-from zofo.collate import Batch, collate
+from zofo.collate import Batch, collate, width
 from zofo.config import ZOFOConfig
 from zofo.cost import free_memory, resident_memory
 from zofo.data import Example, tokenize
@@ -190,7 +190,7 @@ class _Batches:
         self._examples = list(examples) * -(-_TIMED * config.per_device_train_batch_size // len(examples))
 
     def longest(self, adapted: AdaptedModel) -> Batch:
-        ordered = sorted(self._examples, key=lambda example: example.length, reverse=True)
+        ordered = sorted(self._examples, key=lambda example: width(example, self._config.loss), reverse=True)
         return self._batch(adapted, ordered, 0)
 
     def typical(self, adapted: AdaptedModel) -> list[Batch]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from zofo.adapters import AdaptedModel
-from zofo.collate import answer_tokens, collate, collate_prompts
+from zofo.collate import answer_tokens, collate, collate_prompts, width
 from zofo.data import Example, LossKind
 from zofo.errors import ZofoError
 from zofo.metrics import OPTION_METRICS, TEXT_METRICS, score
@@ -69,7 +69,7 @@ def evaluate(
         metrics: some of `METRICS`; the first one decides.
         kind: of the loss.
         tokenizer: for padding and generated text.
-        batch_size: examples per forward; they are sorted by length first.
+        batch_size: examples per forward at most; they are sorted by length first.
         place: moves a batch to the model's device.
         scoring: of an option y behind a prompt x, in its n tokens: "mean" is log P(y|x) / n, "sum" is log P(y|x), and
             "pmi" is log P(y|x) - log P(y|premise), the calibrated score; "channel" is log P(x|y), for examples that
@@ -110,9 +110,9 @@ def evaluate(
     return {**found, "loss": loss, "rows": len(examples)}
 
 
-def by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+def by_length(examples: Sequence[Example], batch_size: int, kind: LossKind) -> list[list[int]]:
     """The numbers of the examples in groups of similar length."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    order = sorted(range(len(examples)), key=lambda i: width(examples[i], kind))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
@@ -138,7 +138,7 @@ def _all_scores(
 ) -> list[Tensor]:
     """The scores of each example's options."""
     found: dict[int, Tensor] = {}
-    for numbers in _of_few_answers(examples, by_length(examples, batch_size)):
+    for numbers in _of_few_answers(examples, by_length(examples, batch_size, "options")):
         totals = option_totals(scorer, [examples[i] for i in numbers], tokenizer, place)
         scores = totals.means if scoring == "mean" else totals.sums
         found.update({i: own[: len(examples[i].answers)] for i, own in zip(numbers, scores.cpu(), strict=True)})
@@ -157,7 +157,7 @@ def _all_scores(
 def _of_few_answers(examples: Sequence[Example], groups: Sequence[list[int]]) -> Generator[list[int]]:
     """The groups, in equal parts where their answers have more than `_ANSWER_TOKENS`."""
     for group in groups:
-        tokens = sum(answer_tokens(examples[i]) for i in group)
+        tokens = len(group) * max(answer_tokens(examples[i]) for i in group)  # padded
         parts = max(1, -(-tokens // _ANSWER_TOKENS))
         size = -(-len(group) // parts)
         yield from (group[start : start + size] for start in range(0, len(group), size))
@@ -175,7 +175,7 @@ def _lm_loss(
     scorer: Scorer, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int, place: Place
 ) -> float:
     total, parts = 0.0, 0
-    for numbers in by_length(examples, batch_size):
+    for numbers in by_length(examples, batch_size, "lm"):
         batch = place(collate([examples[i] for i in numbers], "lm", _pad_id(tokenizer), scorer.layout))
         total += float(scorer.loss(batch))
         parts += count(batch)
@@ -189,7 +189,7 @@ def _generated(
     model: Any = scorer.adapted.model
     texts: dict[int, str] = {}
     ends = [tokenizer.eos_token_id, *_line_breaks(tokenizer)]
-    for numbers in by_length(examples, batch_size):
+    for numbers in by_length(examples, batch_size, "lm"):
         batch = place(collate_prompts([examples[i] for i in numbers], _pad_id(tokenizer)))
         ids = batch["input_ids"]
         room = max(1, min(_NEW_TOKENS, scorer.adapted.positions - ids.shape[1]))

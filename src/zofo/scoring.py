@@ -67,8 +67,10 @@ class Scorer:
         start = int(positions.min())
         keep = batch["input_ids"].shape[1] - start
         self.tokens.forward += int(batch["attention_mask"].sum())
-        output = self.adapted.model(**self._inputs(batch, keep), use_cache=False).logits[:, -keep:].float()
-        return output.log_softmax(-1)[rows, positions - start, tokens]
+        output = self.adapted.model(**self._inputs(batch, keep), use_cache=False).logits[:, -keep:]
+        if len(rows) < output.shape[0] * keep:  # logits between them are not needed
+            return output[rows, positions - start].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        return output.float().log_softmax(-1)[rows, positions - start, tokens]
 
     def loss(self, batch: Batch) -> Tensor:
         """The summed float32 loss of a batch: divide by `count`.
@@ -82,6 +84,10 @@ class Scorer:
 
         Several adapters only if the model `mixes` them.
         """
+        wide = max(batch["input_ids"].shape[1] for batch in batches) > self.layout.room
+        if len(batches) > 1 and wide and any("segments" in batch for batch in batches):
+            # one mask serves all rows, and the wider ones need that of a sliding window
+            return [self.losses([batch], [name])[0] for batch, name in zip(batches, adapters, strict=True)]
         rows = [len(batch["input_ids"]) for batch in batches]
         with self.adapted.through([name for name, count in zip(adapters, rows, strict=True) for _ in range(count)]):
             if len(batches) == 1:
@@ -102,7 +108,7 @@ class Scorer:
             # as indices, which copy: a slice is a view, which torch multiplies with the whole head once for each row
             found["logits_to_keep"] = torch.arange(-keep, 0, device=ids.device)
         if "segments" in batch:
-            read = _read(batch["segments"])
+            read = _may_read(batch["segments"])
             found |= {"attention_mask": self._mask(read), "position_ids": read.sum(-1) - 1}
         elif self._positions:
             found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
@@ -132,7 +138,7 @@ def _option_totals(batch: Batch, log_probabilities: Tensor) -> OptionTotals:
     return OptionTotals(sums.masked_fill(counts == 0, -torch.inf), counts)
 
 
-def _read(segments: Tensor) -> Tensor:
+def _may_read(segments: Tensor) -> Tensor:
     """(R, S, S) whether a position reads another: earlier ones of the prompt and of its own option, and itself."""
     here, there = segments[:, :, None], segments[:, None, :]
     positions = torch.arange(segments.shape[1], device=segments.device)
@@ -146,6 +152,8 @@ def _room(model: PreTrainedModel) -> int:
     # the flag says that the mask is made by transformers itself, which leaves one of four dimensions as it is
     if not model._supports_attention_backend or _attention(model) not in ("sdpa", "eager"):  # pyright: ignore[reportPrivateUsage]
         return 0
+    if model.config.to_dict().get("output_router_logits"):
+        return 0  # the balance of experts is computed with a mask of two dimensions
     layers = DynamicCache(config=model.config).layers
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return 0  # a state of a recurrence or a convolution, or an index of its own: masks do not reach it
