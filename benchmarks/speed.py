@@ -1,9 +1,9 @@
 """`make bench`: what a step costs against its forwards, and a run against the memory of its adapter.
 
 Every figure is the median of the ratios of two things that are timed in turn, in five or more rounds after a warm-up,
-beside the quartiles. Peaks of memory are of whole processes, medians of three where they vary. The embedded
-SmolLM2-135M in float32, batch 8 x 48 tokens unless said. Writes `benchmarks/results/<machine>.json` and the table in
-docs/performance.md.
+beside the quartiles and the ratio of the quickest rounds. Peaks of memory are of whole processes, medians of three
+where they vary. The embedded SmolLM2-135M in float32, batch 8 x 48 tokens unless said. Writes
+`benchmarks/results/<machine>.json` and the table in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def noise_rows() -> list[Row]:
     whole, half = made[torch.float32], made[torch.bfloat16]
     axpy = "in-place axpy over the same memory"
     return [
-        Row("noise pass, 33.5 M elements, float32", axpy, whole["noise"] / whole["axpy"], 2.0),
-        Row("the same in bfloat16, rounded stochastically", axpy, half["noise"] / half["axpy"], 4.0),
-        Row("the same in float32 without a compiler", axpy, whole["eager"] / whole["axpy"]),
-        Row("`torch.normal` and an add, float32", axpy, whole["torch.normal"] / whole["axpy"]),
+        Row("noise pass, 33.5 M elements, float32", axpy, whole["noise"], whole["axpy"], 2.0),
+        Row("the same in bfloat16, rounded stochastically", axpy, half["noise"], half["axpy"], 4.0),
+        Row("the same in float32 without a compiler", axpy, whole["eager"], whole["axpy"]),
+        Row("`torch.normal` and an add, float32", axpy, whole["torch.normal"], whole["axpy"]),
     ]
 
 
@@ -123,13 +123,13 @@ def zeroth_order_rows() -> list[Row]:
     singles = 2 * (eight["before"] + eight["after"])
     way = "4 out-of-place Gaussian passes, 2 forwards with all logits"
     return [
-        Row("two-sided ZO step, q = 1", "two forwards with `logits_to_keep=1`", one["step"] / one["bare"], 1.15),
-        Row("the same", "its own two forwards, whose head is read once", one["step"] / one["ours"]),
-        Row("the limit of this: these forwards and three in-place axpy over θ", "the same", least / one["ours"]),
-        Row("MeZO step", way, one["usual"] / one["step"], 3.0, True),
-        Row("the limit of this: its two forwards alone", "the same", one["usual"] / one["ours"], faster=True),
-        Row("the same with three in-place axpy over θ", "the same", one["usual"] / least, faster=True),
-        Row("ZO step, q = 8", "8 steps with q = 1", eight["eight"] / singles, 1.0),
+        Row("two-sided ZO step, q = 1", "two forwards with `logits_to_keep=1`", one["step"], one["bare"], 1.15),
+        Row("the same", "its own two forwards, whose head is read once", one["step"], one["ours"]),
+        Row("the limit of this: these forwards and three in-place axpy over θ", "the same", least, one["ours"]),
+        Row("MeZO step", way, one["usual"], one["step"], 3.0, True),
+        Row("the limit of this: its two forwards alone", "the same", one["usual"], one["ours"], faster=True),
+        Row("the same with three in-place axpy over θ", "the same", one["usual"], least, faster=True),
+        Row("ZO step, q = 8", "8 steps with q = 1", eight["eight"], singles, 1.0),
     ]
 
 
@@ -230,12 +230,12 @@ def bilevel_rows() -> list[Row]:
     # each point away from θ needs z once, and the update once more
     least = {points: bare[points] + (points + 1) * times["axpy"] for points in (1, 2)}
     return [
-        Row("upper update of `bilevel`, two-sided", way, theirs / times["two_sided"], 1.6, True),
-        Row("the limit of this: its forwards and backwards alone", "the same", theirs / bare[2], faster=True),
-        Row("the same with three in-place axpy over θ", "the same", theirs / least[2], faster=True),
-        Row("upper update of `bilevel`, one-sided", way, theirs / times["one_sided"], 2.0, True),
-        Row("the limit of this: its forwards and backwards alone", "the same", theirs / bare[1], faster=True),
-        Row("the same with two in-place axpy over θ", "the same", theirs / least[1], faster=True),
+        Row("upper update of `bilevel`, two-sided", way, theirs, times["two_sided"], 1.6, True),
+        Row("the limit of this: its forwards and backwards alone", "the same", theirs, bare[2], faster=True),
+        Row("the same with three in-place axpy over θ", "the same", theirs, least[2], faster=True),
+        Row("upper update of `bilevel`, one-sided", way, theirs, times["one_sided"], 2.0, True),
+        Row("the limit of this: its forwards and backwards alone", "the same", theirs, bare[1], faster=True),
+        Row("the same with two in-place axpy over θ", "the same", theirs, least[1], faster=True),
         lower_row(two, s),
     ]
 
@@ -286,7 +286,7 @@ def lower_row(made: Any, parameters: list[Tensor]) -> Row:
         bare_optimizer.zero_grad()
 
     times = interleaved({"ours": ours, "bare": bare}, rounds=9)
-    return Row("lower step", "forward, backward and `torch.optim.AdamW` alone", times["ours"] / times["bare"], 1.05)
+    return Row("lower step", "forward, backward and `torch.optim.AdamW` alone", times["ours"], times["bare"], 1.05)
 
 
 def whole_run_rows() -> tuple[list[Row], dict[str, float]]:
@@ -299,7 +299,8 @@ def whole_run_rows() -> tuple[list[Row], dict[str, float]]:
             Row(
                 f"a whole run of `{method}`: loader, logging, callbacks",
                 "the sum of its forwards and backwards, with the noise that they read",
-                total / (parts["forward"] + parts.get("backward", 0.0) + parts.get("noise", 0.0)),
+                total,
+                parts["forward"] + parts.get("backward", 0.0) + parts.get("noise", 0.0),
                 1.10,
             )
         )
@@ -368,8 +369,8 @@ def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ..
         assert abs(value - found[key]) < 1e-4, f"{key} differs: {found}, {alone}"
     way, theirs = "one forward per option, batch 1", times["one by one"] * PARTS
     return [
-        Row(f"scoring {what} behind {len(examples)} prompts of about 50", way, theirs / times["ours"], 8.0, True),
-        Row("the limit of this: a bare forward over its tokens", "the same", theirs / times["bare"], faster=True),
+        Row(f"scoring {what} behind {len(examples)} prompts of about 50", way, theirs, times["ours"], 8.0, True),
+        Row("the limit of this: a bare forward over its tokens", "the same", theirs, times["bare"], faster=True),
     ]
 
 
@@ -410,13 +411,13 @@ def process_rows() -> list[Row]:
             seconds.append(child(what, folder)["seconds"])
     loading, plain, first = map(np.array, starts.values())
     return [
-        Row("peak memory of `bilevel`", "`fo` with LoRA, same batch", peaks["bilevel"] / peaks["fo"], 1.05),
+        Row("peak memory of `bilevel`", "`fo` with LoRA, same batch", peaks["bilevel"], peaks["fo"], 1.05),
         Row("peak memory of `zo`", "inference with the same batch + the largest parameter",
-            peaks["zo"] / (peaks["inference"] + largest), 1.05),
-        Row("peak memory of `zo`, q = 8", "q = 1", peaks["q = 8"] / peaks["zo"], 1.01),
+            peaks["zo"], peaks["inference"] + largest, 1.05),
+        Row("peak memory of `zo`, q = 8", "q = 1", peaks["q = 8"], peaks["zo"], 1.01),
         Row("from the start of zofo to the first step", "`import torch, transformers, peft` and loading the model",
-            first / loading, 1.2),
-        Row("the limit of this: a plain `transformers.Trainer` until its first step", "the same", plain / loading),
+            first, loading, 1.2),
+        Row("the limit of this: a plain `transformers.Trainer` until its first step", "the same", plain, loading),
     ]  # fmt: skip
 
 

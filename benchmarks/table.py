@@ -17,18 +17,29 @@ MARKS = ("<!-- table: begin, written by make bench -->\n", "<!-- table: end -->\
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a ratio in each round, and the bar that its median must meet: at most, or for `faster` at least."""
+    """One line: `this` over `that` in each round, and the bar for the median: at most, or for `faster` at least."""
 
     what: str
     against: str
-    ratios: Any  # an array of one for each round, or one number
+    this: Any  # an array of one for each round, or one number
+    that: Any
     bar: float | None = None
     faster: bool = False
+
+    @property
+    def ratios(self) -> Any:
+        """Of each round."""
+        return np.atleast_1d(self.this / self.that)
 
     @property
     def ratio(self) -> float:
         """The median."""
         return float(np.median(self.ratios))
+
+    @property
+    def quickest(self) -> float:
+        """Each side in the round that disturbed it least."""
+        return float(np.min(self.this) / np.min(self.that))
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -39,12 +50,13 @@ class Row:
     def cells(self) -> list[str]:
         """The line's cells."""
         ratio = f"{self.ratio:.3f}{' x faster' * self.faster}"
-        spread = "{:.3f} - {:.3f}".format(*self.quartiles) if np.size(self.ratios) > 1 else ""
+        several = self.ratios.size > 1
+        spread = ["{:.3f} - {:.3f}".format(*self.quartiles), f"{self.quickest:.3f}"] if several else ["", ""]
         if self.bar is None:
-            return [self.what, self.against, ratio, spread, "", ""]
+            return [self.what, self.against, ratio, *spread, "", ""]
         met = self.ratio >= self.bar if self.faster else self.ratio <= self.bar
         bar = f"at least {self.bar:g} x faster" if self.faster else f"at most {self.bar:g}"
-        return [self.what, self.against, ratio, spread, bar, "met" if met else "missed"]
+        return [self.what, self.against, ratio, *spread, bar, "met" if met else "missed"]
 
     def numbers(self) -> dict[str, Any]:
         """The line for a file of results."""
@@ -53,7 +65,8 @@ class Row:
             "against": self.against,
             "ratio": self.ratio,
             "quartiles": self.quartiles,
-            "rounds": int(np.size(self.ratios)),
+            "quickest": self.quickest,
+            "rounds": self.ratios.size,
             "bar": self.bar,
             "faster": self.faster,
         }
@@ -65,8 +78,8 @@ def write_table(rows: Sequence[Row], shares: dict[str, float], seconds: float) -
     lines = [
         f"The machine: {about['processor']}, {about['threads']} threads, {about['system']}, Python {about['python']}, "
         f"torch {about['torch']}. The whole took {seconds / 60:.0f} minutes.\n",
-        "| what | against | ratio | middle half | bar | |",
-        "|---|---|---|---|---|---|",
+        "| what | against | ratio | middle half | quickest | bar | |",
+        "|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(row.cells())} |" for row in rows),
         "",
         "Where the time of one iteration of `bilevel` (T = 3) goes:\n",
