@@ -6,7 +6,7 @@ Without one, everything here is skipped, and the skips are listed at the end of 
 import pytest
 import torch
 
-from plain import make_trainer, same, weights
+from plain import MORE_TOKENS, ONE_TOKEN, make_rows, make_trainer, same, weights
 from test_noise import DTYPES, FORMS, bits
 from tiny import FAMILIES, tiny_model
 from zofo import direction, noise, noise_torch, perturbed
@@ -88,10 +88,11 @@ def test_a_perturbed_forward_is_that_of_a_moved_copy_and_leaves_theta_alone(fami
 
 
 @pytest.mark.parametrize(("method", "adapter"), [("bilevel", "lora"), ("zo", "none")])
-def test_a_run_on_a_gpu_repeats_itself_and_is_that_of_the_cpu(tmp_path, method, adapter):
-    found = []
+@pytest.mark.parametrize("options", [ONE_TOKEN, MORE_TOKENS], ids=["one token", "more tokens"])
+def test_a_run_on_a_gpu_repeats_itself_and_is_that_of_the_cpu(tmp_path, method, adapter, options):
+    rows, found = (make_rows(12, options=options), make_rows(10, first=100, options=options)), []
     for cpu in (False, False, True):
-        trainer = make_trainer(tmp_path, method=method, adapter=adapter, use_cpu=cpu, zo_eps=0.03)
+        trainer = make_trainer(tmp_path, *rows, method=method, adapter=adapter, use_cpu=cpu, zo_eps=0.03)
         trainer.train()
         found.append({name: value.cpu() for name, value in weights(trainer.adapted, "backbone").items()})
     assert same(found[0], found[1])
