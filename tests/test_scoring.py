@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, RobertaConfig
 
 from tiny import ALL_FAMILIES, FAMILIES, tiny_model, tiny_tokenizer
 from zofo import evaluation
@@ -169,6 +169,21 @@ def test_options_side_by_side_are_read_right_in_16_bits():
             scorer.option_totals(collate(rows, "options", PAD, x)).means for x in (scorer.layout, Layout())
         )
     torch.testing.assert_close(beside, apart, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("options", [SINGLE, MULTI], ids=["one token", "more tokens"])
+def test_positions_that_begin_behind_the_padding_are_found_by_the_model(options):
+    config = RobertaConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=128, is_decoder=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    made = AdaptedModel(AutoModelForCausalLM.from_config(config).eval())
+    with torch.no_grad():
+        made.base.get_parameter("roberta.embeddings.position_embeddings.weight").normal_()
+    rows = examples(options)
+    assert Scorer(made, Tokens()).layout.room == 0
+    expected = torch.tensor([plain_scores(made.model, row) for row in rows])
+    torch.testing.assert_close(scores(made, rows), expected, **CLOSE)
 
 
 def test_experts_that_are_balanced_take_a_mask_of_two_dimensions():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -57,7 +57,8 @@ class Scorer:
         accepted = inspect.signature(adapted.base.forward).parameters
         self._windowed = "logits_to_keep" in accepted
         # peft shifts positions by its virtual tokens itself; with right padding the model's own count is right
-        self._positions = "position_ids" in accepted and not adapted.prompt_learning
+        own = adapted.prompt_learning or _counts_from_padding(adapted.base)
+        self._positions = "position_ids" in accepted and not own
         room = min(adapted.positions, _room(adapted.base)) if self._positions else 0
         self.layout = Layout("right" if adapted.prompt_learning else "left", room)
 
@@ -158,6 +159,12 @@ def _room(model: PreTrainedModel) -> int:
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return 0  # a state of a recurrence or a convolution, or an index of its own: masks do not reach it
     return min([layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)] or [1 << 30])
+
+
+def _counts_from_padding(model: PreTrainedModel) -> bool:
+    """Whether positions begin behind the padding's number, as in RoBERTa, which then finds them itself."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    return any(isinstance(table, nn.Embedding) and table.padding_idx is not None for table in tables)
 
 
 def _attention(model: PreTrainedModel) -> str | None:
