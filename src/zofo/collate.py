@@ -14,9 +14,8 @@ from zofo.data import Example, LossKind
 from zofo.errors import ZofoError
 
 PROMPT = 1  # the segment of what all options of a row read
-_PAIRS_PER_TOKEN = (
-    1000  # that cost attention less than one token costs the rest of a model of 200 or more hidden units
-)
+# comparing so many pairs of positions costs less than one token costs the rest of a model of 200 or more hidden units
+_PAIRS_PER_TOKEN = 1000
 
 
 class Batch(TypedDict):
@@ -90,11 +89,12 @@ def collate(examples: Sequence[Example], kind: LossKind, pad_id: int, layout: La
     if any(len(e.answers) < 2 for e in examples):
         raise ZofoError("loss is 'options', but a row has fewer than two: set loss to lm, or give options")
     several = any(answer_tokens(e) for e in examples)
-    if several and not _side_by_side(examples, layout):
+    side_by_side = several and _pays(examples, layout)
+    if several and not side_by_side:
         rows = [_Row.of(e, [j]) for e in examples for j in range(len(e.answers))]
     else:
         rows = [_Row.of(e, range(len(e.answers))) for e in examples]
-    batch = _pad(rows, pad_id, layout.side, segments=several and len(rows) == len(examples))
+    batch = _pad(rows, pad_id, layout.side, segments=side_by_side)
     numbers = iter(range(batch["scored"].shape[1]))
     options = iter([[next(numbers) for _ in option] for row in rows for option in row.scored])
     slots = _ragged([[next(options) for _ in e.answers] for e in examples])
@@ -144,13 +144,11 @@ def stack(batches: Sequence[Batch], side: Literal["left", "right"]) -> Batch:
     return found
 
 
-def _side_by_side(examples: Sequence[Example], layout: Layout) -> bool:
-    """Whether the options of each example are to share a row."""
+def _pays(examples: Sequence[Example], layout: Layout) -> bool:
+    """Whether there is room for the options of each example in one row, and it costs less than a row for each."""
     widest = max(width(e, "options") for e in examples)
-    together = _cost(len(examples), widest)
-    return widest <= layout.room and together < _cost(
-        sum(len(e.answers) for e in examples), max(e.length for e in examples) - 1
-    )
+    apart = _cost(sum(len(e.answers) for e in examples), max(e.length for e in examples) - 1)
+    return widest <= layout.room and _cost(len(examples), widest) < apart
 
 
 def _cost(rows: int, width: int) -> int:
