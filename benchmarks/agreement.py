@@ -18,13 +18,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from timing import MODEL, write
-from zofo.adapters import AdaptedModel
-from zofo.data import Example, tokenize
-from zofo.evaluation import by_length, evaluate, option_totals
-from zofo.models import load_model
-from zofo.records import Record
-from zofo.scoring import Scorer, Tokens
-from zofo.tasks import Task, load_task, task_names
+from zofo.models.adapters import AdaptedModel
+from zofo.models.load import load_model
+from zofo.scoring.evaluation import by_length, evaluate, option_totals
+from zofo.scoring.scorer import Scorer, Tokens
+from zofo.scoring.tokens import Example, tokenize
+from zofo.tasks.records import Record
+from zofo.tasks.task import Task, load_task, task_names
 
 ROWS = 16
 CANDIDATES = 64  # a task with many options gets fewer rows
@@ -112,7 +112,7 @@ def compare_texts(scorer: Scorer, lm: HFLM, tokenizer: Any, name: str, records: 
     found = evaluate(scorer, examples, metrics=metrics, kind="lm", tokenizer=tokenizer, batch_size=8)
     until = {"until": ["\n"], "max_gen_toks": 50, "do_sample": False}
     answers = [text.strip() for text in asked(lm, "generate_until", [(r.prompt, until) for r in records])]
-    from zofo.metrics import score
+    from zofo.tasks.metrics import score
 
     references = [record.right for record in records]
     theirs = {metric: score(metric, answers, references) for metric in metrics}

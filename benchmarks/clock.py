@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from timing import MODEL, synchronise, trainer
-from zofo import noise, scoring
-from zofo.models import load_model
-from zofo.scoring import Scorer
+from zofo import noise
+from zofo.models.load import load_model
+from zofo.scoring import scorer as scoring
+from zofo.scoring.scorer import Scorer
 
 
 class Clock:

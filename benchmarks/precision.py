@@ -20,16 +20,16 @@ from transformers import TrainerCallback
 
 from timing import MODEL, batches, trainer, write
 from zofo import ZOFOConfig, ZOFOTrainer, noise
-from zofo.adapters import UPPER
-from zofo.estimators import Estimate, two_sided
-from zofo.models import load_model
+from zofo.models.adapters import UPPER
+from zofo.models.load import load_model
 from zofo.noise import Term, stream_key
-from zofo.optimizers import ZOSGD
-from zofo.perturb import perturbed
-from zofo.precision import rounding_error
-from zofo.scoring import Scorer, Tokens
-from zofo.splits import split_records
-from zofo.tasks import load_task
+from zofo.scoring.scorer import Scorer, Tokens
+from zofo.tasks.splits import split_records
+from zofo.tasks.task import load_task
+from zofo.zo.estimators import Estimate, two_sided
+from zofo.zo.optimizers import ZOSGD
+from zofo.zo.perturb import perturbed
+from zofo.zo.precision import rounding_error
 
 WAYS = ("float32", "bfloat16, stochastic", "bfloat16, nearest")
 AUTOMATIC = ("float32, auto", "bfloat16, auto")

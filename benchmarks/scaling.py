@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 import usual
 from timing import MODEL, TOKENS, batches, device, interleaved, step_of, trainer, write
 from zofo import ZOFOTrainer
-from zofo.cost import peak_memory, reset_peak_memory
-from zofo.models import load_model
-from zofo.scoring import Scorer, Tokens
+from zofo.models.load import load_model
+from zofo.scoring.scorer import Scorer, Tokens
+from zofo.training.callbacks import peak_memory, reset_peak_memory
 
 SIZES = {
     "15 M": (192, 12, 3),

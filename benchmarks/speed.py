@@ -24,14 +24,15 @@ import usual
 from clock import timed_run
 from table import Row, write_table
 from timing import MODEL, batches, child, device, interleaved, step_of, trainer, write
-from zofo import direction, noise, noise_torch
-from zofo.adapters import LOWER, UPPER
-from zofo.data import tokenize
-from zofo.evaluation import evaluate
-from zofo.levels import FirstOrderLevel
-from zofo.models import load_model, local_source
-from zofo.scoring import Scorer, Tokens
-from zofo.tasks import Record
+from zofo import direction, noise
+from zofo.methods.levels import FirstOrderLevel
+from zofo.models.adapters import LOWER, UPPER
+from zofo.models.load import load_model, local_source
+from zofo.noise import eager as noise_torch
+from zofo.scoring.evaluation import evaluate
+from zofo.scoring.scorer import Scorer, Tokens
+from zofo.scoring.tokens import tokenize
+from zofo.tasks.task import Record
 
 ELEMENTS = 33_500_000
 EPS = 1e-3

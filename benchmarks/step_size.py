@@ -23,11 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from timing import MODEL, RESULTS, machine
 from zofo import ZOFOConfig, ZOFOTrainer
-from zofo.adapters import UPPER
 from zofo.errors import ZofoError
-from zofo.models import load_model
-from zofo.splits import split_records
-from zofo.tasks import load_task
+from zofo.models.adapters import UPPER
+from zofo.models.load import load_model
+from zofo.tasks.splits import split_records
+from zofo.tasks.task import load_task
 
 FORWARDS = 200
 TASKS = ("movie_reviews", "question_types", "tweets")

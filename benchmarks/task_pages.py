@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zofo.gallery import page
+from zofo.commands.tasks import page
 
 FILE = Path(__file__).parents[1] / "docs" / "task-pages.md"
 TASKS = ("movie_reviews", "question_types", "sms_spam")

@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 
 from timing import MODEL, write
 from zofo import ZOFOConfig, ZOFOTrainer
-from zofo.adapters import UPPER
-from zofo.models import load_model
-from zofo.splits import split_records
-from zofo.tasks import load_task
+from zofo.models.adapters import UPPER
+from zofo.models.load import load_model
+from zofo.tasks.splits import split_records
+from zofo.tasks.task import load_task
 
 STEPS = 1000
 SEEDS = range(3)

@@ -13,8 +13,8 @@ from hypothesis import settings
 
 from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 
-# what `test_noise_triton.py` runs in a process of its own
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["interpreted_noise.py"]
+# what `test_gpu_kernel.py` runs in a process of its own
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["noise/interpreted_noise.py"]
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")  # the same examples in every run

@@ -17,9 +17,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.models.llama import modeling_llama  # noqa: F401  before the forks, once for all
 
-from zofo import cli, commands, trainer
-from zofo.adapters import AdaptedModel
-from zofo.checkpoint import last_sealed
+from zofo import cli
+from zofo.commands import train as commands
+from zofo.models.adapters import AdaptedModel
+from zofo.training import trainer
+from zofo.training.checkpoint import last_sealed
 
 
 def _die():

@@ -5,13 +5,15 @@ Without one, everything here is skipped, and the skips are listed at the end of 
 
 import pytest
 import torch
+from test_streams import DTYPES, FORMS, bits
 
 from plain import MORE_TOKENS, ONE_TOKEN, make_rows, make_trainer, same, weights
-from test_noise import DTYPES, FORMS, bits
 from tiny import FAMILIES, tiny_model
-from zofo import direction, noise, noise_torch, perturbed
-from zofo.noise_c import Piece
-from zofo.scratch import Scratch
+from zofo import direction, noise, perturbed
+from zofo.noise import eager as noise_torch
+from zofo.noise import streams
+from zofo.noise.cpu import Piece
+from zofo.zo.buffers import Scratch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +26,7 @@ def kernel(request):
     """The two forms of the noise that a GPU can run."""
     if request.param == "eager":
         return noise_torch.eager
-    launch = noise.gpu_kernel()
+    launch = streams.gpu_kernel()
     assert launch is not None, "the fast form of the noise does not work on this GPU"
     return lambda *fields: launch([Piece(*fields)])
 

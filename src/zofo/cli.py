@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 import warnings
@@ -179,11 +180,11 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path)
     options, keys = parser.parse_known_args(arguments)
     _settle()
-    from zofo import commands
+    from zofo.commands.train import train
 
     config = parse_config(options.config, keys)
-    commands.quiet_libraries()
-    commands.train(config, _say)
+    _quiet_libraries()
+    train(config, _say)
     _say(f"run folder: {config.output_dir}")
     return 0
 
@@ -199,11 +200,11 @@ def _estimate(arguments: list[str]) -> int:
     options, keys = parser.parse_known_args(arguments)
     _require_new(options.output)
     _settle()
-    from zofo import commands, estimate
+    from zofo.commands import estimate
     from zofo.config import parse_config
 
     config = parse_config(options.config, keys)
-    commands.quiet_libraries()
+    _quiet_libraries()
     rows = estimate.estimate(config, timed=not options.memory_only)
     print(estimate.table(rows, config))
     if options.output:
@@ -217,9 +218,9 @@ def _eval(options: argparse.Namespace) -> int:
     _settle()
     if options.harness:
         return _harness(options)
-    from zofo import commands, evaluator
+    from zofo.commands import eval as evaluator
 
-    commands.quiet_libraries()
+    _quiet_libraries()
     tasks = {task: evaluator.eval_settings(options.model, task, vars(options)) for task in options.task}
     scores = evaluator.evaluate_model(options.model, options.adapter, tasks, options.split, options.batch_size, _note)
     said = {
@@ -239,9 +240,9 @@ def _harness(options: argparse.Namespace) -> int:
     given = [name for name in (*taken, "chat_template") if stated[name] not in (None, "test")]
     if given:
         raise ZofoError(f"--{given[0]} is of zofo's own tasks: the harness has its own rows, words and scores")
-    from zofo import commands, harness
+    from zofo.commands import harness
 
-    commands.quiet_libraries()
+    _quiet_libraries()
     scores = harness.evaluate_with_harness(
         options.model,
         options.adapter,
@@ -264,19 +265,19 @@ def _report(found: dict[str, Any], file: Path | None) -> None:
 
 def _merge(options: argparse.Namespace) -> int:
     _settle()
-    from zofo import commands
+    from zofo.commands.merge import merge
 
-    commands.quiet_libraries()
-    commands.merge(options.folder, options.adapter, options.output, options.dtype, _say)
+    _quiet_libraries()
+    merge(options.folder, options.adapter, options.output, options.dtype, _say)
     _say(f"merged model: {options.output}")
     return 0
 
 
 def _tasks(options: argparse.Namespace) -> int:
     _settle()
-    from zofo import commands, gallery
+    from zofo.commands import tasks as gallery
 
-    commands.quiet_libraries()
+    _quiet_libraries()
     print(gallery.page(options.name, options.source) if options.name else gallery.listing())
     return 0
 
@@ -295,6 +296,15 @@ def _settle() -> None:
     """Before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _quiet_libraries() -> None:
+    """Keeps loading bars and notices of the libraries from burying what the run has to say."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
 def _require_new(file: Path | None) -> None:

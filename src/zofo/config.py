@@ -16,13 +16,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from zofo.adapters import KINDS
-from zofo.bilevel import Schedule
-from zofo.data import LossKind
 from zofo.errors import ZofoError
-from zofo.estimators import EstimatorName
-from zofo.models import DType
+from zofo.models.adapters import KINDS
+from zofo.models.load import DType
 from zofo.noise import Distribution
+from zofo.scoring.tokens import LossKind
+from zofo.zo.bilevel import Schedule
+from zofo.zo.estimators import EstimatorName
 
 _INHERITED_IDENTITY = (
     "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",

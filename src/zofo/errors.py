@@ -1,5 +1,8 @@
 """The one exception that means: what the user gave cannot work; and how the errors of others are told in a line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class ZofoError(ValueError):
     """Raised for bad input: before any work starts, wherever that can be known.
@@ -18,3 +21,14 @@ def first_line(error: BaseException) -> str:
     """
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1) -> str:
+    """A question that names the known words nearest to one that is unknown; `otherwise` where none is near.
+
+    Examples:
+        >>> did_you_mean("penlty", ["penalty", "seed"], "see the list")
+        'did you mean penalty?'
+    """
+    near = difflib.get_close_matches(word, list(known), n=most, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise

@@ -1,0 +1,1 @@
+"""Backbones of transformers and adapters of peft: found, checked, loaded, joined, merged."""

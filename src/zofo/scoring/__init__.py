@@ -1,0 +1,1 @@
+"""Examples as tokens, tokens as batches, batches as losses and scores."""

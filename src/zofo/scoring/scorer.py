@@ -1,0 +1,176 @@
+"""Losses and scores of batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from zofo.models.adapters import AdaptedModel
+from zofo.scoring.batch import PROMPT, Batch, Layout, stack
+
+
+@dataclass(frozen=True)
+class OptionTotals:
+    """What every option amounts to, of B examples with at most J options.
+
+    Args:
+        sums: (B, J) log-probability of its scored tokens; -inf where there is no option.
+        counts: (B, J) how many they are.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """(B, J) mean log-probability per token; -inf where there is no option."""
+        return self.sums / self.counts.clamp(min=1)
+
+
+@dataclass
+class Tokens:
+    """How many tokens went through the model."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+class Scorer:
+    """Runs batches through a model, in whatever adapter is in use.
+
+    Args:
+        adapted: the model.
+        tokens: is counted up with every forward.
+    """
+
+    def __init__(self, adapted: AdaptedModel, tokens: Tokens) -> None:
+        self.adapted = adapted
+        self.tokens = tokens
+        accepted = inspect.signature(adapted.base.forward).parameters
+        self._windowed = "logits_to_keep" in accepted
+        # peft shifts positions by its virtual tokens itself; with right padding the model's own count is right
+        own = adapted.prompt_learning or _counts_from_padding(adapted.base)
+        self._positions = "position_ids" in accepted and not own
+        room = min(adapted.positions, _room(adapted.base)) if self._positions else 0
+        self.layout = Layout("right" if adapted.prompt_learning else "left", room)
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """(N,) float32 log-probability of each scored token."""
+        rows, positions, tokens = batch["scored"]
+        start = int(positions.min())
+        keep = batch["input_ids"].shape[1] - start
+        self.tokens.forward += int(batch["attention_mask"].sum())
+        output = self.adapted.model(**self._inputs(batch, keep), use_cache=False).logits[:, -keep:]
+        if len(rows) < output.shape[0] * keep:  # logits between them are not needed
+            return output[rows, positions - start].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        return output.float().log_softmax(-1)[rows, positions - start, tokens]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The summed float32 loss of a batch: divide by `count`.
+
+        For options, cross-entropy over the candidates' mean log-probabilities; else that of the answers' tokens.
+        """
+        return _loss(batch, self.log_probabilities(batch))
+
+    def losses(self, batches: Sequence[Batch], adapters: Sequence[str]) -> list[Tensor]:
+        """The `loss` of each batch through its adapter, from one forward of all their rows: cheaper than one each.
+
+        Several adapters only if the model `mixes` them.
+        """
+        wide = max(batch["input_ids"].shape[1] for batch in batches) > self.layout.room
+        if len(batches) > 1 and wide and any("segments" in batch for batch in batches):
+            # one mask serves all rows, and the wider ones need that of a sliding window
+            return [self.losses([batch], [name])[0] for batch, name in zip(batches, adapters, strict=True)]
+        rows = [len(batch["input_ids"]) for batch in batches]
+        with self.adapted.through([name for name, count in zip(adapters, rows, strict=True) for _ in range(count)]):
+            if len(batches) == 1:
+                return [self.loss(batches[0])]
+            found = self.log_probabilities(stack(batches, self.layout.side))
+        parts = found.split([batch["scored"].shape[1] for batch in batches])
+        return [_loss(batch, part) for batch, part in zip(batches, parts, strict=True)]
+
+    def option_totals(self, batch: Batch) -> OptionTotals:
+        """The log-probabilities of every option."""
+        return _option_totals(batch, self.log_probabilities(batch))
+
+    def _inputs(self, batch: Batch, keep: int) -> dict[str, Any]:
+        """What a forward takes, of whose logits only the last `keep` positions are needed."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        found: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self._windowed:
+            # as indices, which copy: a slice is a view, which torch multiplies with the whole head once for each row
+            found["logits_to_keep"] = torch.arange(-keep, 0, device=ids.device)
+        if "segments" in batch:
+            read = _may_read(batch["segments"])
+            found |= {"attention_mask": self._mask(read), "position_ids": read.sum(-1) - 1}
+        elif self._positions:
+            found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        return found
+
+    def _mask(self, read: Tensor) -> Tensor:
+        """(R, 1, S, S) as the model's attention takes it."""
+        if _attention(self.adapted.base) == "sdpa":
+            return read[:, None]
+        zeros = torch.zeros(read.shape, dtype=self.adapted.base.dtype, device=read.device)
+        return zeros.masked_fill(~read, torch.finfo(zeros.dtype).min)[:, None]
+
+
+def _loss(batch: Batch, log_probabilities: Tensor) -> Tensor:
+    if "gold" in batch:
+        means = _option_totals(batch, log_probabilities).means
+        return functional.cross_entropy(means, batch["gold"], reduction="sum")
+    return -log_probabilities.sum()
+
+
+def _option_totals(batch: Batch, log_probabilities: Tensor) -> OptionTotals:
+    assert "slots" in batch
+    slots = batch["slots"]
+    filled = slots >= 0
+    sums = log_probabilities[slots.clamp(min=0)].masked_fill(~filled, 0.0).sum(-1)
+    counts = filled.sum(-1)
+    return OptionTotals(sums.masked_fill(counts == 0, -torch.inf), counts)
+
+
+def _may_read(segments: Tensor) -> Tensor:
+    """(R, S, S) whether a position reads another: earlier ones of the prompt and of its own option, and itself."""
+    here, there = segments[:, :, None], segments[:, None, :]
+    positions = torch.arange(segments.shape[1], device=segments.device)
+    earlier = positions[:, None] > positions
+    itself = positions[:, None] == positions  # so that padding reads something: else it would be nan
+    return earlier & ((there == PROMPT) | (there == here) & (here > 0)) | itself
+
+
+def _room(model: PreTrainedModel) -> int:
+    """How many tokens of a row may be read through a mask of any form, with positions of any order."""
+    # the flag says that the mask is made by transformers itself, which leaves one of four dimensions as it is
+    if not model._supports_attention_backend or _attention(model) not in ("sdpa", "eager"):  # pyright: ignore[reportPrivateUsage]
+        return 0
+    if model.config.to_dict().get("output_router_logits"):
+        return 0  # the balance of experts is computed with a mask of two dimensions
+    layers = DynamicCache(config=model.config).layers
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return 0  # a state of a recurrence or a convolution, or an index of its own: masks do not reach it
+    return min([layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)] or [1 << 30])
+
+
+def _counts_from_padding(model: PreTrainedModel) -> bool:
+    """Whether positions begin behind the padding's number, as in RoBERTa, which then finds them itself."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    return any(isinstance(table, nn.Embedding) and table.padding_idx is not None for table in tables)
+
+
+def _attention(model: PreTrainedModel) -> str | None:
+    return model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+
+
+def count(batch: Batch) -> int:
+    """What a batch's summed loss is divided by: its examples, or its answer tokens."""
+    return len(batch["gold"]) if "gold" in batch else batch["scored"].shape[1]

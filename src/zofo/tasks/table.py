@@ -1,0 +1,123 @@
+"""A task from a table: `zofo train --data reviews.csv --text text --label label`."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zofo.errors import ZofoError
+from zofo.tasks.records import Record, Row
+from zofo.tasks.sources import read_rows
+from zofo.tasks.task import Task, parse_task
+
+TASK_FILE = "task.yaml"
+_MOST_LABELS = 20
+
+
+def table_task(file: str, text: str | None, label: str | None) -> dict[str, Any]:
+    """The task file of a table with a column of texts and one of labels: each label is an option, in its own words.
+
+    Args:
+        file: what `read_rows` reads.
+        text: the column of the text.
+        label: the column of the label.
+
+    Returns:
+        The content of the task file, with the table's absolute path.
+
+    Raises:
+        ZofoError: if there is no such file, a column is missing or has gaps, or the labels are no classes: one only,
+            more than 20, or numbers to be predicted.
+    """
+    if text is None or label is None:
+        missing = "--text" if text is None else "--label"
+        raise ZofoError(f"data is {file}, but {missing} is not given: name the column that holds the {missing[2:]}")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise ZofoError(
+            f"data is {file}, and there is no such file: give a table; for a folder, a package's file or a Hub data "
+            "set write a task file (docs/tasks.md)"
+        )
+    (rows,) = read_rows(str(path), path.parent).values()
+    for column in (text, label):
+        _require_column(rows, column, file)
+    labels = sorted({_words(row[label]) for row in rows})
+    _require_classes(labels, [row[label] for row in rows], label, file)
+    own = {key: f"{{{{ row[{column!r}] | trim }}}}" for key, column in (("text", text), ("label", label))}
+    return {
+        "name": path.name.split(".")[0],
+        "description": f"Made from {path.name}: the column {text} as text, the column {label} as label.",
+        "source": str(path),
+        "prompt": f"{own['text']}\n{label.replace('_', ' ').strip().capitalize()}:",
+        "answer": f" {own['label']}",
+        "options": [f" {name}" for name in labels],
+        "metric": ["accuracy", "macro_f1"],
+        "templates": [{"prompt": f"{own['text']}\n", "answer": own["label"], "options": labels}],
+    }
+
+
+def make_table_task(file: str, text: str | None, label: str | None) -> tuple[Task, dict[str, Any]]:
+    """The task of a table, and the content of its file."""
+    spec = table_task(file, text, label)
+    return parse_task(spec, Path(spec["source"]).with_suffix(".yaml")), spec
+
+
+def introduction(record: Record, file: Path) -> list[str]:
+    """What was made of a table, and how to do better, as lines."""
+    return [
+        f"the prompt, of the first row: {record.prompt!r}",
+        f"the candidates behind it: {', '.join(map(repr, record.options))}",
+        f"this is {file}; words that say what is asked usually score better: copy it, edit prompt, answer and options "
+        "(docs/tasks.md), and give it as --task",
+    ]
+
+
+def task_text(spec: dict[str, Any]) -> str:
+    """A task file as YAML."""
+    return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)
+
+
+def _require_column(rows: list[Row], column: str, file: str) -> None:
+    known = list(dict.fromkeys(key for row in rows for key in row))
+    if column not in known:
+        near = difflib.get_close_matches(column, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, known))}"
+        raise ZofoError(f"{file} has no column {column!r}: {hint}")
+    empty = [number for number, row in enumerate(rows, start=1) if not _words(row.get(column))]
+    if empty:
+        first = ", ".join(map(str, empty[:3]))
+        more = ", ..." * (len(empty) > 3)
+        raise ZofoError(
+            f"{file}: {len(empty)} of {len(rows)} rows have nothing in the column {column!r} (rows {first}{more}): "
+            "fill them in or remove them"
+        )
+    nested = next((row[column] for row in rows if isinstance(row[column], dict | list)), None)
+    if nested is not None:
+        raise ZofoError(
+            f"{file}: the column {column!r} holds {nested!r}, but must hold texts: write a task file instead"
+        )
+
+
+def _require_classes(labels: list[str], values: list[Any], column: str, file: str) -> None:
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(labels) == 1:
+        raise ZofoError(f"{file}: every row has the label {labels[0]!r}: there is nothing to learn; check the column")
+    if any(isinstance(value, float) and not value.is_integer() for value in numbers) or (
+        len(numbers) == len(values) and len(labels) > _MOST_LABELS
+    ):
+        raise ZofoError(
+            f"{file}: the column {column!r} holds numbers such as {numbers[0]}, and numbers are not predicted: make a "
+            "few classes of them"
+        )
+    if len(labels) > _MOST_LABELS:
+        raise ZofoError(
+            f"{file}: the column {column!r} has {len(labels)} labels, and at most {_MOST_LABELS} can be options: "
+            "write a task file that generates the answer, or give another column"
+        )
+
+
+def _words(value: Any) -> str:
+    return "" if value is None else str(value).strip()

@@ -1,0 +1,118 @@
+"""What a run costs (tokens, seconds of training, peak memory), and its progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from zofo.scoring.scorer import Tokens
+
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass
+class Cost:
+    """The cost of training: evaluation is not counted.
+
+    Args:
+        tokens: through the model, forward and backward.
+        wall_seconds: in training steps.
+        peak_memory_bytes: of the process on a CPU, of torch's allocator on a GPU; the weights included.
+    """
+
+    tokens: Tokens = field(default_factory=Tokens)
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry `cost` of `results.json`."""
+        return {
+            "forward_tokens": self.tokens.forward,
+            "backward_tokens": self.tokens.backward,
+            "wall_seconds": self.wall_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Goes on from what `as_json` gave in an earlier process."""
+        self.tokens.forward = stored["forward_tokens"]
+        self.tokens.backward = stored["backward_tokens"]
+        self.wall_seconds = stored["wall_seconds"]
+        self.peak_memory_bytes = stored["peak_memory_bytes"]
+
+
+class CostCallback(TrainerCallback):
+    """Measures time and memory of the training steps of a run."""
+
+    def __init__(self, cost: Cost) -> None:
+        self._cost = cost
+        self._started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reset_peak_memory(args.device)  # evaluations and checkpoints lie between the steps
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._cost.wall_seconds += time.perf_counter() - self._started
+        self._cost.peak_memory_bytes = max(self._cost.peak_memory_bytes, peak_memory(args.device))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new measurement of `peak_memory`, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_PEAK.exists():
+        with contextlib.suppress(OSError):  # some containers forbid it; the peak then includes what came before
+            _CLEAR_PEAK.write_text("5")  # Linux: sets the peak of this process to what it uses now
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since `reset_peak_memory`: of torch's allocator on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+    if peak is not None:
+        return int(peak) * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def resident_memory(device: torch.device) -> int:
+    """Bytes of this process on a CPU; 0 where a GPU's allocator is measured, which holds no libraries."""
+    return 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had there."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+_SHOWN = ("loss", "lower_loss", "penalty_gap", "projected_grad", "eval_loss", "eval_accuracy", "eval_lower_loss")
+
+
+class LossBar(ProgressCallback):
+    """Transformers' bar, with the last logged values as its postfix instead of a line for each log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._latest: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._latest.update({key: f"{logs[key]:.4g}" for key in _SHOWN if key in logs})
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self._latest)

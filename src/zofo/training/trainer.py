@@ -1,0 +1,391 @@
+"""`ZOFOTrainer`: transformers' `Trainer` with another step, and with the backbone in what it saves and loads."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from zofo import noise
+from zofo.config import ZOFOConfig
+from zofo.errors import ZofoError
+from zofo.methods.levels import NonFiniteLossError, require_optimizer
+from zofo.methods.methods import make_method
+from zofo.models.adapters import UPPER, AdaptedModel, adapter_config
+from zofo.models.load import load_model, require_fitting_tokenizer
+from zofo.models.peft import described
+from zofo.models.source import require_dense
+from zofo.scoring.batch import collate
+from zofo.scoring.evaluation import evaluate, require_scorable
+from zofo.scoring.scorer import Scorer, Tokens
+from zofo.scoring.tokens import Example, tokenize
+from zofo.tasks.prompts import as_chat
+from zofo.tasks.records import Record, Rows, digest, records
+from zofo.tasks.splits import halves
+from zofo.training.bundles import Bundle, BundleCollator, IterationSampler
+from zofo.training.callbacks import Cost, CostCallback, LossBar
+from zofo.training.checkpoint import (
+    last_sealed,
+    read_seal,
+    require_optimizer_state,
+    require_same,
+    seal,
+    unseal,
+    writing,
+)
+from zofo.zo.optimizers import JointOptimizer, ZerothOrderOptimizer
+
+logger = logging.getLogger(__name__)
+
+
+class ZOFOTrainer(Trainer):
+    """Trains a backbone, its adapters, or both, by the method that `args` names.
+
+    Args:
+        model: the backbone, or what `load_model` takes. It is changed in place.
+        args: the configuration.
+        train_dataset: rows with `prompt`, `completion` and, for a loss over options, `options`: a datasets.Dataset or
+            a list of dicts. With method bilevel and without `upper_dataset`, `args.lower_fraction` of them go to the
+            lower level and the others to the upper one.
+        upper_dataset: rows of the upper level; methods without levels train on both together.
+        eval_dataset: rows for model selection, which no level trains on.
+        processing_class: the tokenizer; loaded with the model if not given.
+        peft_config: of the adapter; by default what `args.adapter` names.
+        metrics: of evaluations, the first one decides; by default accuracy for rows with options, else exact_match.
+        callbacks: more transformers callbacks.
+
+    Raises:
+        ZofoError: if these do not go together, before any work.
+
+    Examples:
+        In the README, under Use; `zofo.commands.train.train` is a complete run.
+
+    References:
+        R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604).
+    """
+
+    args: ZOFOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: ZOFOConfig,
+        train_dataset: Rows,
+        upper_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        metrics: Sequence[str] = (),
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        set_seed(args.seed)
+        if isinstance(model, str):
+            model, loaded = load_model(model, args.dtype)
+            processing_class = processing_class or loaded
+        if processing_class is None:
+            raise ZofoError("a loaded model comes without its tokenizer: pass it as processing_class")
+        if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:  # pyright: ignore
+            raise ZofoError(
+                f"model is a {type(model).__name__} with an adapter or of another kind: pass the plain transformers "
+                "model, and its adapter as peft_config"
+            )
+        require_fitting_tokenizer(processing_class, model)
+        if args.moves_backbone or args.method == "none":  # Trainer takes no quantised model without an adapter
+            require_dense(model.config, model.config.name_or_path or type(model).__name__, f"method {args.method}")
+        config = peft_config or adapter_config(args.adapter, model)
+        self.identity = {**args.identity(), "peft_config": described(config)}
+        real_prefix = peft_config is None and args.adapter == "prefix"
+        self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel", real_prefix=real_prefix)
+        self.adapted.require_prompts()
+        if args.activation_checkpointing:
+            self.adapted.require_checkpointing()
+        rows = _levels(args, train_dataset, upper_dataset)
+        self.identity["rows"] = [digest(level) for level in rows]
+        self.metrics = tuple(metrics) or ("accuracy" if rows[0][0].options else "exact_match",)
+        _require_known_metric(args, self.metrics)
+        require_optimizer(args)
+        self.args = args
+        self.cost = Cost()
+        self.truncated = 0
+        self._tokenizer = processing_class
+        self._room = min(args.max_length, self.adapted.positions)
+        lower = self.examples(rows[0])
+        upper = lower if rows[1] is rows[0] else self.examples(rows[1])
+        self._level_sizes = (len(lower), len(upper))
+        evaluated = self.examples(records(eval_dataset)) if eval_dataset else []
+        self.require_scorable(evaluated)
+        use_cache = model.config.use_cache
+        super().__init__(
+            model=self.adapted.model,
+            args=args,
+            train_dataset=cast(Any, [*lower, *upper]),
+            eval_dataset=cast(Any, evaluated or None),
+            processing_class=processing_class,
+            callbacks=[CostCallback(self.cost), *(callbacks or [])],
+        )
+        model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(LossBar())
+        self.method = make_method(self.adapted, Scorer(self.adapted, self.cost.tokens), args)
+        self._micro: list[Bundle] = []
+        self._logs: dict[str, list[float]] = defaultdict(list)
+        self._skipped = 0
+
+    def examples(self, rows: Sequence[Record]) -> list[Example]:
+        """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
+        if self.args.chat_template:
+            rows = [as_chat(row, self._tokenizer, self.args.system_prompt) for row in rows]
+        made, cut = tokenize(rows, self._tokenizer, self._room)
+        self.truncated += cut
+        return made
+
+    def require_scorable(self, rows: Sequence[Example]) -> None:
+        """Refuses rows that `evaluate` could not score."""
+        require_scorable(self.adapted, self.metrics, rows)
+
+    def require_resumable(self, folder: Path) -> None:
+        """Refuses a checkpoint that this run cannot go on from, or that is none.
+
+        Raises:
+            ZofoError: if it is incomplete, damaged, of another configuration or other rows, or without what is needed.
+        """
+        require_same(read_seal(folder)["config"], self.identity, folder)
+        if self._steps_of(folder) < self._planned_steps():
+            require_optimizer_state(folder)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
+        args = self.args
+        pad_id: Any = self._tokenizer.pad_token_id
+        layout = Scorer(self.adapted, Tokens()).layout
+        sampler = IterationSampler(
+            *self._level_sizes,
+            self.method.plan,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.seed if args.data_seed is None else args.data_seed,
+        )
+        collator = BundleCollator(
+            self.method.plan,
+            args.per_device_train_batch_size,
+            partial(collate, kind=args.loss, pad_id=pad_id, layout=layout),
+        )
+        loader: DataLoader[Any] = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The method's own."""
+        self.optimizer = self.method.optimizer
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Collects micro-steps; at the last one of an iteration, lets the method prepare the optimizer's step."""
+        self._micro.append(inputs)
+        nothing = torch.zeros((), device=self.args.device)
+        if not self.accelerator.sync_gradients:
+            return nothing
+        micro = [self._prepare_inputs(cast(Any, bundle)) for bundle in self._micro]
+        self._micro.clear()
+        number = self.state.global_step
+        try:
+            logs = self.method.step(number, number / self.state.max_steps, cast(Any, micro))
+        except NonFiniteLossError:
+            if self.args.on_nonfinite == "raise":
+                raise
+            self.method.skip()
+            self._skipped += 1
+            return nothing
+        for key, value in logs.items():
+            self._logs[key].append(value)
+        return nothing + logs["loss"]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: a bilevel step has no formula of its own in Trainer. `cost` counts tokens instead."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the method's own values, and every learning rate by its name."""
+        if "loss" in logs:
+            if self._skipped:
+                logs["skipped_steps"] = self._skipped
+            if not self._logs:
+                del logs["loss"]  # all of them were skipped, and 0 would be no loss
+            logs.update({key: sum(values) / len(values) for key, values in self._logs.items()})
+            self._logs.clear()
+            self._skipped = 0
+            optimizer = self.method.optimizer
+            members = optimizer.members if isinstance(optimizer, JointOptimizer) else {"zo": optimizer}
+            for name, member in members.items():
+                if isinstance(member, ZerothOrderOptimizer):
+                    logs[f"{name}_learning_rate"] = member.rate
+                    if member is optimizer:
+                        logs["learning_rate"] = member.rate  # Trainer's own is the factor of a schedule
+                elif name == "upper":
+                    logs[f"{name}_learning_rate"] = member.param_groups[0]["lr"]
+        super().log(logs, start_time)
+
+    def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metric and loss of every adapter: `eval_loss` is the deployed one's, `eval_lower_loss` its twin's."""
+        rows: Any = self.eval_dataset
+        if eval_dataset is not None:
+            rows = self.examples(records(eval_dataset))
+        if rows is None:
+            raise ZofoError("there is nothing to evaluate on: pass eval_dataset to ZOFOTrainer")
+        metrics: dict[str, float] = {}
+        for adapter, scores in self.score(rows).items():
+            prefix = metric_key_prefix if adapter == UPPER else f"{metric_key_prefix}_{adapter}"
+            metrics.update({f"{prefix}_{key}": value for key, value in scores.items()})
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score(self, rows: Sequence[Example]) -> dict[str, dict[str, float]]:
+        """{adapter: {metric, loss, rows}}; a model without adapters counts as `upper`, which is what is deployed."""
+        scores: dict[str, dict[str, float]] = {}
+        for adapter in self.adapted.adapters or (UPPER,):
+            self.adapted.use(adapter)
+            scores[adapter] = self._evaluate_rows(rows)
+        return scores
+
+    def score_backbone(self, rows: Sequence[Example]) -> dict[str, float]:
+        """The scores of the backbone alone: before training, the zero-shot ones."""
+        with self.adapted.without_adapter():
+            return self._evaluate_rows(rows)
+
+    def train(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Trains as `Trainer.train` does; only a complete checkpoint of the same configuration is resumed from.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in `output_dir`.
+            trial: as in Trainer.
+            ignore_keys_for_eval: as in Trainer.
+
+        Raises:
+            ZofoError: if there is no such checkpoint, or it is incomplete, damaged, of another configuration or other
+                rows; and at a loss that is not finite, unless `on_nonfinite` is skip.
+        """
+        if resume_from_checkpoint:
+            last = resume_from_checkpoint is True
+            given = Path(str(resume_from_checkpoint)).expanduser()
+            folder = last_sealed(Path(str(self.args.output_dir))) if last else given
+            self.require_resumable(folder)
+            resume_from_checkpoint = str(folder)
+        if self.args.method in ("bilevel", "zo", "two_stage"):
+            parameter = next(iter(self.adapted.backbone.values()))
+            if not noise.warm_up(parameter.dtype, parameter.device):
+                logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
+        if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
+            return TrainOutput(self.state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _is_finished(self, folder: str) -> bool:
+        """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
+        if self._steps_of(Path(folder)) < self._planned_steps():
+            return False
+        self.state = state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(folder)
+        if best is not None:
+            self._load_best_model()
+        return True
+
+    def _steps_of(self, folder: Path) -> int:
+        return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+
+    def _planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
+        return math.ceil(self.args.num_train_epochs * per_epoch)
+
+    # ---- saving and loading: the backbone belongs to what a run has learned
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        with writing(folder):
+            self._tokenizer.save_pretrained(self.adapted.save(folder))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = self._get_output_dir(trial)
+        folder = Path(run) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(folder):
+                unseal(folder)
+                (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
+                super()._save_checkpoint(model, trial)
+                self.adapted.save_trained(folder)
+                seal(folder, {"config": self.identity, "cost": self.cost.as_json()})
+        finally:
+            self.args.save_total_limit = limit
+        # only now that the new one is whole may an old one go
+        rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.adapted.load(Path(resume_from_checkpoint))
+        self.cost.restore(read_seal(Path(resume_from_checkpoint))["cost"])
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        own = Path(str(self.args.output_dir)) / best.name  # a run may have been moved
+        self.adapted.load(own if own.is_dir() else best)
+
+    # ---- parts
+
+    def _evaluate_rows(self, rows: Sequence[Example]) -> dict[str, float]:
+        return evaluate(
+            Scorer(self.adapted, Tokens()),
+            rows,
+            metrics=self.metrics,
+            kind=self.args.loss,
+            tokenizer=self._tokenizer,
+            batch_size=self.args.per_device_eval_batch_size,
+            place=lambda batch: self._prepare_inputs(batch),
+        )
+
+
+def _require_known_metric(args: ZOFOConfig, metrics: Sequence[str]) -> None:
+    """Refuses a model selection by what no evaluation will report, before the first one has to be waited for."""
+    adapters = ("", "lower_") if args.method == "bilevel" else ("",)
+    known = [f"{adapter}{name}" for adapter in adapters for name in (*metrics, "loss")]
+    wanted = args.metric_for_best_model
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
+
+
+def _levels(args: ZOFOConfig, train: Rows, upper: Rows | None) -> tuple[list[Record], list[Record]]:
+    """The rows of the lower and of the upper level."""
+    first, second = records(train), records(upper or [])
+    both = [*first, *second]
+    if not first:
+        raise ZofoError("train_dataset is empty: give it at least one row")
+    if args.loss == "options" and any(len(record.options) < 2 for record in both):
+        raise ZofoError("loss is options, but a row has fewer than two of them: set loss: lm, or give options")
+    if args.method != "bilevel":
+        return both, both
+    if second:
+        return first, second
+    return halves(first, args.lower_fraction, args.seed if args.data_seed is None else args.data_seed)

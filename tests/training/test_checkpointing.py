@@ -1,0 +1,71 @@
+"""Gradient checkpointing: the same weights bit for bit, less memory, and a clear word where it cannot be."""
+
+import pytest
+import torch
+
+from plain import make_trainer, same, trained, write_task
+from shell import arguments, refused
+from tiny import save_tiny_model
+from zofo import ZOFOConfig, ZofoError
+from zofo.training.memory import fake, step_memory
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
+
+
+def layer_runs(trainer):
+    """How often the first layer runs during training."""
+    layer, runs = trainer.adapted.base.model.layers[0], []
+    inner = layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
+    trainer.train()
+    inner.remove()
+    return len(runs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "adapter"),
+    [("fo", "lora"), ("fo", "none"), ("fo", "prompt"), ("bilevel", "lora"), ("two_stage", "lora"), ("zo", "none")],
+)
+def test_the_weights_are_those_without_it_bitwise(tmp_path, family, method, adapter):
+    keys = {"family": family, "method": method, "adapter": adapter}
+    plain, _ = trained(tmp_path, **keys)
+    again, _ = trained(tmp_path, gradient_checkpointing=True, **keys)
+    for part in plain:
+        assert same(plain[part], again[part])
+
+
+def test_layers_run_again_in_the_backward_pass_only(tmp_path):
+    for method, factor in (("fo", 2), ("zo", 1)):
+        keys = {"method": method, "adapter": "lora" if method == "fo" else "none"}
+        plain = layer_runs(make_trainer(tmp_path, **keys))
+        assert layer_runs(make_trainer(tmp_path, gradient_checkpointing=True, **keys)) == factor * plain > 0
+
+
+def test_prefixes_are_refused_before_anything_is_written(capsys, tmp_path):
+    folder = write_task(tmp_path)
+    keys = {"model": folder / "model", "task": folder / "task.yaml", "output_dir": tmp_path / "run", "use_cpu": "true"}
+    for verb in ("train", "estimate"):
+        words = arguments(verb, **keys, method="fo", adapter="prefix", gradient_checkpointing="true")
+        assert "would drop the adapter's keys and values (PREFIX_TUNING)" in refused(capsys, words, tmp_path)
+
+
+def test_prefixes_are_moved_by_forward_passes_all_the_same(tmp_path):
+    trained(tmp_path, method="zo", adapter="prefix", gradient_checkpointing=True, max_steps=1)
+
+
+def test_the_reentrant_form_is_refused(tmp_path):
+    keys = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ZofoError, match="use_reentrant: true loses the gradients"):
+        ZOFOConfig(output_dir=str(tmp_path), **keys)
+
+
+def test_the_estimate_sees_fewer_activations(tmp_path):
+    keys = {"model": str(save_tiny_model(tmp_path / "deep", num_hidden_layers=8)), "max_length": 96, "use_cpu": True}
+    sizes = []
+    for on in (False, True):
+        config = ZOFOConfig(output_dir=str(tmp_path), gradient_checkpointing=on, **keys)
+        tokens = torch.zeros(8, 96, dtype=torch.long)
+        scored = torch.cartesian_prod(torch.arange(8), torch.arange(96), torch.tensor([0])).T
+        batch = {"input_ids": tokens, "attention_mask": tokens + 1, "scored": scored}
+        sizes.append(step_memory(config, "fo", fake(config, "lora", twins=False), batch).activations)
+    assert sizes[1] < sizes[0] / 3

@@ -1,0 +1,313 @@
+"""Killed by SIGKILL and resumed = never stopped, bit for bit, whenever the kill comes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from plain import Watch, make_rows, make_trainer, moved, same, weights, write_config, write_task
+from zofo import ZofoError
+from zofo.cli import main
+from zofo.models.adapters import AdaptedModel
+from zofo.training.checkpoint import last_sealed, read_seal
+
+STEPS = 6
+COMMON = {
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "save_steps": 2,
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "train_size": 18,
+    "dev_size": 6,
+    "test_size": 6,
+    "learning_rate": 1e-2,
+    "lower_steps": 2,
+    "zo_learning_rate": 1e-2,
+    "zo_weight_decay": 0.1,
+    "lr_scheduler_type": "linear",  # so that the scheduler's state matters
+    "warmup_steps": 3,
+}
+# an epoch has 3 steps in bilevel and 5 in the others: step 5, and checkpoint 4 before it, lie in the middle of one
+RUNS = {
+    "bilevel": {"method": "bilevel", "num_perturbations": 2, "per_device_train_batch_size": 1},
+    "zo": {"method": "zo", "adapter": "none", "num_perturbations": 2, "per_device_train_batch_size": 2},
+    "auto": {
+        "method": "zo",
+        "adapter": "none",
+        "zo_learning_rate": "auto",
+        "zo_weight_decay": 0.0,
+        "per_device_train_batch_size": 2,
+    },
+    "fo": {"method": "fo", "per_device_train_batch_size": 2},
+    "full": {"method": "fo", "adapter": "none", "per_device_train_batch_size": 2, "learning_rate": 1e-3},
+    "two_stage": {"method": "two_stage", "two_stage_fraction": 0.8, "per_device_train_batch_size": 2},
+    "bfloat16": {"method": "bilevel", "dtype": "bfloat16", "zo_eps": 0.1, "per_device_train_batch_size": 1},
+}
+MOMENTS = ("writing_weights", "writing_optimizer", "before_seal", "before_rotation")
+
+
+def environment():
+    """For subprocesses: one thread, so that they can fork, and no network."""
+    here = str(Path(__file__).parents[1])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": here}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with the runs NAME (never stopped) and NAME-MOMENT (killed and resumed), and a report on each."""
+    folder = write_task(tmp_path_factory.mktemp("resume"))
+    jobs = []
+    for name, keys in RUNS.items():
+        config = write_config(folder, name, **{**COMMON, **keys})
+        jobs += [(config, name, None, 0), (config, f"{name}-in_step", "in_step", 5)]
+    config = write_config(folder, "limited", **{**COMMON, **RUNS["fo"]}, save_total_limit=1)
+    jobs += [(config, f"fo-{moment}", moment, 4) for moment in MOMENTS]
+    wanted = [
+        {"config": str(config), "output": str(folder / output), "kill": kill, "step": step}
+        for config, output, kill, step in jobs
+    ]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "runner.py")],
+        input=json.dumps(wanted),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    reports = {output: json.loads((folder / f"{output}.json").read_text()) for _, output, _, _ in jobs}
+    for _, output, kill, _ in jobs:
+        assert reports[output]["statuses"] == ([-signal.SIGKILL, 0] if kill else [0]), (output, done.stderr)
+    return folder, reports
+
+
+def assert_same(first, second, where):
+    """Bitwise equality of nested dicts, lists, tensors and numbers."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+        assert first.dtype == second.dtype, where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_same(a, b, f"{where}/{i}")
+    else:
+        assert first == second, where
+
+
+def assert_same_run(first, second):
+    """Weights, optimizers, schedules, metrics, logs and costs of two run folders are equal."""
+    last = f"checkpoint-{STEPS}"
+    files = sorted(f.relative_to(first) for f in first.glob("*/*.safetensors") if "checkpoint" not in str(f))
+    files += sorted(f.relative_to(first) for f in first.glob(f"{last}/*.safetensors"))
+    files += sorted(f.relative_to(first) for f in first.glob(f"{last}/*/*.safetensors"))
+    assert len(files) >= 2
+    for file in files:
+        assert_same(load_file(first / file), load_file(second / file), str(file))
+    for name in ("optimizer.pt", "scheduler.pt"):
+        loaded = [torch.load(run / last / name, weights_only=True) for run in (first, second)]
+        assert_same(*loaded, name)
+    results = [json.loads((run / "results.json").read_text()) for run in (first, second)]
+    for result in results:
+        for key in ("wall_seconds", "peak_memory_bytes"):
+            assert result["cost"].pop(key) > 0
+    assert_same(*results, "results.json")
+    logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (first, second)]
+    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+    cleaned = [[{k: v for k, v in log.items() if k not in timed} for log in history] for history in logs]
+    assert_same(*cleaned, "log_history")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_in_the_middle_of_a_step_and_resumed_equals_never_stopped(runs, name):
+    folder, reports = runs
+    assert reports[f"{name}-in_step"]["whole"] == "checkpoint-4"
+    assert reports[f"{name}-in_step"]["folders"] == ["checkpoint-2", "checkpoint-4"]
+    assert_same_run(folder / name, folder / f"{name}-in_step")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_saving_and_resumed_equals_never_stopped(runs, moment):
+    """`save_total_limit` is 1: the only whole checkpoint is not removed before the next one is whole."""
+    folder, reports = runs
+    whole = "checkpoint-4" if moment == "before_rotation" else "checkpoint-2"
+    assert reports[f"fo-{moment}"]["whole"] == whole
+    assert reports[f"fo-{moment}"]["folders"] == ["checkpoint-2", "checkpoint-4"]
+    run = folder / f"fo-{moment}"
+    assert [f.name for f in run.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    assert_same_run(folder / "fo", run)
+
+
+def test_what_is_compared_has_moved(runs):
+    """Else equality would prove nothing."""
+    folder, _ = runs
+    for name in RUNS:
+        weights = [load_file(next(f.glob("backbone/*.safetensors"))) for f in (folder, folder / name) if f != folder]
+        start = load_file(folder / "model" / "model.safetensors")
+        moves = name not in ("fo",)
+        assert any(not torch.equal(w, start[n].to(w.dtype)) for n, w in weights[0].items()) == moves
+        state = torch.load(folder / name / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
+        if name in ("bilevel", "bfloat16"):
+            assert {m: len(s["state"]) > 0 for m, s in state.items()} == {"lower": True, "upper": True, "zo": False}
+            lower, upper = (load_file(folder / name / a / "adapter_model.safetensors") for a in ("lower", "upper"))
+            assert all(w.dtype == torch.float32 for w in [*lower.values(), *upper.values()])
+            assert all(not torch.equal(lower[n], upper[n]) for n in lower)
+
+
+def test_a_resumed_run_stores_the_configuration_of_the_run_and_not_of_the_resumption(runs):
+    """So that its config.yaml repeats it, as the model card says."""
+    folder, _ = runs
+    stored = [yaml.safe_load((folder / n / "config.yaml").read_text()) for n in ("bilevel", "bilevel-in_step")]
+    for config in stored:
+        config.pop("output_dir")
+    assert stored[0] == stored[1]
+
+
+def test_the_command_killed_from_outside_goes_on_where_it_was(tmp_path, one_thread):
+    folder = write_task(tmp_path)
+    keys = {"lr_scheduler_type": "constant", "warmup_steps": 0, "save_total_limit": 1, "lower_steps": 1}
+    keys = {**COMMON, **RUNS["bilevel"], **keys, "eval_steps": 1000, "num_perturbations": 1}
+    config = write_config(folder, "outside", **keys)
+    run, whole = folder / "killed", folder / "whole"
+    command = [sys.executable, "-m", "zofo.cli", "train", "--config", str(config), "--output_dir", str(run)]
+    with subprocess.Popen(
+        [*command, "--max_steps", "100000"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
+        started = time.monotonic()
+        while not (run / "checkpoint-4" / "seal.json").exists() and not (run / "checkpoint-6").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < started + 120
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.3))  # at any moment
+        process.kill()
+        process.wait()
+    reached = int(last_sealed(run).name.removeprefix("checkpoint-"))
+    assert reached >= 4
+    assert len(list(run.glob("checkpoint-*"))) <= 2
+    more = ("--max_steps", str(reached + 3))
+    done = subprocess.run(
+        [*command, *more, "--resume_from_checkpoint", "true"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert main(["train", "--config", str(config), "--output_dir", str(whole), *more]) == 0
+    for file in ("backbone/model.safetensors", "upper/adapter_model.safetensors", "lower/adapter_model.safetensors"):
+        assert_same(load_file(run / file), load_file(whole / file), file)
+    last = f"checkpoint-{reached + 3}/optimizer.pt"
+    assert_same(*(torch.load(r / last, weights_only=True) for r in (run, whole)), "optimizer.pt")
+    assert read_seal((run / last).parent)["cost"]["forward_tokens"] > 0
+
+
+@pytest.fixture
+def one_thread():
+    """As in the subprocesses: sums depend on how many threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_kill_while_an_old_checkpoint_is_written_over_leaves_no_mixture_of_both(tmp_path, monkeypatch):
+    """Resumed from an earlier one, a run meets the sealed checkpoints of its first life."""
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+    trainer.train()
+    sealed_while_writing = []
+    save = AdaptedModel.save
+
+    def watched(self, folder):
+        sealed_while_writing.append((folder / "seal.json").exists())
+        return save(self, folder)
+
+    monkeypatch.setattr(AdaptedModel, "save", watched)
+    again = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert sealed_while_writing == [False, False]
+
+
+@pytest.mark.parametrize("method", ["bilevel", "two_stage"])
+def test_the_best_step_on_dev_is_what_a_run_ends_with(tmp_path, method):
+    trainer = make_trainer(
+        tmp_path,
+        method=method,
+        eval_rows=make_rows(6, first=50),
+        max_steps=4,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=1,
+        eval_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+    )
+    losses = iter([0.9, 0.5, 0.7, 0.8])
+    history, parts = [], ("backbone", *trainer.adapted.adapters)
+
+    def score(rows):
+        history.append({part: weights(trainer.adapted, part) for part in parts})
+        return {"upper": {"loss": next(losses)}}
+
+    trainer.score = score
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-2"
+    for part in parts:
+        assert same(weights(trainer.adapted, part), history[1][part])
+        assert part != "backbone" or moved(history[1][part], history[3][part])
+    assert {f.name for f in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}  # the best and the last
+
+
+def test_resuming_takes_the_checkpoint_that_is_named(tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    whole = make_trainer(tmp_path / "whole", **keys)
+    whole.train()
+    resumed = make_trainer(tmp_path / "other", **keys)
+    steps = []
+    resumed.add_callback(Watch(after=lambda: steps.append(resumed.state.global_step)))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert steps == [3, 4]
+    for part in ("backbone", "upper", "lower"):
+        assert same(weights(resumed.adapted, part), weights(whole.adapted, part))
+
+
+def test_a_checkpoint_of_another_configuration_or_a_damaged_one_is_refused(tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "method": "fo"}
+    make_trainer(tmp_path, **keys).train()
+    other = make_trainer(tmp_path, **{**keys, "learning_rate": 0.5})
+    with pytest.raises(ZofoError, match=r"learning_rate = 0\.01, but now it is 0\.5"):
+        other.train(resume_from_checkpoint=True)
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    os.truncate(file, file.stat().st_size - 1)
+    trainer = make_trainer(tmp_path, **keys)
+    with pytest.raises(ZofoError, match=r"optimizer\.pt has \d+ bytes instead of"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ZofoError, match="holds no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    folder = write_task(tmp_path)
+    config = write_config(folder, "config", **{**COMMON, **RUNS["fo"]}, output_dir=str(folder / "run"))
+    assert main(["train", "--config", str(config)]) == 0
+    files = {f: f.read_bytes() for f in (folder / "run").rglob("*.safetensors")}
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert main(["train", "--config", str(config), "--resume_from_checkpoint", "true"]) == 0
+    assert {f: f.read_bytes() for f in (folder / "run").rglob("*.safetensors")} == files
+    assert json.loads((folder / "run" / "results.json").read_text()) == results
