@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from timing import MODEL, write
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model
-from zofo.scoring.evaluation import by_length, evaluate, option_totals
+from zofo.scoring.evaluation import Evaluator, by_length, option_totals
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.records import Record
@@ -91,9 +91,7 @@ def compare_options(scorer: Scorer, lm: HFLM, tokenizer: Any, name: str, records
     flat = list(itertools.chain.from_iterable(own))
     sizes = iter(harness)
     theirs = [[next(sizes) for _ in record.options] for record in records]
-    found = evaluate(
-        scorer, examples, metrics=["accuracy"], kind="options", tokenizer=tokenizer, batch_size=8, scoring="sum"
-    )
+    found = Evaluator(scorer, tokenizer, ["accuracy"], "options", batch_size=8, scoring="sum").evaluate(examples)
     return {
         "task": name,
         "rows": len(records),
@@ -109,7 +107,7 @@ def compare_texts(scorer: Scorer, lm: HFLM, tokenizer: Any, name: str, records: 
     """Exact match and token F1 of greedy answers, and of the harness's answers to the same prompts."""
     examples, _ = tokenize(records, tokenizer, LENGTH)
     metrics = ["exact_match", "token_f1"]
-    found = evaluate(scorer, examples, metrics=metrics, kind="lm", tokenizer=tokenizer, batch_size=8)
+    found = Evaluator(scorer, tokenizer, metrics, "lm", batch_size=8).evaluate(examples)
     until = {"until": ["\n"], "max_gen_toks": 50, "do_sample": False}
     answers = [text.strip() for text in asked(lm, "generate_until", [(r.prompt, until) for r in records])]
     from zofo.tasks.metrics import score

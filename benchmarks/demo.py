@@ -108,9 +108,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     close = [f"{a['name']} / {b['name']}" for a, b in combinations(rows, 2) if not differ(a, b)]
     if not close:
         return "All rows differ from each other at the 95 % level (one seed; other seeds may order them otherwise)."
-    return (
-        f"This budget, with one seed and {rows[0]['rows']} test rows, does not tell apart: " + "; ".join(close) + "."
-    )
+    return f"This budget, with one seed and {rows[0]['rows']} test rows, does not tell apart: " + "; ".join(close) + "."
 
 
 def differ(a: dict[str, Any], b: dict[str, Any]) -> bool:

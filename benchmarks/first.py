@@ -61,7 +61,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     """The table as a page."""
     here = machine()
     lines = [
-        "# First results: six tasks, five ways",
+        "# First results on six tasks",
         "",
         "Written by `python benchmarks/first.py`; the figures are in "
         "[`benchmarks/results/`](../../benchmarks/results/), `first-*.json`.",
@@ -88,7 +88,11 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     """What the test rows tell apart: for each task, the deployed model against the other ways."""
-    made = ["Bilevel ZOFO, deployed, against the others by the 95 % interval of the difference (Newcombe):", ""]
+    made = [
+        "Accuracy of Bilevel ZOFO, deployed, compared with the other methods by the 95 % confidence interval of the "
+        "difference (Newcombe):",
+        "",
+    ]
     for task in dict.fromkeys(row["task"] for row in rows):
         own = {row["name"]: row for row in rows if row["task"] == task}
         deployed = own["Bilevel ZOFO, θ + p, deployed"]
@@ -96,10 +100,10 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
         for name in ("zero-shot", "8-shot", "FO-LoRA"):
             other = own[name]
             side = "above" if deployed["accuracy"] > other["accuracy"] else "below"
-            parts.append(f"{side} {name}" if differ(deployed, other) else f"not told from {name}")
+            parts.append(f"{side} {name}" if differ(deployed, other) else f"not significantly different from {name}")
         made.append(f"- {task}: {', '.join(parts)}")
     spam = [f"{row['name']} {row['macro_f1']:.3f}" for row in rows if "macro_f1" in row]
-    return [*made, "", f"Macro-F1 on sms_spam, whose classes are uneven: {', '.join(spam)}."]
+    return [*made, "", f"Macro-F1 on sms_spam, whose classes are imbalanced: {', '.join(spam)}."]
 
 
 def main() -> None:

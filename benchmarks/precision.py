@@ -20,16 +20,17 @@ from transformers import TrainerCallback
 
 from timing import MODEL, batches, trainer, write
 from zofo import ZOFOConfig, ZOFOTrainer, noise
-from zofo.models.adapters import UPPER
 from zofo.models.load import load_model
-from zofo.noise import Term, stream_key
+from zofo.models.peft import UPPER
+from zofo.noise import Sum, Term, stream_key
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.tasks.splits import split_records
 from zofo.tasks.task import load_task
 from zofo.zo.estimators import Estimate, two_sided
-from zofo.zo.optimizers import ZOSGD
+from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
 from zofo.zo.precision import rounding_error
+from zofo.zo.rules import SGD
 
 WAYS = ("float32", "bfloat16, stochastic", "bfloat16, nearest")
 AUTOMATIC = ("float32, auto", "bfloat16, auto")
@@ -86,15 +87,17 @@ def quadratic(way: str, seed: int) -> list[float]:
     def evaluate(step: int) -> Callable[[float, int], float]:
         def loss(scale: float, query: int) -> float:
             moved = torch.empty_like(w["w"])
-            noise.write_sum(w["w"], [Term(stream_key(seed, step, query, "w"), scale)], moved)
+            noise.write_sums([Sum(w["w"], moved, [Term(stream_key(seed, step, query, "w"), scale)])])
             return float(0.5 * (moved.double() - 1).square().sum())
 
         return loss
 
+    optimizer = ZerothOrderOptimizer(w, SGD(), 5e-4)
     with rounding(way):
         for step in range(QUADRATIC_STEPS):
             projected = two_sided(evaluate(step), 2.0**-6, 1, "normal")
-            ZOSGD().update(w, Estimate(seed, step, projected), 5e-4, {})
+            optimizer.propose(Estimate(seed, step, projected))
+            optimizer.step()
             if step % 50 == 49:
                 losses.append(float(0.5 * (w["w"].double() - 1).square().sum()))
     return losses
@@ -134,7 +137,7 @@ def projected_gradients() -> list[dict[str, float]]:
 
 def gradient_by_gap(made: ZOFOTrainer) -> dict[str, dict[float, float]]:
     """Gap of bfloat16 at a weight -> the share of |∇L|² that weights with this gap have."""
-    batch = batches(made)["upper"][0]
+    batch = batches(made)["zo"][0]
     weights = made.adapted.backbone
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -164,7 +167,7 @@ def predicted_error(shares: Mapping[float, float], eps: float) -> float:
 @torch.no_grad()
 def projected(made: ZOFOTrainer, eps: float, query: int) -> float:
     """[L(θ + εz) - L(θ - εz)] / 2ε on one batch."""
-    batch, scorer = batches(made)["upper"][0], Scorer(made.adapted, Tokens())
+    batch, scorer = batches(made)["zo"][0], Scorer(made.adapted, Tokens())
 
     def loss(scale: float, query: int) -> float:
         with perturbed(made.adapted.base, made.adapted.backbone, 5, scale, 0, query):
@@ -178,13 +181,13 @@ def projected(made: ZOFOTrainer, eps: float, query: int) -> float:
 def with_rounded_weights(made: Mapping[str, ZOFOTrainer], eps: float, query: int) -> float:
     """The same in float32 arithmetic, but with W + εz rounded to bfloat16."""
     whole, half = made["whole"], made["half"].adapted.backbone
-    batch, scorer = batches(whole)["upper"][0], Scorer(whole.adapted, Tokens())
+    batch, scorer = batches(whole)["zo"][0], Scorer(whole.adapted, Tokens())
     eps = noise.representable(eps)
 
     def loss(scale: float) -> float:
         for name, parameter in whole.adapted.backbone.items():
             moved = torch.empty_like(half[name])
-            noise.write_sum(half[name], [Term(stream_key(5, 0, query, name), scale)], moved)
+            noise.write_sums([Sum(half[name], moved, [Term(stream_key(5, 0, query, name), scale)])])
             parameter.copy_(moved)
         return float(scorer.loss(batch)) / 8
 
@@ -217,9 +220,7 @@ def language_model(way: str, seed: int) -> list[float]:
     """MeZO's losses on 80 other rows."""
     dtype, rate = way.split(",")[0], "auto" if way in AUTOMATIC else RATE
     model, tokenizer = load_model(MODEL, dtype)  # pyright: ignore[reportArgumentType]
-    rows = split_records(
-        load_task("movie_reviews").records(), train_size=600, dev_size=8, test_size=80, lower_fraction=0.5, seed=0
-    )
+    rows = split_records(load_task("movie_reviews").records(), train_size=600, dev_size=8, test_size=80, seed=0)
     watch = Watch()
     args = ZOFOConfig(
         output_dir="runs/precision", method="zo", adapter="none", dtype=dtype, seed=seed, max_steps=STEPS,

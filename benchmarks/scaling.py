@@ -107,7 +107,7 @@ def point(
 
 def beside(made: ZOFOTrainer, model: LlamaForCausalLM) -> dict[str, Callable[[], object]]:
     """What a MeZO step is compared with: its bare forwards, and on a GPU the usual way."""
-    batch, scorer = batches(made)["upper"][0], Scorer(made.adapted, Tokens())
+    batch, scorer = batches(made)["zo"][0], Scorer(made.adapted, Tokens())
 
     @torch.no_grad()
     def forwards() -> None:

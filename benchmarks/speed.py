@@ -9,7 +9,6 @@ where they vary. The embedded SmolLM2-135M in float32, batch 8 x 48 tokens unles
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,10 +25,11 @@ from table import Row, write_table
 from timing import MODEL, batches, child, device, interleaved, step_of, trainer, write
 from zofo import direction, noise
 from zofo.methods.levels import FirstOrderLevel
-from zofo.models.adapters import LOWER, UPPER
-from zofo.models.load import load_model, local_source
-from zofo.noise import eager as noise_torch
-from zofo.scoring.evaluation import evaluate
+from zofo.models.load import load_model
+from zofo.models.peft import LOWER, UPPER
+from zofo.models.source import local_source
+from zofo.noise.eager import Piece, eager
+from zofo.scoring.evaluation import Evaluator
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import tokenize
 from zofo.tasks.task import Record
@@ -67,8 +67,8 @@ def noise_rows() -> list[Row]:
         made[dtype] = interleaved(
             {
                 "axpy": lambda w=weights, o=other: w.add_(o, alpha=1e-9),
-                "noise": lambda w=weights: noise.update_(w, [noise.Term(1, 1e-9)], 2),
-                "eager": lambda w=weights: noise_torch.eager(w, w, 0, [(1, 2, 1e-9)], False, 1.0, math.inf, None),
+                "noise": lambda w=weights: noise.write_sums([noise.Sum(w, w, [noise.Term(1, 1e-9)], rounding_key=2)]),
+                "eager": lambda w=weights: eager(Piece(w, w, 0, [(1, 2, 1e-9)])),
                 "torch.normal": lambda w=weights: w.add_(
                     torch.normal(0.0, 1.0, (ELEMENTS,), device=device()), alpha=1e-9
                 ),
@@ -90,7 +90,7 @@ def zeroth_order_rows() -> list[Row]:
     model, tokenizer = load_model(MODEL)
     made = trainer(model, tokenizer, method="zo", adapter="none")
     many = trainer(model, tokenizer, method="zo", adapter="none", num_perturbations=QUERIES)
-    backbone, batch = made.adapted.backbone, batches(made)["upper"][0]
+    backbone, batch = made.adapted.backbone, batches(made)["zo"][0]
     scorer = Scorer(made.adapted, Tokens())
     noise.warm_up(torch.float32, device())
 
@@ -347,13 +347,12 @@ def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ..
     parts = itertools.cycle(range(PARTS))  # whose prompts have the same lengths
 
     def ours() -> None:
-        counted.forward = 0
-        found.update(
-            evaluate(
-                Scorer(made.adapted, counted), examples, metrics=["accuracy"], kind="options", tokenizer=tokenizer,
-                batch_size=len(examples), place=lambda batch: made._prepare_inputs(batch),
-            )
+        counted.forward_tokens = 0
+        evaluator = Evaluator(
+            Scorer(made.adapted, counted), tokenizer, ["accuracy"], "options", len(examples),
+            place=lambda batch: made._prepare_inputs(batch),
         )  # fmt: skip
+        found.update(evaluator.evaluate(examples))
 
     def one_by_one() -> None:
         part = next(parts)
@@ -364,7 +363,7 @@ def scored(made: Any, tokenizer: Any, prompts: list[str], options: tuple[str, ..
         made.adapted.base(input_ids=ids, logits_to_keep=asked, use_cache=False)
 
     times = interleaved({"ours": ours, "one by one": one_by_one, "bare": bare})
-    assert counted.forward == needed, "other tokens were read than are needed"
+    assert counted.forward_tokens == needed, "other tokens were read than are needed"
     for key in ("accuracy", "loss"):
         value = statistics.mean(alone[part][key] for part in range(PARTS))
         assert abs(value - found[key]) < 1e-4, f"{key} differs: {found}, {alone}"

@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from timing import MODEL, RESULTS, machine
 from zofo import ZOFOConfig, ZOFOTrainer
 from zofo.errors import ZofoError
-from zofo.models.adapters import UPPER
 from zofo.models.load import load_model
-from zofo.tasks.splits import split_records
+from zofo.models.peft import UPPER
+from zofo.tasks.splits import split_records, two_levels
 from zofo.tasks.task import load_task
 
 FORWARDS = 200
@@ -129,9 +129,7 @@ def take(model: str, task: str, method: str, rate: float | str, seed: int, folde
     """One run; its loss on 160 other rows."""
     started = time.perf_counter()
     loaded, tokenizer = load_model(folder)
-    rows = split_records(
-        load_task(task).records(), train_size=600, dev_size=8, test_size=160, lower_fraction=0.5, seed=0
-    )
+    rows = split_records(load_task(task).records(), train_size=600, dev_size=8, test_size=160, seed=0)
     watch = Watch()
     bilevel = {"adapter": "lora", "lower_steps": 1, "learning_rate": 1e-3, "upper_learning_rate": 1e-3}
     args = ZOFOConfig(
@@ -150,11 +148,11 @@ def take(model: str, task: str, method: str, rate: float | str, seed: int, folde
             **(bilevel if method == "bilevel" else {"adapter": "none"}),
         }
     )
-    train = (rows.lower, rows.upper) if method == "bilevel" else (rows.train, None)
-    made = ZOFOTrainer(loaded, args, train[0], train[1], processing_class=tokenizer, callbacks=[watch])
+    train = two_levels(rows.train, 0.5) if method == "bilevel" else (rows.train,)
+    made = ZOFOTrainer(loaded, args, *train, processing_class=tokenizer, callbacks=[watch])
     test = made.examples(rows.test)
     if method == "zo":
-        scorer = made.method._scorer
+        scorer = made.method.scorer
         scorer.losses = watch.count(scorer.losses)
     try:
         made.train()

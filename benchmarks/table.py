@@ -1,4 +1,4 @@
-"""The table of `make bench` in docs/performance.md: ratios, how far they spread over the rounds, and bars."""
+"""The table of `make bench` in docs/performance.md: ratios, how far they spread over the rounds, and targets."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MARKS = ("<!-- table: begin, written by make bench -->\n", "<!-- table: end -->\
 
 @dataclass(frozen=True)
 class Row:
-    """One line: `this` over `that` in each round, and the bar for the median: at most, or for `faster` at least."""
+    """One line: `this` over `that` in each round, and the target for the median: at most, or for `faster` at least."""
 
     what: str
     against: str
     this: Any  # an array of one for each round, or one number
     that: Any
-    bar: float | None = None
+    target: float | None = None
     faster: bool = False
 
     @property
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The middle half of the rounds lies between these."""
+        """The first and the third quartile of the rounds."""
         low, high = np.quantile(self.ratios, (0.25, 0.75))
         return float(low), float(high)
 
@@ -52,11 +52,11 @@ class Row:
         ratio = f"{self.ratio:.3f}{' x faster' * self.faster}"
         several = self.ratios.size > 1
         spread = ["{:.3f} - {:.3f}".format(*self.quartiles), f"{self.quickest:.3f}"] if several else ["", ""]
-        if self.bar is None:
+        if self.target is None:
             return [self.what, self.against, ratio, *spread, "", ""]
-        met = self.ratio >= self.bar if self.faster else self.ratio <= self.bar
-        bar = f"at least {self.bar:g} x faster" if self.faster else f"at most {self.bar:g}"
-        return [self.what, self.against, ratio, *spread, bar, "met" if met else "missed"]
+        met = self.ratio >= self.target if self.faster else self.ratio <= self.target
+        target = f"at least {self.target:g} x faster" if self.faster else f"at most {self.target:g}"
+        return [self.what, self.against, ratio, *spread, target, "met" if met else "missed"]
 
     def numbers(self) -> dict[str, Any]:
         """The line for a file of results."""
@@ -67,25 +67,25 @@ class Row:
             "quartiles": self.quartiles,
             "quickest": self.quickest,
             "rounds": self.ratios.size,
-            "bar": self.bar,
+            "target": self.target,
             "faster": self.faster,
         }
 
 
-def write_table(rows: Sequence[Row], shares: dict[str, float], seconds: float) -> None:
+def write_table(rows: Sequence[Row], fractions: dict[str, float], seconds: float) -> None:
     """Replaces the table in docs/performance.md."""
     about = machine()
     lines = [
         f"The machine: {about['processor']}, {about['threads']} threads, {about['system']}, Python {about['python']}, "
         f"torch {about['torch']}. The whole took {seconds / 60:.0f} minutes.\n",
-        "| what | against | ratio | middle half | quickest | bar | |",
+        "| what | against | ratio | interquartile range | quickest | target | |",
         "|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(row.cells())} |" for row in rows),
         "",
         "Where the time of one iteration of `bilevel` (T = 3) goes:\n",
-        "| part | share |",
+        "| part | fraction |",
         "|---|---|",
-        *(f"| {name} | {share:.1%} |" for name, share in shares.items()),
+        *(f"| {name} | {fraction:.1%} |" for name, fraction in fractions.items()),
     ]
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1])[1]

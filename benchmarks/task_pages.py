@@ -1,4 +1,4 @@
-"""Writes `docs/task-pages.md`: what `zofo tasks NAME` prints for three tasks of the box.
+"""Writes `docs/task-pages.md`: what `zofo tasks NAME` prints for three built-in tasks.
 
 python benchmarks/task_pages.py
 """
@@ -11,7 +11,7 @@ from zofo.commands.tasks import page
 
 FILE = Path(__file__).parents[1] / "docs" / "task-pages.md"
 TASKS = ("movie_reviews", "question_types", "sms_spam")
-_HEAD = """# What a model sees: three tasks of the box
+_HEAD = """# What a model sees: three built-in tasks
 
 Written by `python benchmarks/task_pages.py`: the output of `zofo tasks NAME`, which works for every
 task, one of yours too. Lines behind a bar are the prompt; an option follows it without anything between.

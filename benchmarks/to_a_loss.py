@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import asdict
 from typing import Any
 
 from transformers import TrainerCallback
 
 from timing import MODEL, write
 from zofo import ZOFOConfig, ZOFOTrainer
-from zofo.models.adapters import UPPER
 from zofo.models.load import load_model
-from zofo.tasks.splits import split_records
+from zofo.models.peft import UPPER
+from zofo.tasks.splits import split_records, two_levels
 from zofo.tasks.task import load_task
 
 STEPS = 1000
@@ -42,7 +43,7 @@ class Until(TrainerCallback):
         if state.global_step % self.every:
             return
         loss = self.made.score(self.rows)[UPPER]["loss"]
-        self.seen.append({"step": state.global_step, "loss": loss, **self.made.cost.as_json()})
+        self.seen.append({"step": state.global_step, "loss": loss, **asdict(self.made.cost)})
         print(f"step {state.global_step}: loss {loss:.4f}, {self.made.cost.wall_seconds:.1f} s", flush=True)
         control.should_training_stop = loss <= self.goal
 
@@ -51,9 +52,7 @@ def run(name: str, goal: float, every: int, **keys: Any) -> dict[str, Any]:
     """One run, until the goal or its last step."""
     print(name)
     model, tokenizer = load_model(MODEL)
-    rows = split_records(
-        load_task("movie_reviews").records(), train_size=600, dev_size=8, test_size=80, lower_fraction=0.5, seed=0
-    )
+    rows = split_records(load_task("movie_reviews").records(), train_size=600, dev_size=8, test_size=80, seed=0)
     watch = Until(goal, every)
     settings = {
         "output_dir": "runs/to-a-loss",
@@ -64,12 +63,10 @@ def run(name: str, goal: float, every: int, **keys: Any) -> dict[str, Any]:
         "disable_tqdm": True,
     }
     args = ZOFOConfig(**{**settings, **keys})
-    both = args.method == "bilevel"
     made = ZOFOTrainer(
         model,
         args,
-        rows.lower if both else rows.train,
-        rows.upper if both else None,
+        *(two_levels(rows.train, 0.5) if args.method == "bilevel" else (rows.train,)),
         processing_class=tokenizer,
         callbacks=[watch],
     )

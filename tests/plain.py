@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from zofo import ZOFOConfig, ZOFOTrainer, direction, noise
+from zofo.zo.optimizers import ZerothOrderOptimizer
+from zofo.zo.rules import SGD
 
 ONE_TOKEN = [" a", " the"]
 MORE_TOKENS = [" great", " terrible"]
@@ -127,6 +129,13 @@ def write_config(folder, name, **keys):
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
+
+
+def applied(w, found, rate, rule=None, **more):
+    """Writes what a rule makes of an estimate to a dict of weights."""
+    optimizer = ZerothOrderOptimizer(w, rule or SGD(), rate, **more)
+    optimizer.propose(found)
+    optimizer.step()
 
 
 class Watch(TrainerCallback):

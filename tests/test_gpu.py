@@ -10,9 +10,8 @@ from test_streams import DTYPES, FORMS, bits
 from plain import MORE_TOKENS, ONE_TOKEN, make_rows, make_trainer, same, weights
 from tiny import FAMILIES, tiny_model
 from zofo import direction, noise, perturbed
-from zofo.noise import eager as noise_torch
 from zofo.noise import streams
-from zofo.noise.cpu import Piece
+from zofo.noise.eager import Piece, eager
 from zofo.zo.buffers import Scratch
 
 pytestmark = [
@@ -25,10 +24,10 @@ pytestmark = [
 def kernel(request):
     """The two forms of the noise that a GPU can run."""
     if request.param == "eager":
-        return noise_torch.eager
+        return eager
     launch = streams.gpu_kernel()
     assert launch is not None, "the fast form of the noise does not work on this GPU"
-    return lambda *fields: launch([Piece(*fields)])
+    return lambda piece: launch([piece])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -37,9 +36,9 @@ def test_the_noise_has_the_bits_of_the_cpu(kernel, dtype, form):
     for size in (1, 17, 4096, 140_001):
         w = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
         expected, found, apart = w.clone(), w.cuda(), torch.empty_like(w, device="cuda")
-        noise_torch.eager(expected, expected, 2**32 - 100, *form)
-        kernel(found, apart, 2**32 - 100, *form)
-        kernel(found, found, 2**32 - 100, *form)
+        eager(Piece(expected, expected, 2**32 - 100, *form))
+        kernel(Piece(found, apart, 2**32 - 100, *form))
+        kernel(Piece(found, found, 2**32 - 100, *form))
         assert torch.equal(bits(found.cpu()), bits(expected))
         assert torch.equal(bits(apart.cpu()), bits(expected))
 
@@ -50,7 +49,7 @@ def test_rounding_to_sixteen_bits_is_that_of_torch(kernel):
     floats = torch.cat([floats, ties, ties - 2**31]).to(torch.int32).view(torch.float32)
     for dtype in DTYPES[1:]:
         found = torch.empty(len(floats), dtype=dtype, device="cuda")
-        kernel(floats.cuda(), found, 0, [], False, 1.0, float("inf"), None)
+        kernel(Piece(floats.cuda(), found, 0, []))
         finite = ~floats.isnan()
         assert torch.equal(bits(found.cpu())[finite], bits(floats.to(dtype))[finite])
 

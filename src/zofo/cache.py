@@ -1,7 +1,5 @@
 """Where things lie that are made once per machine: converted models and the compiled noise."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,49 +1,45 @@
-"""The command line: `zofo train`, `estimate`, `eval`, `merge`, `tasks`."""
-
-from __future__ import annotations
+"""The command line: `zofo train`, `estimate`, `eval`, `merge`, `tasks`. Libraries are imported once a verb runs."""
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from zofo.errors import ZofoError
 
-_TRAIN_HELP = """usage: zofo train --config FILE [--key value ...]
-
-One run: loads a model and a task, trains, evaluates on test rows, and writes a run folder with backbone/, the
-adapters, checkpoints, results.json, curves.png and a model card. Keys come from a flat YAML file; the command line
+_TRAIN = """One run: loads a model and a task, trains, evaluates on test rows, and writes a run folder with backbone/,
+the adapters, checkpoints, results.json, curves.png and a model card. Keys come from a flat YAML file; the command line
 wins.
 
   zofo train --config configs/demo.yaml --method zo --adapter none --zo_learning_rate 3e-5 --output_dir runs/mezo
-  zofo train --config configs/demo.yaml --output_dir runs/bilevel --resume_from_checkpoint true
-
-keys of zofo:
-{own}
-
-keys of transformers.TrainingArguments work as well, among them:
-{inherited}
-"""
-_ESTIMATE_HELP = """usage: zofo estimate --config FILE [--key value ...] [--memory_only] [--output FILE]
-
-What a run would take, before it: the memory of each method at its peak, found without the weights by running a step on
-tensors that have shapes only, and the seconds of a step, from a few timed forwards and backwards. The model, the
-adapter, the batches and the other keys are those of zofo train, from the same file; the row of the run's own method is
-marked. Evaluations are not counted. Without a task or data, rows of max_length tokens are assumed; chat_template adds
-nothing; and `trained` counts the whole backbone, whatever zo_parameters, zo_exclude and zo_layers say.
+  zofo train --config configs/demo.yaml --output_dir runs/bilevel --resume_from_checkpoint true"""
+_ESTIMATE = """What a run would take, before it: the memory of each method at its peak, found without the weights by
+running its steps on tensors that have shapes only, and the seconds of a step, from a few timed forwards and
+backwards. The keys are those of zofo train, from the same file; the row of the run's own method is marked.
+Evaluations are not counted. Without a task or data, rows of max_length tokens are assumed; chat_template adds nothing;
+and `trained` counts the whole backbone, whatever zo_parameters, zo_exclude and zo_layers say.
 
   zofo estimate --config configs/demo.yaml
-  zofo estimate --config configs/demo.yaml --per_device_train_batch_size 16 --gradient_checkpointing true --memory_only
+  zofo estimate --config configs/demo.yaml --gradient_checkpointing true --memory_only"""
+_EVAL = """Scores a model on the rows that a training run with the same sizes and data seed calls test. Keys of zofo
+train that say which rows, and how they are read, are those of the run that the model is the backbone of; others can be
+given, such as --test_size 100: test_size, dev_size, train_size, data_seed, source, max_length, dtype, loss,
+chat_template, system_prompt.
 
-  --memory_only          do not load the weights, and measure no time
-  --output               also write the result to this JSON file
-"""
+  zofo eval --model runs/bilevel/backbone --adapter runs/bilevel/upper --task movie_reviews"""
+_MERGE = """Merges an adapter of a run into its backbone; the result loads with plain transformers.
+
+  zofo merge --run runs/bilevel --adapter upper --output merged"""
+_TASKS = """Lists the built-in tasks, or shows one row of a task as each of its templates renders it. A task of your
+own is a YAML file; see docs/tasks.md.
+
+  zofo tasks; zofo tasks tweets; then zofo train --model ... --task tweets"""
 _INHERITED = (
     "output_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "weight_decay",
@@ -74,11 +70,17 @@ def _fail(message: str, status: int) -> int:
 
 def _run(arguments: list[str]) -> int:
     parser = _parser()
-    for verb, run in {"train": _train, "estimate": _estimate}.items():
-        if arguments[:1] == [verb]:  # they take every key of the configuration
-            return run(arguments[1:])
-    options = parser.parse_args(arguments or ["--help"])
-    return options.run(options)
+    options, keys = parser.parse_known_args(arguments or ["--help"])
+    if keys and not options.takes_keys:
+        parser.error(f"unrecognized arguments: {' '.join(keys)}")
+    report = vars(options).get("output") if options.takes_keys else None
+    if report and report.exists():
+        raise ZofoError(f"{report} exists already and is not overwritten: give a new file")
+    # before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    options.run(options, keys)
+    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,215 +89,130 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from zofo import __version__
-
     parser = _Parser(
         prog="zofo",
         description="Fine-tune every weight of a language model in the memory of PEFT.",
         epilog="Start with: zofo tasks; zofo train --help",
     )
-    parser.add_argument("--version", action="version", version=f"zofo {__version__}")
+    parser.add_argument("--version", action="version", version=f"zofo {version('zofo')}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    verbs.add_parser("train", help="one run: train, evaluate, write a run folder", add_help=False)
-    verbs.add_parser("estimate", help="memory and time of a run, before it", add_help=False)
-    _add_eval(verbs)
-    _add_merge(verbs)
-    _add_tasks(verbs)
-    return parser
+    dtypes = ["float32", "bfloat16", "float16"]
 
+    train = _verb(verbs, "train", _train, "one run: train, evaluate, write a run folder", _TRAIN, takes_keys=True)
+    estimate = _verb(verbs, "estimate", _estimate, "memory and time of a run, before it", _ESTIMATE, takes_keys=True)
+    for verb in (train, estimate):
+        verb.add_argument("--config", type=Path, help="the YAML file with the keys")
+    train.add_argument("-h", "--help", action=_KeysHelp, nargs=0, help="this text")
+    estimate.add_argument("--output", type=Path, help="also write the result to this JSON file")
+    estimate.add_argument("--memory_only", action="store_true", help="do not load the weights, and measure no time")
 
-def _add_eval(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "eval",
-        help="score a model, with or without an adapter, on a task",
-        description="Scores a model on the rows that a training run with the same sizes and data seed calls test.",
-        epilog="Example: zofo eval --model runs/bilevel/backbone --adapter runs/bilevel/upper --task movie_reviews",
-    )
-    parser.add_argument("--model", required=True, help="Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
-    parser.add_argument("--adapter", help="a PEFT folder, such as RUN/upper; none by default")
-    which = parser.add_mutually_exclusive_group(required=True)
+    score = _verb(verbs, "eval", _eval, "score a model, with or without an adapter, on a task", _EVAL, takes_keys=True)
+    score.add_argument("--model", required=True, help="Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
+    score.add_argument("--adapter", help="a PEFT folder, such as RUN/upper; none by default")
+    which = score.add_mutually_exclusive_group(required=True)
     which.add_argument("--task", nargs="+", help="names from `zofo tasks`, or task files")
     which.add_argument("--harness", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, by its own rules")
-    parser.add_argument("--split", default="test", choices=["test", "dev", "train"], help="default: test")
-    parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
-    parser.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
-    group = parser.add_argument_group("which rows; by default those of the run that the model is the backbone of")
-    group.add_argument("--test_size", type=_positive, help="rows of test (otherwise a fifth of all, at most 400)")
-    group.add_argument("--dev_size", type=_positive, help="rows of dev (otherwise a fifth of all, at most 200)")
-    group.add_argument("--data_seed", type=int, help="order of the rows (otherwise 42, as in training)")
-    group.add_argument("--max_length", type=_positive, help="tokens of prompt and answer (otherwise 512)")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(otherwise float32)")
-    group.add_argument("--loss", choices=["options", "lm"], help="which loss to report (otherwise options)")
-    group.add_argument("--source", help="the task's rows: a folder of train.* and validation.*, or a file")
-    group = parser.add_argument_group("how a row is put to the model, and how options are compared")
-    group.add_argument("--template", help="number of one of the task's templates (otherwise 0), or all")
-    group.add_argument("--shots", type=_positive, help="training rows in front of each row, as many as fit")
-    group.add_argument(
+    score.add_argument("--split", default="test", choices=["test", "dev", "train"], help="default: test")
+    score.add_argument("--output", type=Path, help="also write the result to this JSON file")
+    score.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
+    score.add_argument("--template", help="number of one of the task's templates (otherwise 0), or all")
+    score.add_argument("--shots", type=_positive, default=0, help="training rows in front of each row, as many as fit")
+    score.add_argument(
         "--scoring",
+        default="mean",
         choices=["mean", "sum", "pmi", "channel"],
         help="log-probability of an option per token (mean, otherwise), in all (sum), less that behind the task's "
         "premise (pmi, calibrated), or of the prompt behind the option (channel)",
     )
-    group.add_argument("--chat_template", action="store_true", default=None, help="use the model's chat format")
-    group.add_argument("--system_prompt", help="of the chat")
-    parser.set_defaults(run=_eval)
+
+    merge = _verb(verbs, "merge", _merge, "write backbone and adapter as one plain Hugging Face folder", _MERGE)
+    merge.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
+    merge.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
+    merge.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
+    merge.add_argument("--dtype", choices=dtypes, help="of the result; default: the backbone's")
+
+    tasks = _verb(verbs, "tasks", _tasks, "what can be trained on out of the box", _TASKS)
+    tasks.add_argument("name", nargs="?", help="of a task, or a task file")
+    tasks.add_argument("--source", help="the task's rows: a folder of train.* and validation.*, or a file")
+    return parser
 
 
-def _add_merge(verbs: Any) -> None:
+def _verb(
+    verbs: Any, name: str, run: Callable[..., None], help: str, text: str, takes_keys: bool = False
+) -> argparse.ArgumentParser:
+    usage = f"zofo {name} [--option ...]" + " [--key value ...]" * takes_keys
     parser = verbs.add_parser(
-        "merge",
-        help="write backbone and adapter as one plain Hugging Face folder",
-        description="Merges an adapter of a run into its backbone; the result loads with plain transformers.",
-        epilog="Example: zofo merge --run runs/bilevel --adapter upper --output merged",
-    )
-    parser.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
-    parser.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
-    parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the result; default: the backbone's"
-    )
-    parser.set_defaults(run=_merge)
+        name, help=help, description=text, usage=usage, add_help=name != "train", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run, takes_keys=takes_keys)
+    return parser
 
 
-def _add_tasks(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "tasks",
-        help="what can be trained on out of the box",
-        description="Lists the tasks in the box, or shows one row of a task in the words of each of its templates. A "
-        "task of your own is a YAML file; see docs/tasks.md.",
-        epilog="Example: zofo tasks; zofo tasks tweets; then zofo train --model ... --task tweets",
-    )
-    parser.add_argument("name", nargs="?", help="of a task, or a task file")
-    parser.add_argument("--source", help="the task's rows: a folder of train.* and validation.*, or a file")
-    parser.set_defaults(run=_tasks)
+class _KeysHelp(argparse.Action):
+    """Prints the help of a verb and every key of zofo, for which the libraries must be imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from zofo.config import key_help
+
+        inherited = [f"  {', '.join(_INHERITED[i : i + 5])}" for i in range(0, len(_INHERITED), 5)]
+        title = "keys of transformers.TrainingArguments work as well, among them:"
+        print("\n".join([parser.format_help(), "keys of zofo:", *key_help(), "", title, *inherited]))
+        parser.exit()
 
 
-def _train(arguments: list[str]) -> int:
-    from zofo.config import parse_config
-
-    if "--help" in arguments or "-h" in arguments:
-        print(_train_help())
-        return 0
-    parser = _Parser(prog="zofo train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    options, keys = parser.parse_known_args(arguments)
-    _settle()
+def _train(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands.train import train
+    from zofo.config import parse_config
 
     config = parse_config(options.config, keys)
     _quiet_libraries()
     train(config, _say)
     _say(f"run folder: {config.output_dir}")
-    return 0
 
 
-def _estimate(arguments: list[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(_ESTIMATE_HELP)
-        return 0
-    parser = _Parser(prog="zofo estimate", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--memory_only", action="store_true")
-    options, keys = parser.parse_known_args(arguments)
-    _require_new(options.output)
-    _settle()
+def _estimate(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands import estimate
     from zofo.config import parse_config
 
     config = parse_config(options.config, keys)
     _quiet_libraries()
     rows = estimate.estimate(config, timed=not options.memory_only)
-    print(estimate.table(rows, config))
-    if options.output:
-        text = json.dumps(estimate.as_json(rows, config), indent=2)
-        options.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    _say(estimate.table(rows, config))
+    _write(estimate.as_json(rows, config), options.output)
 
 
-def _eval(options: argparse.Namespace) -> int:
-    _require_new(options.output)
-    _settle()
+def _eval(options: argparse.Namespace, keys: list[str]) -> None:
+    from zofo.commands.eval import Manner, eval_config, evaluate_model, settings_of
+    from zofo.commands.harness import evaluate_with_harness
+
+    _quiet_libraries()
+    manner = Manner(options.template, options.shots, options.scoring, options.split, options.batch_size)
+    report: dict[str, Any] = {"model": options.model, "adapter": options.adapter}
     if options.harness:
-        return _harness(options)
-    from zofo.commands import eval as evaluator
-
-    _quiet_libraries()
-    tasks = {task: evaluator.eval_settings(options.model, task, vars(options)) for task in options.task}
-    scores = evaluator.evaluate_model(options.model, options.adapter, tasks, options.split, options.batch_size, _note)
-    said = {
-        "model": options.model,
-        "adapter": options.adapter,
-        "split": options.split,
-        "settings": {task: dataclasses.asdict(settings) for task, settings in tasks.items()},
-        "tasks": scores,
-    }
-    _report(said, options.output)
-    return 0
+        report["harness"] = evaluate_with_harness(options.model, options.adapter, options.harness, manner, keys)
+    else:
+        configs = {task: eval_config(options.model, task, keys, options.adapter) for task in options.task}
+        scores = evaluate_model(options.model, options.adapter, list(configs.values()), manner, _note)
+        settings = {task: settings_of(config, manner) for task, config in configs.items()}
+        report |= {"split": options.split, "settings": settings, "tasks": scores}
+    _say(json.dumps(report, indent=2))
+    _write(report, options.output)
 
 
-def _harness(options: argparse.Namespace) -> int:
-    taken = ("split", "test_size", "dev_size", "data_seed", "loss", "source", "template", "scoring", "system_prompt")
-    stated = vars(options)
-    given = [name for name in (*taken, "chat_template") if stated[name] not in (None, "test")]
-    if given:
-        raise ZofoError(f"--{given[0]} is of zofo's own tasks: the harness has its own rows, words and scores")
-    from zofo.commands import harness
-
-    _quiet_libraries()
-    scores = harness.evaluate_with_harness(
-        options.model,
-        options.adapter,
-        options.harness,
-        batch_size=options.batch_size,
-        shots=options.shots or 0,
-        dtype=options.dtype or "float32",
-        max_length=options.max_length,
-    )
-    _report({"model": options.model, "adapter": options.adapter, "harness": scores}, options.output)
-    return 0
-
-
-def _report(found: dict[str, Any], file: Path | None) -> None:
-    text = json.dumps(found, indent=2)
-    print(text)
-    if file:
-        file.write_text(text + "\n", encoding="utf-8")
-
-
-def _merge(options: argparse.Namespace) -> int:
-    _settle()
+def _merge(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands.merge import merge
 
     _quiet_libraries()
     merge(options.folder, options.adapter, options.output, options.dtype, _say)
     _say(f"merged model: {options.output}")
-    return 0
 
 
-def _tasks(options: argparse.Namespace) -> int:
-    _settle()
-    from zofo.commands import tasks as gallery
+def _tasks(options: argparse.Namespace, keys: list[str]) -> None:
+    from zofo.commands import tasks
 
     _quiet_libraries()
-    print(gallery.page(options.name, options.source) if options.name else gallery.listing())
-    return 0
-
-
-def _train_help() -> str:
-    from zofo.config import ZOFOConfig, own_keys
-
-    fields = {f.name: f for f in dataclasses.fields(ZOFOConfig)}
-    own = [*own_keys(), "learning_rate", "lr_scheduler_type", "logging_steps"]
-    lines = [f"  {n:22} {fields[n].metadata['help']} (default {fields[n].default})" for n in own]
-    inherited = [f"  {', '.join(_INHERITED[i : i + 5])}" for i in range(0, len(_INHERITED), 5)]
-    return _TRAIN_HELP.format(own="\n".join(lines), inherited="\n".join(inherited))
-
-
-def _settle() -> None:
-    """Before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _say(tasks.page(options.name, options.source) if options.name else tasks.listing())
 
 
 def _quiet_libraries() -> None:
@@ -305,11 +222,6 @@ def _quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("datasets").setLevel(logging.ERROR)
-
-
-def _require_new(file: Path | None) -> None:
-    if file and file.exists():
-        raise ZofoError(f"{file} exists already and is not overwritten: give a new file")
 
 
 def _positive(text: str) -> int:
@@ -326,6 +238,11 @@ def _say(line: str) -> None:
 def _note(line: str) -> None:
     """Says something beside a result that is read by programs."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _write(report: Any, file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ class ZofoError(ValueError):
     """
 
 
+class NonFiniteLossError(ZofoError):
+    """A loss or gradient that is not finite; nothing has changed because of it."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none.
 

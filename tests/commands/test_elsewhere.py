@@ -15,8 +15,8 @@ from plain import make_trainer, write_config, write_task
 from tiny import token_batch
 from zofo.cli import main
 from zofo.config import parse_config
-from zofo.models.adapters import UPPER, merged
 from zofo.models.load import load_model
+from zofo.models.peft import UPPER, merged
 from zofo.models.source import stored_tensors
 from zofo.tasks.splits import split_records
 from zofo.tasks.task import load_task
@@ -71,8 +71,8 @@ def test_a_tiny_model_scores_the_same_elsewhere(tmp_path, adapter):
     assert main(["train", "--config", str(config), "--output_dir", str(folder / "run")]) == 0
     assert main(["merge", "--run", str(folder / "run"), "--output", str(folder / "merged")]) == 0
     made = parse_config(folder / "run" / "config.yaml", [])
-    rows = split_records(load_task(made.task).records(), train_size=18, dev_size=6, test_size=10, seed=made.seed,
-                         lower_fraction=made.lower_fraction).test  # fmt: skip
+    sizes = {"train_size": 18, "dev_size": 6, "test_size": 10}
+    rows = split_records(load_task(made.task).records(), **sizes, seed=made.seed).test
     results = json.loads((folder / "run" / "results.json").read_text())
     assert loss_elsewhere(folder / "merged", as_rows(rows)) == pytest.approx(
         results["metrics"]["upper"]["loss"], abs=1e-4

@@ -76,7 +76,7 @@ WRONG_NUMBERS = [
     ("lower_fraction", "nan"),
 ]
 TASKS = {
-    "an unknown key": ({"anwser": "x"}, "task.yaml: unknown key 'anwser'; did you mean 'answer'?"),
+    "an unknown key": ({"anwser": "x"}, "task.yaml: unknown key 'anwser'; did you mean answer?"),
     "no answer": ({"answer": None}, "task.yaml: the key 'answer' is missing"),
     "options that are no list": ({"options": 2}, "task.yaml: options must be a list of texts, or a template"),
     "an answer that is no option": (
@@ -258,7 +258,7 @@ EVAL = {
         "none is no adapter: give a folder with",
     ),
     "an unknown split": ({"split": "valid"}, "invalid choice: 'valid' (choose from"),
-    "no rows": ({"test_size": 0}, "test_size: must be greater than 0, but is 0"),
+    "no rows": ({"test_size": 0}, "test_size is 0, but must be greater than 0"),
     "a size that is no number": ({"test_size": "all"}, "test_size: invalid"),
     "more rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it"),
     "an unknown task": ({"task": "tweet"}, "there is no task 'tweet': did you mean tweets?"),

@@ -1,5 +1,6 @@
 """`zofo estimate`: bytes that have a closed form, what a run in a process of its own takes, and bad input."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,10 @@ from shell import QUICK, arguments, failed, refused, write_task
 from tiny import save_tiny_model, tiny_model
 from zofo import ZOFOConfig
 from zofo.cli import main
-from zofo.commands.estimate import estimate
+from zofo.commands import estimate as estimates
+from zofo.commands.estimate import estimate, seconds
+from zofo.methods import METHODS
+from zofo.methods.method import Work
 from zofo.training.memory import fake, step_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
@@ -56,11 +60,11 @@ def test_activations_grow_with_the_batch_and_not_with_accumulation(tmp_path, mod
     sizes = {}
     for batch, accumulation in ((2, 1), (8, 1), (2, 4)):
         keys = {"model": str(model_folder), "gradient_accumulation_steps": accumulation, "use_cpu": True}
-        config = ZOFOConfig(output_dir=str(tmp_path), **keys)
+        config = ZOFOConfig(output_dir=str(tmp_path), method=method, adapter=adapter, loss="lm", **keys)
         tokens = torch.zeros(batch, 64, dtype=torch.long)
         scored = torch.cartesian_prod(torch.arange(batch), torch.arange(64), torch.tensor([0])).T
         rows = {"input_ids": tokens, "attention_mask": tokens + 1, "scored": scored}
-        sizes[batch, accumulation] = step_memory(config, method, fake(config, adapter, False), rows).activations
+        sizes[batch, accumulation] = step_memory(config, fake(config), rows).activations
     assert sizes[8, 1] > 2.5 * sizes[2, 1]
     assert sizes[2, 4] < 1.1 * sizes[2, 1]
 
@@ -72,22 +76,23 @@ def test_the_methods_of_a_run_get_a_row_of_their_own(tmp_path, model_folder, met
     assert len(rows) == (4 if method == "bilevel" else 5)
 
 
-def test_the_time_is_composed_as_documented(tmp_path, model_folder):
-    import dataclasses
-
-    from zofo.commands.estimate import Times, seconds
-
-    times = Times(backward=1.0, update=10.0, forward=100.0, zeroth_update=1000.0)
+def test_the_time_is_composed_as_documented(tmp_path):
+    times = Work(backwards=1.0, updates=10.0, forwards=100.0, zo_updates=1000.0)
     keys = {"gradient_accumulation_steps": 3, "lower_steps": 4, "num_perturbations": 2, "two_stage_fraction": 0.25}
     config = ZOFOConfig(output_dir=str(tmp_path), use_cpu=True, zo_learning_rate=1e-6, **keys)
     automatic = dataclasses.replace(config, zo_learning_rate="auto")
-    assert seconds(automatic, "zo", times) == pytest.approx(3 * 4.1 * 100 + 1000)
-    assert seconds(config, "fo", times) == 3 + 10
-    assert seconds(config, "zo", times) == 3 * 4 * 100 + 1000
-    assert seconds(config, "two_stage", times) == 0.25 * 13 + 0.75 * 2200
-    assert seconds(config, "bilevel", times) == 5 * 13 + 3 + 3 * 1200 + 1000
+
+    def of(config, method):
+        return seconds(METHODS[method].work(config), times)
+
+    assert of(automatic, "zo") == pytest.approx(3 * 4.1 * 100 + 1000)
+    assert of(config, "fo") == 3 + 10
+    assert of(config, "zo") == 3 * 4 * 100 + 1000
+    assert of(config, "two_stage") == 0.25 * 13 + 0.75 * 2200
+    # of one micro-step each: 5 gradients of F and G and 1 of the penalty; F, G(p) and G(s) near θ
+    assert of(config, "bilevel") == 3 * 6 + 5 * 10 + 3 * 1200 + 1000
     config = dataclasses.replace(config, penalty=0.0, zo_estimator="one_sided")
-    assert seconds(config, "bilevel", times) == 5 * 13 + 3 * 3 * 100 + 1000
+    assert of(config, "bilevel") == 3 * 5 + 5 * 10 + 3 * 3 * 100 + 1000
 
 
 def test_every_method_is_timed(tmp_path, model_folder):
@@ -108,11 +113,9 @@ def test_a_table_of_one_s_own_is_read(tmp_path, model_folder):
 
 
 def test_an_adapter_that_zeroth_order_moves_is_timed_by_itself(tmp_path, model_folder, monkeypatch):
-    from zofo.commands import estimate as timing
-
-    moved, level = [], timing.ZerothOrderLevel
+    moved, level = [], estimates.ZerothOrderLevel
     monkeypatch.setattr(
-        timing,
+        estimates,
         "ZerothOrderLevel",
         lambda adapted, named, config: moved.append(set(named)) or level(adapted, named, config),
     )

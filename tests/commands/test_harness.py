@@ -36,7 +36,7 @@ def test_a_task_or_the_harness_must_be_asked_for(capsys):
 @needs_harness
 def test_an_unknown_task_is_refused_before_the_model_is_loaded():
     with pytest.raises(ZofoError, match=r"no task 'rtee'.*lm_eval --tasks list"):
-        harness.evaluate_with_harness("no such model", None, ["rtee"], batch_size=2)
+        harness.evaluate_with_harness("no such model", None, ["rtee"], harness.Manner(batch_size=2))
 
 
 @needs_harness

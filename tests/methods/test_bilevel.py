@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from zofo.zo.bilevel import BilevelStep, Penalty, Terms, bilevel_step, scheduled_penalty
+from plain import applied
+from zofo.zo.bilevel import BilevelStep, Losses, Penalty, bilevel_step, scheduled_penalty
 from zofo.zo.estimators import Estimate, one_sided, two_sided
-from zofo.zo.optimizers import ZOSGD
 from zofo.zo.perturb import direction
 
 N, M = 3, 4  # sizes of θ and of the adapters
@@ -64,7 +64,7 @@ class Torch:
 
 
 class Run:
-    """Bilevel ZOFO by `bilevel_step`: θ by ZOSGD in float32, p and s by torch's SGD in float64."""
+    """Bilevel ZOFO by `bilevel_step`: θ by SGD in float32, p and s by torch's SGD in float64."""
 
     def __init__(self, penalty, lower_steps=1, theta_rate=0.15, estimator=two_sided, batches=False):
         self.problem, self.penalty, self.lower_steps, self.batches = Torch(), penalty, lower_steps, batches
@@ -96,14 +96,14 @@ class Run:
         theta, (of_upper, of_both) = self.theta["theta"].double(), self.penalty.factors
         f, g = self.problem.upper_loss(theta, self.p), self.problem.lower_loss(theta, self.p)
         (of_upper * f + of_both * g).backward()
-        return Terms(f.item(), g.item())
+        return Losses(f.item(), g.item())
 
     @torch.no_grad()
     def evaluate(self, scale, query):
         self.calls.append(("evaluate", self.point()))
         z = direction(self.theta, 0, self.step, query)["theta"]
         theta = self.theta["theta"].double() + scale * z.double()
-        return Terms(
+        return Losses(
             self.problem.upper_loss(theta, self.p).item(),
             self.problem.lower_loss(theta, self.p).item(),
             self.problem.lower_loss(theta, self.s).item(),
@@ -118,7 +118,7 @@ class Run:
     def outer_step(self):
         found = self.find()
         self.upper.step()
-        ZOSGD().update(self.theta, Estimate(0, self.step, found.projected), self.theta_rate, {})
+        applied(self.theta, Estimate(0, self.step, found.projected), self.theta_rate)
         self.step += 1
 
     def run(self, steps):
@@ -172,7 +172,7 @@ def test_without_penalty_and_lower_steps_it_is_zeroth_and_first_order_side_by_si
         sgd.zero_grad()
         problem.upper_loss(theta["theta"].double(), p).backward()
         sgd.step()
-        ZOSGD().update(theta, Estimate(0, step, projected), 0.15, {})
+        applied(theta, Estimate(0, step, projected), 0.15)
     assert torch.equal(run.theta["theta"], theta["theta"])
     assert torch.equal(run.p, p)
     assert torch.equal(run.s, torch.zeros(M, dtype=torch.float64))
@@ -244,7 +244,7 @@ def test_the_estimate_of_theta_is_on_average_the_gradient_of_the_minimax_objecti
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 1e6])
 def test_penalty_factors(value):
-    terms = Terms(2.0, 5.0, 3.0)
+    terms = Losses(2.0, 5.0, 3.0)
     plain, normalized = Penalty(value, normalize=False), Penalty(value)
     assert plain.factors == (1.0, value)
     assert sum(normalized.factors) == pytest.approx(1.0)
@@ -253,7 +253,7 @@ def test_penalty_factors(value):
 
 
 def test_a_missing_lower_term_counts_as_zero():
-    assert Penalty(0.0).objective(Terms(0.1)) == 0.1
+    assert Penalty(0.0).objective(Losses(0.1)) == 0.1
 
 
 @pytest.mark.parametrize(

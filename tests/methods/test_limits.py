@@ -137,7 +137,7 @@ def test_mezo_steps_are_those_of_a_plainly_perturbed_copy(tmp_path, family, keys
                 with torch.no_grad():
                     for name, w in other.named_parameters():
                         w += scale * z[name]
-                    losses.append(float(plain_loss(other, bundle["upper"][0])))
+                    losses.append(float(plain_loss(other, bundle["zo"][0])))
             slope = (losses[0] - losses[1]) / (0.03 if args.zo_estimator == "one_sided" else 0.06)
             for name, change in update.items():
                 change -= args.zo_learning_rate * slope * z[name] / args.num_perturbations
@@ -172,16 +172,16 @@ def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, me
     keys = {"method": method, "zo_learning_rate": "auto", "zo_estimator": estimator, "max_steps": 12, "zo_eps": 0.03}
     trainer = make_trainer(tmp_path, adapter="none" if method == "zo" else "lora", **keys)
     level = trainer.method._level if method == "zo" else trainer.method.theta
-    project, steps, used = level.project, [], []
+    propose, steps, used = level.propose, [], []
     eps = noise.representable(0.03)
 
     def watched(number, evaluate):
         losses = {}
-        found = project(number, lambda scale, query: losses.setdefault(round(scale / eps), evaluate(scale, query)))
+        found = propose(number, lambda scale, query: losses.setdefault(round(scale / eps), evaluate(scale, query)))
         steps.append(losses)
         return found
 
-    level.project = watched
+    level.propose = watched
     trainer.add_callback(Watch(after=lambda: used.append(level.optimizer.rate)))
     before = weights(trainer.adapted, "backbone")
     trainer.train()
@@ -222,7 +222,7 @@ def test_accumulating_small_batches_equals_one_large_batch(tmp_path, keys, loss)
     logs = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (of_small, of_large)]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
     assert len(logs[0]) == 5
-    assert of_small.cost.tokens.forward == of_large.cost.tokens.forward > 0
+    assert of_small.cost.forward_tokens == of_large.cost.forward_tokens > 0
 
 
 @pytest.mark.parametrize("method", ["bilevel", "zo", "fo", "two_stage"])

@@ -1,6 +1,6 @@
 """Every family of models x every kind of adapter x every precision: trains, stays exact, is saved, resumed and read.
 
-`python tests/test_matrix.py` prints the table that docs/models.md shows.
+`python tests/methods/test_matrix.py` prints the table that docs/models.md shows.
 """
 
 from pathlib import Path

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from plain import Watch, make_rows, make_trainer, moved, same, trained, weights
 from zofo import ZofoError
-from zofo.methods import levels, methods
+from zofo.methods import bilevel, levels
 
 DROPOUT = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
 
@@ -144,11 +144,11 @@ def test_the_losses_that_one_sided_uses_again_are_those_it_would_measure(tmp_pat
     found = []
     for draws in (False, True):
         if draws:
-            monkeypatch.setattr(methods, "random_state", lambda: [torch.rand(1)])  # as if something had been drawn
+            monkeypatch.setattr(bilevel, "random_state", lambda: [torch.rand(1)])  # as if something had been drawn
         trainer = make_trainer(tmp_path, zo_estimator="one_sided", max_steps=1)
-        accept = trainer.method.theta.accept
-        trainer.method.theta.accept = lambda n, projected, accept=accept: (
-            found.append(projected) or accept(n, projected)
+        propose = trainer.method.theta.propose
+        trainer.method.theta.propose = lambda n, evaluate, propose=propose: (
+            found.append(propose(n, evaluate)) or found[-1]
         )
         trainer.train()
     # the three losses are below 2 and may differ by 8 units in the last place in another batch
@@ -204,4 +204,4 @@ def test_a_run_without_training_rows_of_its_own_upper_level_divides_them(tmp_pat
     trainer = make_trainer(tmp_path, rows, lower_fraction=0.75)
     texts = [example.prompt for example in trainer.train_dataset]
     assert len(texts) == len(set(texts)) == 12
-    assert trainer._level_sizes == (9, 3)
+    assert trainer._sizes == {"lower": 9, "upper": 3}

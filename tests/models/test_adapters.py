@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tiny import FAMILIES, save_tiny_model, tiny_model, token_batch
 from zofo.errors import ZofoError
-from zofo.models.adapters import LOWER, UPPER, AdaptedModel, adapter_config, merged
-from zofo.models.peft import attach
+from zofo.models.adapters import AdaptedModel
+from zofo.models.peft import LOWER, UPPER, adapter_config, attach, merged
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # peft, of its prefixes
@@ -22,7 +22,7 @@ KINDS = ("lora", "prefix", "prompt")
 
 def twins(family="llama", kind="lora"):
     model = tiny_model(family)
-    adapted = AdaptedModel(model, adapter_config(kind, model), twins=True)
+    adapted = AdaptedModel(model, adapter_config(kind, model), names=(UPPER, LOWER))
     adapted.model.eval()
     return adapted
 
@@ -78,7 +78,7 @@ def test_without_the_adapter_the_backbone_is_the_original_model_bit_for_bit(fami
 def test_the_backbone_keeps_the_names_of_the_original_model(family, kind):
     original = tiny_model(family)
     model = tiny_model(family)
-    adapted = AdaptedModel(model, adapter_config(kind, model), twins=kind != "none")
+    adapted = AdaptedModel(model, adapter_config(kind, model), names=(UPPER, LOWER))
     assert adapted.backbone.keys() == dict(original.named_parameters()).keys()
     assert all(torch.equal(adapted.backbone[name], p) for name, p in original.named_parameters())
     assert not any(p.requires_grad for p in adapted.backbone.values())
@@ -168,7 +168,7 @@ def test_a_misspelt_adapter_names_those_that_there_are():
 def test_modules_that_the_model_lacks_are_named():
     model = tiny_model()
     with pytest.raises(ZofoError, match="nosuch"):
-        AdaptedModel(model, LoraConfig(target_modules=["nosuch"]), twins=True)
+        AdaptedModel(model, LoraConfig(target_modules=["nosuch"]), names=(UPPER, LOWER))
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"peft_type": "NOSUCH"}'])

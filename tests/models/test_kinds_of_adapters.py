@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM
 from plain import make_trainer, moved, same, weights
 from tiny import tiny_model, token_batch
 from zofo.errors import ZofoError
-from zofo.models.adapters import LOWER, UPPER, AdaptedModel, adapter_config, merged
-from zofo.models.peft import attach, real_keys_and_values
+from zofo.models.adapters import AdaptedModel
+from zofo.models.peft import LOWER, UPPER, adapter_config, attach, merged, real_keys_and_values
 from zofo.scoring.scorer import Scorer
 
 pytestmark = [
@@ -111,18 +111,18 @@ def test_a_layer_that_gets_tokens_without_their_rows_keeps_the_twins_apart(tmp_p
     LoraConfig(target_modules=["fc1", "q_proj"]).save_pretrained(tmp_path)
     for family, mixes in (("opt", False), ("phi", True)):  # OPT's multi-layer perceptron sees one long row
         model = tiny_model(family)
-        assert AdaptedModel(model, adapter_config(str(tmp_path), model), twins=True).mixes == mixes
+        assert AdaptedModel(model, adapter_config(str(tmp_path), model), names=(UPPER, LOWER)).mixes == mixes
 
 
 def test_where_dtypes_differ_each_twin_has_a_forward_of_its_own():
     model = tiny_model(dtype=torch.bfloat16)
-    assert not AdaptedModel(model, adapter_config("lora", model), twins=True).mixes
+    assert not AdaptedModel(model, adapter_config("lora", model), names=(UPPER, LOWER)).mixes
 
 
 def test_what_an_adapter_replaces_is_not_moved_in_the_backbone():
     model = tiny_model()
     for config, kept in ((KINDS["layer norms"], "layernorm"), (KINDS["lora and a norm"], "norm")):
-        adapted = AdaptedModel(tiny_model(), copy.deepcopy(config), twins=True)
+        adapted = AdaptedModel(tiny_model(), copy.deepcopy(config), names=(UPPER, LOWER))
         gone = dict(model.named_parameters()).keys() - adapted.movable.keys()
         assert gone
         assert gone == {name for name, _ in model.named_parameters() if kept in name}
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused_with_the_reason(config, message, tmp_path):
     model = tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ZofoError, match=message) as caught:
-        AdaptedModel(model, config, twins=True)
+        AdaptedModel(model, config, names=(UPPER, LOWER))
     assert "\n" not in str(caught.value)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 

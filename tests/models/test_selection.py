@@ -12,8 +12,9 @@ from tiny import logits, same_bits, snapshot, theta_of, tiny_model
 from zofo import ZOFOConfig, direction, noise, perturbed
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
+from zofo.models.peft import LOWER, UPPER
 from zofo.models.selection import WEIGHT_KINDS, magnitude_limits, select
-from zofo.noise import Term
+from zofo.noise import Sum, Term
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -135,7 +136,7 @@ def test_one_word_and_one_number_are_enough():
 
 def test_a_head_with_an_adapter_on_it_is_still_the_head():
     model = tiny_model("mistral")
-    adapted = AdaptedModel(model, LoraConfig(target_modules=["lm_head", "q_proj"]), twins=True)
+    adapted = AdaptedModel(model, LoraConfig(target_modules=["lm_head", "q_proj"]), names=(UPPER, LOWER))
     assert select(model, adapted.backbone, ["head"]).keys() == {"lm_head.weight"}
     assert "model.layers.0.self_attn.q_proj.weight" in select(model, adapted.backbone, ["attention"])
 
@@ -184,11 +185,11 @@ def test_only_small_weights_move(dtype, write):
     start = torch.randn(70_001, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole, part = start.clone(), start.clone()
     if write == "sum":
-        noise.write_sum(start, [Term(7, 0.1)], whole)
-        noise.write_sum(start, [Term(7, 0.1)], part, limit=0.5)
+        noise.write_sums([Sum(start, whole, [Term(7, 0.1)])])
+        noise.write_sums([Sum(start, part, [Term(7, 0.1)], limit=0.5)])
     else:
-        noise.update_(whole, [Term(7, 0.1)], 3, keep=0.9)
-        noise.update_(part, [Term(7, 0.1)], 3, keep=0.9, limit=0.5)
+        noise.write_sums([Sum(whole, whole, [Term(7, 0.1)], keep=0.9, rounding_key=3)])
+        noise.write_sums([Sum(part, part, [Term(7, 0.1)], keep=0.9, limit=0.5, rounding_key=3)])
     small = start.abs() <= 0.5
     assert 0 < int(small.sum()) < len(start)
     assert torch.equal(part, torch.where(small, whole, start))

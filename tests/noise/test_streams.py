@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zofo import noise
 from zofo.errors import ZofoError
-from zofo.noise import Term, streams
-from zofo.noise import cpu as noise_c
-from zofo.noise import eager as noise_torch
+from zofo.noise import Sum, Term, cpu, eager, streams
+from zofo.noise.eager import Piece
 
 N = 1 << 18
 SIGMAS = 5  # every statistical bound: five standard deviations of the statistic, at a fixed seed, so it never flakes
@@ -194,10 +194,10 @@ def test_bits_do_not_depend_on_chunks(key, start, cuts, draw):
 def test_bits_do_not_depend_on_the_size_of_the_internal_chunks(monkeypatch):
     w, terms = torch.randn(1000), [Term(key, 0.1) for key in (1, 2, 3)]
     whole, cut = torch.empty(1000), torch.empty(1000)
-    noise.write_sum(w, terms, whole, start=2**32 - 500)
-    monkeypatch.setattr(noise_torch, "_CHUNK", 7)
-    monkeypatch.setattr(streams, "c_kernel", lambda: None)
-    noise.write_sum(w, terms, cut, start=2**32 - 500)
+    noise.write_sums([Sum(w, whole, terms, 2**32 - 500)])
+    monkeypatch.setattr(eager, "_CHUNK", 7)
+    monkeypatch.setattr(streams, "c_kernel", lambda distribution: None)
+    noise.write_sums([Sum(w, cut, terms, 2**32 - 500)])
     assert torch.equal(whole, cut)
 
 
@@ -221,7 +221,7 @@ def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     noise.normal(1, 0, 100)
     noise.rademacher(1, 0, 100)
-    noise.update_(torch.ones(100, dtype=torch.bfloat16), [Term(1, 1e-3)], 2)
+    update_(torch.ones(100, dtype=torch.bfloat16), [Term(1, 1e-3)], 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -243,6 +243,10 @@ def exact_sum(w, scale, key, dtype=np.float32, start=0):
     """W + multiplier * n in extended precision, rounded once to `dtype`."""
     n = integers(key, start, w.numel()).astype(np.longdouble)
     return torch.from_numpy((w.double().numpy().astype(np.longdouble) + multiplier(scale) * n).astype(dtype))
+
+
+def update_(w, terms, rounding_key, distribution="normal"):
+    noise.write_sums([Sum(w, w, terms, rounding_key=rounding_key)], distribution)
 
 
 def bits(tensor):
@@ -302,8 +306,8 @@ def test_several_terms_in_one_pass_equal_several_passes(distribution):
     apart, updated = together.clone(), together.clone()
     for term in terms:
         noise.add_(apart, term.key, term.scale, 0, distribution)
-    noise.write_sum(together, terms, together, 0, distribution)
-    noise.update_(updated, terms, rounding_key=1, distribution=distribution)
+    noise.write_sums([Sum(together, together, terms)], distribution)
+    update_(updated, terms, 1, distribution)
     assert torch.equal(bits(together), bits(apart))
     assert torch.equal(bits(updated), bits(apart))
 
@@ -311,10 +315,10 @@ def test_several_terms_in_one_pass_equal_several_passes(distribution):
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_write_sum_leaves_its_source_alone(source, target, count):
+def test_a_sum_leaves_its_source_alone(source, target, count):
     w = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(source)
     before, out = w.clone(), torch.full((100,), math.nan, dtype=target)
-    noise.write_sum(w, [Term(key, 0.1) for key in range(count)], out)
+    noise.write_sums([Sum(w, out, [Term(key, 0.1) for key in range(count)])])
     expected = w.float()
     for key in range(count):
         expected = exact_sum(expected, 0.1, key)
@@ -325,7 +329,7 @@ def test_write_sum_leaves_its_source_alone(source, target, count):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float64])
 def test_tensors_that_cannot_move_are_refused(dtype):
     w = torch.ones(4).to(dtype)
-    for call in (lambda: noise.add_(w, 1, 1.0), lambda: noise.update_(w, [Term(1, 1.0)], 2)):
+    for call in (lambda: noise.add_(w, 1, 1.0), lambda: update_(w, [Term(1, 1.0)], 2)):
         with pytest.raises(ZofoError, match=str(dtype)):
             call()
     assert torch.equal(w, torch.ones(4).to(dtype))
@@ -344,7 +348,7 @@ def test_stochastic_rounding_is_right_on_average(dtype, value, ulp):
     moved = torch.full((count,), value, dtype=dtype)
     plain = moved.clone()
     for step in range(steps):
-        noise.update_(moved, [term], noise.stream_key(0, step, -1), "rademacher")
+        update_(moved, [term], noise.stream_key(0, step, -1), "rademacher")
         noise.add_(plain, term.key, term.scale, 0, "rademacher")
     assert torch.equal(plain, torch.full((count,), value, dtype=dtype))
     walked = (moved.double() - value) / ulp * noise.rademacher(3, 0, count)
@@ -357,7 +361,7 @@ def test_stochastic_rounding_is_right_on_average(dtype, value, ulp):
 def test_stochastic_rounding_takes_one_of_the_two_neighbours(dtype):
     w = torch.randn(1500, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact, moved = exact_sum(w, 0.01, 11), w.clone()
-    noise.update_(moved, [Term(11, 0.01)], rounding_key=5)
+    update_(moved, [Term(11, 0.01)], rounding_key=5)
     nearest = exact.to(dtype)
     assert ((bits(moved).int() - bits(nearest).int()).abs() <= 1).all()
     # between the exact sum and its other neighbour, so never further than the distance of the two
@@ -370,21 +374,21 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours(dtype):
 def test_an_update_of_zero_changes_no_bit(dtype):
     w = torch.tensor([1.0, -3.3, 1e-7, -0.0, 0.0, math.inf, -math.inf, 6e4]).to(dtype)
     before = w.clone()
-    noise.update_(w, [Term(1, 0.0)], rounding_key=2)
+    update_(w, [Term(1, 0.0)], rounding_key=2)
     assert torch.equal(w, before)
 
 
-# every form must write the bits of the eager one: terms, Rademacher?, keep, rounding
+# every form must write the bits of the eager one: terms, distribution, keep, limit, rounding
 FORMS = [
-    ([(1, 2, 1e-3)], False, 1.0, math.inf, None),
-    ([(1, 2, 1e-3)], True, 1.0, math.inf, None),
-    ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], False, 1.0, math.inf, (7, 8, 0.0)),
-    ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], False, 1.0, math.inf, None),
-    ([(2**32 - 1, 2**31, 1e-3)], False, 0.999, math.inf, (7, 8, 0.0)),
-    ([], False, 0.999, math.inf, (7, 8, 0.0)),
-    ([], False, 1.0, math.inf, None),
-    ([(1, 2, 0.5)], False, 1.0, 0.75, None),
-    ([(1, 2, 0.5)], False, 0.9, 0.75, (7, 8, 0.0)),
+    ([(1, 2, 1e-3)], "normal", 1.0, math.inf, None),
+    ([(1, 2, 1e-3)], "rademacher", 1.0, math.inf, None),
+    ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], "normal", 1.0, math.inf, (7, 8, 0.0)),
+    ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], "normal", 1.0, math.inf, None),
+    ([(2**32 - 1, 2**31, 1e-3)], "normal", 0.999, math.inf, (7, 8, 0.0)),
+    ([], "normal", 0.999, math.inf, (7, 8, 0.0)),
+    ([], "normal", 1.0, math.inf, None),
+    ([(1, 2, 0.5)], "normal", 1.0, 0.75, None),
+    ([(1, 2, 0.5)], "normal", 0.9, 0.75, (7, 8, 0.0)),
 ]
 SIZES = [0, 1, 2, 17, 2047, 2048, 2049, 140_001]  # around a block, and enough for several threads
 
@@ -392,15 +396,15 @@ SIZES = [0, 1, 2, 17, 2047, 2048, 2049, 140_001]  # around a block, and enough f
 def both_ways(kernel, w, form):
     """What a kernel writes in place, and apart from what it reads."""
     apart = torch.full_like(w, math.nan)
-    kernel(w, apart, 2**32 - 100, *form)
+    kernel(Piece(w, apart, 2**32 - 100, *form))
     before = w.clone()
-    kernel(w, w, 2**32 - 100, *form)
+    kernel(Piece(w, w, 2**32 - 100, *form))
     return before, w, apart
 
 
 def assert_equal_to_eager(kernel, dtype, size, form):
     w = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    _, expected, _ = both_ways(noise_torch.eager, w.clone(), form)
+    _, expected, _ = both_ways(eager.eager, w.clone(), form)
     for _ in range(2):  # a kernel compiled for one of the two must not be taken for the other afterwards
         source, in_place, apart = both_ways(kernel, w.clone(), form)
         assert torch.equal(bits(in_place), bits(expected))
@@ -410,7 +414,7 @@ def assert_equal_to_eager(kernel, dtype, size, form):
 
 @pytest.fixture(scope="module")
 def c_kernel():
-    return noise_c.c_kernel() or pytest.skip("no working C compiler: the eager form is in use")
+    return cpu.c_kernel() or pytest.skip("no working C compiler: the eager form is in use")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -430,7 +434,7 @@ def test_c_reads_every_sixteen_bit_number(c_kernel):
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in DTYPES[1:]:
         out = torch.empty(2**16)
-        c_kernel(patterns.view(dtype), out, 0, [], False, 1.0, math.inf, None)
+        c_kernel(Piece(patterns.view(dtype), out, 0, []))
         expected = patterns.view(dtype).float()
         assert torch.equal(bits(out)[~expected.isnan()], bits(expected)[~expected.isnan()])
         assert out[expected.isnan()].isnan().all()
@@ -440,12 +444,10 @@ def test_c_rounds_to_sixteen_bits_as_torch_does(c_kernel):
     patterns = torch.randint(-(2**31), 2**31, (2_000_000,), generator=torch.Generator().manual_seed(0))
     near_half = torch.arange(0x32000000, 0x48000000, 257)  # from below float16's smallest number to above its largest
     ties = torch.arange(0x33000000, 0x47800000, 0x1000)
-    floats = (
-        torch.cat([patterns, near_half, near_half - 2**31, ties, ties - 2**31]).to(torch.int32).view(torch.float32)
-    )
+    floats = torch.cat([patterns, near_half, near_half - 2**31, ties, ties - 2**31]).to(torch.int32).view(torch.float32)
     for dtype in DTYPES[1:]:
         out = torch.empty(len(floats), dtype=dtype)
-        c_kernel(floats, out, 0, [], False, 1.0, math.inf, None)
+        c_kernel(Piece(floats, out, 0, []))
         expected = floats.to(dtype)
         assert torch.equal(bits(out)[~floats.isnan()], bits(expected)[~floats.isnan()])
         assert out[floats.isnan()].isnan().all()
@@ -455,9 +457,9 @@ def test_c_rounds_to_sixteen_bits_as_torch_does(c_kernel):
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 def test_rows_are_those_of_the_whole_matrix(c_kernel, dtype, distribution):
     matrix = noise.normal(3, 0, 700 * 67).view(700, 67).to(dtype)
-    terms = [noise.Term(5, 0.3), noise.Term(6, -1e-3)]
+    terms = [Term(5, 0.3), Term(6, -1e-3)]
     whole = torch.empty_like(matrix)
-    noise.write_sum(matrix, terms, whole, 0, distribution)
+    noise.write_sums([Sum(matrix, whole, terms)], distribution)
     for numbers in (torch.tensor([699, 0, 3, 3, 1]), torch.arange(700).repeat(2)):
         rows = torch.zeros(len(numbers) + 1, 67, dtype=dtype)
         assert noise.write_rows(matrix, numbers, terms, rows[:-1], distribution)
@@ -469,17 +471,17 @@ def test_rows_are_those_of_the_whole_matrix(c_kernel, dtype, distribution):
 @pytest.fixture
 def fresh_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ZOFO_CACHE", str(tmp_path / "cache"))
-    noise_c.c_kernel.cache_clear()
+    cpu.c_kernel.cache_clear()
     yield tmp_path / "cache"
-    noise_c.c_kernel.cache_clear()
+    cpu.c_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
 def test_without_a_c_compiler_the_eager_form_gives_the_same_bits(compiler, fresh_cache, monkeypatch):
     expected = noise.normal(5, 0, 1000)
-    noise_c.c_kernel.cache_clear()
+    cpu.c_kernel.cache_clear()
     monkeypatch.setenv("CC", compiler)
-    assert noise_c.c_kernel() is None
+    assert cpu.c_kernel() is None
     assert not noise.warm_up()
     assert torch.equal(noise.normal(5, 0, 1000), expected)
 
@@ -490,7 +492,7 @@ def test_a_compiler_without_openmp_will_do(c_kernel, fresh_cache, monkeypatch, t
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     assert noise.warm_up()
-    assert_equal_to_eager(noise_c.c_kernel(), torch.float32, 140_001, FORMS[0])
+    assert_equal_to_eager(cpu.c_kernel(), torch.float32, 140_001, FORMS[0])
     assert len(list(fresh_cache.glob("noise-*.so"))) == len(list(fresh_cache.iterdir())) == 1
 
 
@@ -498,8 +500,28 @@ def test_a_compiler_without_openmp_will_do(c_kernel, fresh_cache, monkeypatch, t
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_processors_with_fewer_instructions_write_the_same_bits(c_kernel, fresh_cache, monkeypatch, dtype, lacking):
     monkeypatch.setenv("CC", f"cc {lacking}")
-    plain = noise_c.c_kernel()
+    plain = cpu.c_kernel()
     assert plain is not None
     for form in FORMS:
         for size in SIZES:
             assert_equal_to_eager(plain, dtype, size, form)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors_are_left_out_before_any_kernel_is_asked(monkeypatch, device):
+    def ask(*_):
+        raise AssertionError("a kernel was asked")
+
+    for kernel in ("c_kernel", "gpu_kernel", "eager"):
+        monkeypatch.setattr(streams, kernel, ask)
+    with FakeTensorMode():
+        w = torch.nn.Parameter(torch.empty(5, 3, device=device))
+        out, rows = torch.empty_like(w), torch.empty(5, dtype=torch.int64, device=device)
+        noise.write_sums([Sum(w, w, [Term(1, 1.0)], rounding_key=2), Sum(w, out.T, [Term(1, 1.0)])])
+        assert noise.write_rows(w, rows, [Term(1, 1.0)], out)
+
+
+def test_fake_tensors_do_not_keep_others_from_being_written():
+    w, fake = torch.zeros(5), FakeTensorMode().from_tensor(torch.zeros(5))
+    noise.write_sums([Sum(t, t, [Term(7, 1.0)]) for t in (fake, w)])
+    assert torch.equal(w, noise.normal(7, 0, 5))

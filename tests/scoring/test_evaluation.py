@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scorer import MULTI, PAD, PROMPTS, SINGLE, TOKENIZER, WIDE, adapted, plain_log_probabilities, pytestmark  # noqa: F401
 
-from zofo.commands.eval import EvalSettings, eval_settings
+from zofo.commands.eval import Manner, eval_config, settings_of
 from zofo.errors import ZofoError
 from zofo.scoring.batch import Layout, collate
-from zofo.scoring.evaluation import evaluate, option_totals
+from zofo.scoring.evaluation import Evaluator, option_totals
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import tokenize
 from zofo.tasks.prompts import as_channel, behind_premise
@@ -82,10 +82,8 @@ def test_sums_and_calibrated_scores_choose_what_a_plain_scorer_chooses(options):
         own - plain_totals(made.model, behind_premise(r)) for own, r in zip(expected["sum"], records, strict=True)
     ]
     for scoring, scores in expected.items():
-        found = evaluate(
-            Scorer(made, Tokens()), rows, metrics=["accuracy"], kind="options", tokenizer=TOKENIZER, batch_size=5,
-            scoring=scoring, premises=premises if scoring == "pmi" else (),
-        )  # fmt: skip
+        evaluator = Evaluator(Scorer(made, Tokens()), TOKENIZER, ["accuracy"], "options", 5, scoring=scoring)
+        found = evaluator.evaluate(rows, premises if scoring == "pmi" else ())
         hits = [int(s.argmax()) == row.gold for s, row in zip(scores, rows, strict=True)]
         losses = [-float(s.log_softmax(0)[row.gold]) for s, row in zip(scores, rows, strict=True)]
         assert found["accuracy"] == sum(hits) / len(rows)
@@ -108,9 +106,7 @@ def test_one_of_several_right_options_is_right():
     records = [Record(PROMPTS[0], " bad", MULTI, references=(" bad", option)) for option in MULTI]
     rows, _ = tokenize(records, TOKENIZER, 128)
     best = int(plain_mean(made.model, records[0]).argmax())
-    found = evaluate(
-        Scorer(made, Tokens()), rows, metrics=["accuracy"], kind="options", tokenizer=TOKENIZER, batch_size=2
-    )
+    found = Evaluator(Scorer(made, Tokens()), TOKENIZER, ["accuracy"], "options", batch_size=2).evaluate(rows)
     assert found["accuracy"] == sum(MULTI[best] in r.references for r in records) / 3
 
 
@@ -161,10 +157,17 @@ def test_truncation_keeps_the_answer_and_the_suffix(prompt, option, room):
         return
     (short,), _ = tokenize([record], TOKENIZER, room)
     assert short.length <= room
-    assert (short.answers, short.given) == (whole.answers, whole.given)
+    assert (short.answers, short.unscored) == (whole.answers, whole.unscored)
     assert whole.prompt[len(whole.prompt) - len(short.prompt) :] == short.prompt
     batch = collate([short], "lm", PAD)
-    assert batch["scored"].shape[1] == len(short.answers[0]) - short.given[0] > 0
+    assert batch["scored"].shape[1] == len(short.answers[0]) - short.unscored[0] > 0
+
+
+USUAL = {
+    "train_size": None, "test_size": None, "dev_size": None, "data_seed": 42, "max_length": 512, "loss": "options",
+    "dtype": "float32", "template": "0", "shots": 0, "scoring": "mean", "source": None, "chat_template": False,
+    "system_prompt": None,
+}  # fmt: skip
 
 
 def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path, monkeypatch):
@@ -174,18 +177,18 @@ def test_a_run_is_found_by_its_backbone_or_by_its_adapter(tmp_path, monkeypatch)
         (run / part).mkdir(parents=True)
     (run / "config.yaml").write_text("method: zo\ntask: movie_reviews\ndata_seed: 7\ntest_size: 50\ntrain_size: 9\n")
     for model, adapter in ((str(run / "backbone"), None), ("owner/model", str(run / "upper"))):
-        found = eval_settings(model, "movie_reviews", {"adapter": adapter})
+        found = eval_config(model, "movie_reviews", adapter=adapter)
         assert (found.data_seed, found.test_size, found.train_size) == (7, 50, 9)
-        assert eval_settings(model, "tweets", {"adapter": adapter}) == EvalSettings()
-        other = eval_settings(model, "movie_reviews", {"adapter": adapter, "test_size": 60})
+        assert settings_of(eval_config(model, "tweets", adapter=adapter), Manner()) == USUAL
+        other = eval_config(model, "movie_reviews", ["--test_size", "60"], adapter)
         assert (other.data_seed, other.test_size, other.train_size) == (7, 60, None)
     (run / "checkpoint-20" / "backbone").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in (str(run / "checkpoint-20" / "backbone"), "~/run/backbone", "~/run/checkpoint-20/backbone"):
-        assert eval_settings(path, "movie_reviews", {}).test_size == 50
+        assert eval_config(path, "movie_reviews").test_size == 50
     monkeypatch.chdir(run / "backbone")
-    assert eval_settings(".", "movie_reviews", {}).test_size == 50
-    assert eval_settings("owner/model", "movie_reviews", {}).data_seed == 42
+    assert eval_config(".", "movie_reviews").test_size == 50
+    assert eval_config("owner/model", "movie_reviews").data_seed == 42
 
 
 def test_task_files_of_one_name_are_told_apart(tmp_path):
@@ -195,12 +198,12 @@ def test_task_files_of_one_name_are_told_apart(tmp_path):
     own, other = (str(tmp_path / name / "task.yaml") for name in ("mine", "other"))
     (tmp_path / "run" / "config.yaml").write_text(f"method: zo\ntask: {own}\ntest_size: 50\n")
     model = str(tmp_path / "run" / "backbone")
-    assert [eval_settings(model, task, {}).test_size for task in (own, other)] == [50, None]
+    assert [eval_config(model, task).test_size for task in (own, other)] == [50, None]
     (tmp_path / "other" / "task.yaml").write_text("# mine")  # a copy
-    assert eval_settings(model, other, {}).test_size == 50
+    assert eval_config(model, other).test_size == 50
     (tmp_path / "other" / "task.yaml").write_text("# other")
     (tmp_path / "mine" / "task.yaml").unlink()  # moved: the name decides
-    assert eval_settings(model, other, {}).test_size == 50
+    assert eval_config(model, other).test_size == 50
 
 
 @pytest.mark.parametrize("content", ["", "- a", "test_size: 3\n"])
@@ -209,11 +212,11 @@ def test_a_config_of_something_else_is_no_run(tmp_path, content, monkeypatch):
     Path("config.yaml").write_text(content)
     Path("model").mkdir()
     for model in ("gpt2", "model.gguf", "model"):
-        assert eval_settings(model, "movie_reviews", {}) == EvalSettings()
+        assert settings_of(eval_config(model, "movie_reviews"), Manner()) == USUAL
 
 
 def test_a_run_whose_configuration_is_broken_is_not_evaluated_on_other_rows(tmp_path):
     (tmp_path / "backbone").mkdir()
     (tmp_path / "config.yaml").write_text("task: [")
     with pytest.raises(ZofoError, match=r"cannot read .*config\.yaml"):
-        eval_settings(str(tmp_path / "backbone"), "movie_reviews", {})
+        eval_config(str(tmp_path / "backbone"), "movie_reviews")

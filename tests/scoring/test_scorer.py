@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, RobertaConfig
 
 from tiny import ALL_FAMILIES, FAMILIES, tiny_model, tiny_tokenizer
 from zofo.errors import ZofoError
-from zofo.models.adapters import UPPER, AdaptedModel, adapter_config
+from zofo.models.adapters import AdaptedModel
+from zofo.models.peft import UPPER, adapter_config
 from zofo.scoring import evaluation
 from zofo.scoring.batch import Layout, collate
-from zofo.scoring.evaluation import evaluate
+from zofo.scoring.evaluation import Evaluator
 from zofo.scoring.scorer import Scorer, Tokens, count
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.task import Record
@@ -107,7 +108,7 @@ def test_options_side_by_side_score_as_one_forward_for_each_candidate(family, ki
         found = scorer.option_totals(batch).means
     expected = torch.tensor([plain_scores(made.model, row, width=3) for row in rows])
     torch.testing.assert_close(found, expected, **CLOSE)
-    assert scorer.tokens.forward == sum(len(e.prompt) + sum(len(a) - 1 for a in e.answers) for e in rows)
+    assert scorer.tokens.forward_tokens == sum(len(e.prompt) + sum(len(a) - 1 for a in e.answers) for e in rows)
 
 
 def test_options_side_by_side_have_the_gradient_of_options_apart():
@@ -140,7 +141,7 @@ ROOM = {
 def test_options_are_side_by_side_where_a_mask_alone_keeps_them_apart(family, kind, room):
     made = adapted(family, kind)
     scorer = Scorer(made, Tokens())
-    assert scorer.layout.room == room
+    assert scorer.layout.max_width == room
     rows = examples([" great film" * 4, " it was", " the"], PROMPTS[:2])
     found = evaluation.option_totals(scorer, rows, TOKENIZER).means
     for row, example in zip(found, rows, strict=True):
@@ -181,21 +182,21 @@ def test_positions_that_begin_behind_the_padding_are_found_by_the_model(options)
     with torch.no_grad():
         made.base.get_parameter("roberta.embeddings.position_embeddings.weight").normal_()
     rows = examples(options)
-    assert Scorer(made, Tokens()).layout.room == 0
+    assert Scorer(made, Tokens()).layout.max_width == 0
     expected = torch.tensor([plain_scores(made.model, row) for row in rows])
     torch.testing.assert_close(scores(made, rows), expected, **CLOSE)
 
 
 def test_experts_that_are_balanced_take_a_mask_of_two_dimensions():
     made = adapted("qwen3_moe", output_router_logits=True)
-    assert Scorer(made, Tokens()).layout.room == 0
+    assert Scorer(made, Tokens()).layout.max_width == 0
     scores(made, examples(MULTI))
 
 
 def test_other_kinds_of_attention_take_no_such_mask():
     made = adapted()
     made.base.config._attn_implementation = "flash_attention_2"
-    assert Scorer(made, Tokens()).layout.room == 0
+    assert Scorer(made, Tokens()).layout.max_width == 0
 
 
 def test_a_choice_needs_options_to_choose_from():
@@ -206,10 +207,7 @@ def test_a_choice_needs_options_to_choose_from():
         with pytest.raises(
             ZofoError, match=r"accuracy needs options to choose from, but the row with the answer .*set loss to lm"
         ):
-            evaluate(
-                Scorer(made, Tokens()), [*examples(MULTI), *bad], metrics=["accuracy"], kind="lm", tokenizer=TOKENIZER,
-                batch_size=2,
-            )  # fmt: skip
+            evaluated(made, [*examples(MULTI), *bad], "accuracy", "lm")
 
 
 def test_few_tokens_of_answers_are_scored_at_a_time(monkeypatch):
@@ -285,9 +283,7 @@ def test_the_lm_loss_is_that_of_hugging_faces_labels(family):
 @pytest.mark.parametrize("kind", ["none", "lora", "prefix", "prompt"])
 def test_the_lm_loss_of_a_batch_is_the_sum_over_the_answers_tokens(kind):
     made = adapted("llama", kind)
-    records = [
-        Record(p, a, ()) for p, a in zip(PROMPTS, (" great", " it was a dull evening", " a", " b"), strict=True)
-    ]
+    records = [Record(p, a, ()) for p, a in zip(PROMPTS, (" great", " it was a dull evening", " a", " b"), strict=True)]
     rows = tokenize(records, TOKENIZER, 128)[0]
     scorer = Scorer(made, Tokens())
     batch = collate(rows, "lm", PAD, scorer.layout)
@@ -324,10 +320,10 @@ def test_losses_of_batches_in_one_forward_are_those_of_one_forward_each(kind, op
     batches = [collate(group, loss, PAD, scorer.layout) for group, loss in groups]
     assert len({batch["input_ids"].shape[1] for batch in batches}) > 1
     alone = [scorer.loss(batch) for batch in batches]
-    counted, scorer.tokens = scorer.tokens.forward, Tokens()
+    counted, scorer.tokens = scorer.tokens.forward_tokens, Tokens()
     made.model.eval()
     torch.testing.assert_close(torch.stack(scorer.losses(batches, [UPPER] * 3)), torch.stack(alone), **CLOSE)
-    assert scorer.tokens.forward == counted
+    assert scorer.tokens.forward_tokens == counted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -355,7 +351,7 @@ def test_options_of_one_token_take_one_forward_of_one_row_each_and_tokens_are_co
     with torch.no_grad():
         Scorer(made, tokens).loss(collate(rows, "options", PAD))
     assert [call["input_ids"].shape[0] for call in spy.calls] == [len(rows)]
-    assert (tokens.forward, tokens.backward) == (sum(len(row.prompt) for row in rows), 0)
+    assert (tokens.forward_tokens, tokens.backward_tokens) == (sum(len(row.prompt) for row in rows), 0)
 
 
 def test_losses_are_float32_whatever_the_weights_are():
@@ -367,9 +363,7 @@ def test_losses_are_float32_whatever_the_weights_are():
 
 
 def evaluated(made, rows, metric, kind, batch_size=2):
-    return evaluate(
-        Scorer(made, Tokens()), rows, metrics=[metric], kind=kind, tokenizer=TOKENIZER, batch_size=batch_size
-    )
+    return Evaluator(Scorer(made, Tokens()), TOKENIZER, [metric], kind, batch_size).evaluate(rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -479,9 +473,8 @@ def test_generation_ends_where_the_models_positions_end(family):
 @pytest.mark.parametrize("kind", ["none", "lora"])
 def test_only_the_metric_that_decides_needs_options(kind):
     made, rows = adapted("llama", kind), tokenize([Record(PROMPTS[0], " great")], TOKENIZER, 128)[0]
-    found = evaluate(
-        Scorer(made, Tokens()), rows, metrics=["exact_match", "accuracy"], kind="lm", tokenizer=TOKENIZER, batch_size=1
-    )
+    evaluator = Evaluator(Scorer(made, Tokens()), TOKENIZER, ["exact_match", "accuracy"], "lm", batch_size=1)
+    found = evaluator.evaluate(rows)
     assert found["accuracy"] == found["exact_match"]
 
 
@@ -489,10 +482,11 @@ def test_only_the_metric_that_decides_needs_options(kind):
 def test_generation_is_greedy_whatever_the_model_s_own_file_wants(kind):
     made = adapted("llama", kind)
     rows = tokenize([Record(p, " great") for p in PROMPTS], TOKENIZER, 128)[0]
-    texts = evaluation._generated(Scorer(made, Tokens()), rows, TOKENIZER, 2, lambda batch: batch)
+    evaluator = Evaluator(Scorer(made, Tokens()), TOKENIZER, ["exact_match"], "lm", batch_size=2)
+    texts = evaluator._generated(rows)
     own = GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3, suppress_tokens=[5, 6, 7])
     made.base.generation_config = own
-    assert evaluation._generated(Scorer(made, Tokens()), rows, TOKENIZER, 2, lambda batch: batch) == texts
+    assert evaluator._generated(rows) == texts
     assert made.base.generation_config is own
 
 

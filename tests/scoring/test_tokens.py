@@ -173,7 +173,7 @@ def test_a_pad_token_inside_a_text_is_read():
 @pytest.mark.parametrize("room", [0, 100])
 def test_options_of_one_token_share_a_row(room):
     rows = [example((5, 6), (7,), (8,)), example((5,), (7,), (9,), (3,), gold=2)]
-    batch = collate(rows, "options", PAD, Layout(room=room))
+    batch = collate(rows, "options", PAD, Layout(max_width=room))
     assert batch["input_ids"].tolist() == [[5, 6], [PAD, 5]]
     assert batch["scored"].T.tolist() == [[0, 1, 7], [0, 1, 8], [1, 1, 7], [1, 1, 9], [1, 1, 3]]
     assert batch["slots"].tolist() == [[[0], [1], [-1]], [[2], [3], [4]]]
@@ -185,7 +185,7 @@ LONGER = [example((5, 6), (7, 4), (8, 3, 9)), example((5,), (7,), (9, 4), (3,), 
 
 
 def test_longer_options_lie_side_by_side_where_there_is_room():
-    batch = collate(LONGER, "options", PAD, Layout(room=5))
+    batch = collate(LONGER, "options", PAD, Layout(max_width=5))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 3], [PAD, PAD, PAD, 5, 9]]
     assert batch["segments"].tolist() == [[1, 1, 2, 3, 3], [0, 0, 0, 1, 3]]
     first = [[0, 1, 7], [0, 2, 4], [0, 1, 8], [0, 3, 3], [0, 4, 9]]
@@ -194,11 +194,11 @@ def test_longer_options_lie_side_by_side_where_there_is_room():
 
 
 def test_longer_options_have_a_row_each_where_there_is_none():
-    batch = collate(LONGER, "options", PAD, Layout(room=4))
+    batch = collate(LONGER, "options", PAD, Layout(max_width=4))
     rows = [[PAD, 5, 6, 7], [5, 6, 8, 3], [PAD, PAD, PAD, 5], [PAD, PAD, 5, 9], [PAD, PAD, PAD, 5]]
     assert batch["input_ids"].tolist() == rows
     assert "segments" not in batch
-    together = collate(LONGER, "options", PAD, Layout(room=5))
+    together = collate(LONGER, "options", PAD, Layout(max_width=5))
     assert torch.equal(batch["scored"][2], together["scored"][2])
     assert torch.equal(batch["slots"], together["slots"])
 
@@ -206,13 +206,13 @@ def test_longer_options_have_a_row_each_where_there_is_none():
 def test_options_with_little_before_them_have_a_row_each():
     """Side by side they would be compared with each other in vain, to save the reading of one token."""
     apart = example((5,), (7,) * 500, (8,) * 500)
-    assert "segments" not in collate([apart], "options", PAD, Layout(room=10_000))
+    assert "segments" not in collate([apart], "options", PAD, Layout(max_width=10_000))
     behind = example((5,) * 500, (7,) * 500, (8,) * 500)
-    assert "segments" in collate([behind], "options", PAD, Layout(room=10_000))
+    assert "segments" in collate([behind], "options", PAD, Layout(max_width=10_000))
 
 
 def test_the_lm_batch_holds_only_the_right_answers():
-    batch = collate([example((5, 6), (7,), (8, 3), gold=1)], "lm", PAD, Layout(room=100))
+    batch = collate([example((5, 6), (7,), (8, 3), gold=1)], "lm", PAD, Layout(max_width=100))
     assert batch["input_ids"].tolist() == [[5, 6, 8]]
     assert batch["scored"].T.tolist() == [[0, 1, 8], [0, 2, 3]]
     assert "gold" not in batch

@@ -157,7 +157,7 @@ def test_multirc_keeps_the_answers_to_a_question_together(tmp_path):
     from zofo.tasks.splits import split_records
 
     task = load_task("multirc", str(write_source(tmp_path, "multirc")))
-    splits = split_records(task.records(), train_size=None, dev_size=5, test_size=7, lower_fraction=0.5, seed=1)
+    splits = split_records(task.records(), train_size=None, dev_size=5, test_size=7, seed=1)
     groups = [{record.group for record in part} for part in (splits.train, splits.dev, splits.test)]
     assert sum(map(len, groups)) == len(set.union(*groups))
     assert (len(splits.dev), len(splits.test)) == (4, 6)  # whole questions of two answers

@@ -8,7 +8,8 @@ from test_scorer import pytestmark  # noqa: F401
 from plain import write_task
 from tiny import tiny_tokenizer
 from zofo.cli import main
-from zofo.commands.eval import EvalSettings, _posed
+from zofo.commands.eval import _posed
+from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
 from zofo.scoring.tokens import tokenize
 from zofo.tasks.prompts import SEPARATOR, as_channel, as_chat, demonstrations, in_context
@@ -61,7 +62,7 @@ def test_a_channel_record_scores_the_prompt_behind_each_option():
     (example,), _ = tokenize([turned], TOKENIZER, 100)
     assert example.prompt == (TOKENIZER.bos_token_id,)
     for j, option in enumerate(turned.options):
-        answer, given = example.answers[j], example.given[j]
+        answer, given = example.answers[j], example.unscored[j]
         assert TOKENIZER.decode(answer[:given]) == option
         assert TOKENIZER.decode(answer[given:]) == "a film was"
 
@@ -106,9 +107,9 @@ def evaluated(folder, capsys, *arguments):
 def test_a_chat_leaves_room_for_its_own_words():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    settings = EvalSettings(chat_template=True, system_prompt="the film was long and the music was not")
+    config = ZOFOConfig(method="none", chat_template=True, system_prompt="the film was long and the music was not")
     for room in (60, 80, 120):
-        _, cut, used = _posed(POOL[:3], shown=POOL[3:], tokenizer=tokenizer, room=room, settings=settings)
+        _, cut, used = _posed(POOL[:3], shown=POOL[3:], tokenizer=tokenizer, width=room, config=config, scoring="mean")
         assert cut == 0
         assert min(used) < 17
     assert min(used) > 0

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zofo.errors import ZofoError
-from zofo.tasks.splits import halves, split_records
+from zofo.tasks.splits import halves, split_records, two_levels
 from zofo.tasks.task import Record
 
-SIZES = {"train_size": None, "dev_size": 10, "test_size": 20, "lower_fraction": 0.5, "seed": 0}
+SIZES = {"train_size": None, "dev_size": 10, "test_size": 20, "seed": 0}
 
 
 def classified(counts, start=0):
@@ -25,8 +25,9 @@ def split(records, **changes):
     return split_records({"all": records} if isinstance(records, list) else records, **{**SIZES, **changes})
 
 
-def parts(found):
-    return {"lower": found.lower, "upper": found.upper, "dev": found.dev, "test": found.test}
+def parts(found, fraction=0.5):
+    lower, upper = two_levels(found.train, fraction)
+    return {"lower": lower, "upper": upper, "dev": found.dev, "test": found.test}
 
 
 def prompts(rows):
@@ -42,14 +43,15 @@ def prompts(rows):
 def test_no_prompt_is_in_two_parts_or_twice_in_one(pairs, seed, fraction):
     records = [Record(f"p{prompt}", f" {label}", (" 0", " 1", " 2")) for prompt, label in pairs]
     distinct = len(set(prompts(records)))
-    if distinct < 31:
+    if distinct < 36:
         return
-    found = split(records, seed=seed, lower_fraction=fraction)
-    everything = [p for rows in parts(found).values() for p in prompts(rows)]
+    found = split(records, seed=seed)
+    whole = parts(found, fraction)
+    everything = [p for rows in whole.values() for p in prompts(rows)]
     assert len(everything) == len(set(everything)) == distinct
     assert len(found.test) == 20
     assert len(found.dev) == 10
-    assert len(found.lower) == round(len(found.train) * fraction)
+    assert len(whole["lower"]) == round(len(found.train) * fraction)
     dropped = len(records) - distinct
     assert found.notes == () if dropped == 0 else str(dropped) in found.notes[0]
 
@@ -77,7 +79,7 @@ def test_rows_are_shuffled_within_their_classes():
     assert numbers != sorted(numbers)
 
 
-@pytest.mark.parametrize("change", [{"train_size": 12}, {"train_size": 70}, {"lower_fraction": 0.9}, {"dev_size": 3}])
+@pytest.mark.parametrize("change", [{"train_size": 12}, {"train_size": 70}, {"dev_size": 3}])
 def test_test_rows_do_not_depend_on_how_many_rows_the_others_get(change):
     records = classified([60, 40])
     assert split(records, **change).test == split(records).test

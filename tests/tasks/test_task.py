@@ -89,7 +89,7 @@ def test_a_split_that_its_source_lacks_is_not_made_of_training_rows(make, tmp_pa
 
 
 BAD_FILES = {
-    "an unknown key": ({"anwser": "x"}, r"task\.yaml: unknown key 'anwser'; did you mean 'answer'\?"),
+    "an unknown key": ({"anwser": "x"}, r"task\.yaml: unknown key 'anwser'; did you mean answer\?"),
     "a key like no other": ({"zzz": "x"}, r"unknown key 'zzz'; the keys are name, "),
     "no answer": ({"answer": None}, r"task\.yaml: the key 'answer' is missing"),
     "no prompt": ({"prompt": None}, r"the key 'prompt' is missing"),

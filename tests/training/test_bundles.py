@@ -5,12 +5,27 @@ import itertools
 import pytest
 
 from plain import make_trainer
-from zofo.training.bundles import BundleCollator, IterationSampler, Plan
+from zofo.methods.method import Stream
+from zofo.training.bundles import BundleCollator, IterationSampler
 
-FULL = Plan(lower=3, penalty=1, upper=1)
+
+def plan(lower=0, penalty=0, upper=0):
+    """The streams of bilevel, with so many batches."""
+    return {
+        "lower": Stream("lower", lower, order=0),
+        "penalty": Stream("lower", penalty, order=1, counts=False),
+        "upper": Stream("upper", upper, order=2),
+    }
 
 
-def batches_of(sampler, plan, epochs):
+def sampler_of(lower, upper, streams, size, accumulation, seed):
+    return IterationSampler({"lower": lower, "upper": upper}, streams, size, accumulation, seed)
+
+
+FULL = plan(lower=3, penalty=1, upper=1)
+
+
+def batches_of(sampler, streams, epochs):
     """{stream: its batches, one list of row numbers each} in the order in which they are read, and how many epochs."""
     found = {"lower": [], "penalty": [], "upper": []}
     for epoch in range(epochs):
@@ -19,15 +34,15 @@ def batches_of(sampler, plan, epochs):
         assert len(micros) == len(sampler)
         for rows in micros:
             batches = [rows[i : i + sampler.batch_size] for i in range(0, len(rows), sampler.batch_size)]
-            streams = [s for s in found for _ in range(plan.batches(s))]
-            for stream, batch in zip(streams, batches, strict=True):
+            order = [name for name, stream in streams.items() for _ in range(stream.batches)]
+            for stream, batch in zip(order, batches, strict=True):
                 found[stream].append(batch)
     return found
 
 
 @pytest.mark.parametrize(("lower", "upper", "size"), [(12, 8, 2), (7, 5, 2), (3, 11, 4), (1, 1, 3)])
 def test_each_stream_goes_through_its_rows_in_permutations(lower, upper, size):
-    sampler = IterationSampler(lower, upper, FULL, size, 1, seed=5)
+    sampler = sampler_of(lower, upper, FULL, size, 1, seed=5)
     found = batches_of(sampler, FULL, epochs=20)
     own = {"lower": range(lower), "penalty": range(lower), "upper": range(lower, lower + upper)}
     orders = {}
@@ -46,20 +61,20 @@ def test_each_stream_goes_through_its_rows_in_permutations(lower, upper, size):
 
 
 def test_an_epoch_is_one_pass_over_the_level_that_reads_most_of_its_own_rows():
-    assert len(IterationSampler(12, 8, FULL, 2, 1, seed=0)) == 4  # lower: 12 / (2 * 3) = 2 iterations; upper: 8 / 2
-    assert len(IterationSampler(40, 8, FULL, 2, 1, seed=0)) == 7  # 40 / 6, rounded up
-    assert len(IterationSampler(12, 8, FULL, 2, 3, seed=0)) == 6  # 8 / 6, rounded up: 2 iterations of 3 micro-steps
-    assert len(IterationSampler(12, 8, Plan(upper=1), 2, 1, seed=0)) == 4
-    assert len(IterationSampler(12, 8, Plan(lower=1), 2, 1, seed=0)) == 6
+    assert len(sampler_of(12, 8, FULL, 2, 1, seed=0)) == 4  # lower: 12 / (2 * 3) = 2 iterations; upper: 8 / 2
+    assert len(sampler_of(40, 8, FULL, 2, 1, seed=0)) == 7  # 40 / 6, rounded up
+    assert len(sampler_of(12, 8, FULL, 2, 3, seed=0)) == 6  # 8 / 6, rounded up: 2 iterations of 3 micro-steps
+    assert len(sampler_of(12, 8, plan(upper=1), 2, 1, seed=0)) == 4
+    assert len(sampler_of(12, 8, plan(lower=1), 2, 1, seed=0)) == 6
 
 
-@pytest.mark.parametrize("plan", [FULL, Plan(lower=1), Plan(upper=1), Plan(lower=1, upper=1)])
-def test_micro_steps_of_an_iteration_divide_the_rows_of_one_large_batch(plan):
+@pytest.mark.parametrize("streams", [FULL, plan(lower=1), plan(upper=1), plan(lower=1, upper=1)])
+def test_micro_steps_of_an_iteration_divide_the_rows_of_one_large_batch(streams):
     """So that accumulating A batches of b rows reads what one batch of A·b rows reads."""
-    small = batches_of(IterationSampler(12, 9, plan, 2, 3, seed=1), plan, epochs=4)
-    large = batches_of(IterationSampler(12, 9, plan, 6, 1, seed=1), plan, epochs=4)
+    small = batches_of(sampler_of(12, 9, streams, 2, 3, seed=1), streams, epochs=4)
+    large = batches_of(sampler_of(12, 9, streams, 6, 1, seed=1), streams, epochs=4)
     for stream, batches in large.items():
-        steps = plan.batches(stream)
+        steps = streams[stream].batches
         iterations = len(batches) // max(1, steps)
         for iteration, step in itertools.product(range(iterations), range(steps)):
             micros = [small[stream][(iteration * 3 + part) * steps + step] for part in range(3)]
@@ -68,7 +83,7 @@ def test_micro_steps_of_an_iteration_divide_the_rows_of_one_large_batch(plan):
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_read_before():
     def fresh(seed=3):
-        return IterationSampler(12, 9, FULL, 2, 2, seed)
+        return sampler_of(12, 9, FULL, 2, 2, seed)
 
     one, other = fresh(), fresh()
     one.set_epoch(4)
@@ -89,7 +104,7 @@ def test_the_collator_gives_each_stream_its_batches():
         "penalty": [["d", "d"]],
         "upper": [["e", "e"]],
     }
-    assert BundleCollator(Plan(upper=1), 2, list)("xy") == {"lower": [], "penalty": [], "upper": [["x", "y"]]}
+    assert BundleCollator(plan(upper=1), 2, list)("xy") == {"lower": [], "penalty": [], "upper": [["x", "y"]]}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -104,7 +119,7 @@ def test_the_trainer_reads_the_sampler_s_rows_epoch_after_epoch(tmp_path, worker
 
     trainer.method.step = step
     trainer.train()
-    sampler = IterationSampler(8, 4, trainer.method.plan, 2, 2, seed=42)
+    sampler = sampler_of(8, 4, trainer.method.streams(trainer.args), 2, 2, seed=42)
     assert len(sampler) == 4
     collate = trainer.get_train_dataloader().collate_fn
     expected = []

@@ -327,9 +327,7 @@ def test_the_licence_of_a_base_model_is_that_of_its_card_or_its_gguf(tmp_path):
     assert base_licence(str(tmp_path / "m.gguf")) == "apache-2.0"
 
 
-def test_what_a_killed_save_left_half_written_is_written_anew_without_a_word(
-    folder, trainers, tmp_path, capfd, caplog
-):
+def test_what_a_killed_save_left_half_written_is_written_anew_without_a_word(folder, trainers, tmp_path, capfd, caplog):
     """The peft library reads the card that it finds, and says so when it is empty."""
     (tmp_path / "README.md").write_text("")
     with caplog.at_level("WARNING"):

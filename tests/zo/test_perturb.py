@@ -420,8 +420,9 @@ def test_experts_that_no_token_visits_are_neither_missed_nor_in_the_way(implemen
 
 
 def test_an_item_of_a_parameter_costs_its_own_noise_alone(monkeypatch):
-    written, write_sum = [], noise.write_sum
-    monkeypatch.setattr(noise, "write_sum", lambda w, *args: written.append(w.numel()) or write_sum(w, *args))
+    written, write = [], noise.write_sums
+    sizes = lambda sums: [item.write.numel() for item in sums]  # noqa: E731
+    monkeypatch.setattr(noise, "write_sums", lambda sums, *args: written.extend(sizes(sums)) or write(sums, *args))
     weight = nn.Parameter(torch.randn(4, 3, 5))
     model = nn.ParameterDict({"experts": weight})
     z = direction({"experts": weight}, SEED)["experts"]

@@ -6,13 +6,12 @@ import statistics
 import pytest
 import torch
 
-from plain import make_trainer
+from plain import applied, make_trainer
 from tiny import tiny_model
 from zofo import noise
-from zofo.noise import Term, stream_key
+from zofo.noise import Sum, Term, stream_key
 from zofo.zo import precision
 from zofo.zo.estimators import Estimate, two_sided
-from zofo.zo.optimizers import ZOSGD
 
 SIZE, STEPS, SEEDS = 32, 1500, range(6)
 
@@ -32,7 +31,7 @@ def test_what_rounding_leaves_of_a_gradient_is_what_the_formulas_say(ratio):
 def test_so_it_is_for_bfloat16_weights_and_the_noise(weight):
     w, z = torch.full((200_000,), weight, dtype=torch.bfloat16), noise.normal(3, 0, 200_000).double()
     seen, eps = torch.empty_like(w), noise.representable(1e-3)
-    noise.write_sum(w, [Term(3, eps)], seen)
+    noise.write_sums([Sum(w, seen, [Term(3, eps)])])
     gap = precision.gap(w)
     assert gap == float(torch.nextafter(w[0], w[0] + 1) - w[0])
     kept = float(((seen.double() - w.double()) / eps * z).mean())
@@ -56,13 +55,13 @@ def final_loss(dtype, seed, rounded_to_nearest=False, monkeypatch=None):
     def at(step):
         def loss(scale, query):
             moved = torch.empty_like(w["w"])
-            noise.write_sum(w["w"], [Term(stream_key(seed, step, query, "w"), scale)], moved)
+            noise.write_sums([Sum(w["w"], moved, [Term(stream_key(seed, step, query, "w"), scale)])])
             return float(0.5 * (moved.double() - 1).square().sum())
 
         return loss
 
     for step in range(STEPS):
-        ZOSGD().update(w, Estimate(seed, step, two_sided(at(step), 2.0**-6, 1, "normal")), 5e-4, {})
+        applied(w, Estimate(seed, step, two_sided(at(step), 2.0**-6, 1, "normal")), 5e-4)
     return float(0.5 * (w["w"].double() - 1).square().sum())
 
 

@@ -1,89 +1,73 @@
 """`zofo eval`: a model on the rows of tasks, in every way that a row can be put to it."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import yaml
 from accelerate.utils import send_to_device
 from transformers import PreTrainedTokenizerBase
 
+from zofo.config import ZOFOConfig, parse_config
 from zofo.errors import ZofoError, first_line
 from zofo.models.adapters import AdaptedModel
-from zofo.models.load import DType, load_model, on_device
-from zofo.scoring.evaluation import Scoring, evaluate
+from zofo.models.load import load_model, on_device
+from zofo.scoring.evaluation import Evaluator, Scoring
 from zofo.scoring.scorer import Scorer, Tokens
-from zofo.scoring.tokens import Example, LossKind, tokenize
+from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.metrics import OPTION_METRICS
 from zofo.tasks.prompts import as_channel, as_chat, behind_premise, demonstrations, in_context
 from zofo.tasks.records import Record
-from zofo.tasks.splits import Splits, split_records
+from zofo.tasks.splits import Splits
 from zofo.tasks.table import TASK_FILE
-from zofo.tasks.task import Task, load_task
+from zofo.tasks.task import Task
+from zofo.training.rows import run_splits, run_task
 
 ALL = "all"
+# Which rows are read, and how; then those that are the same for any task.
+_ROWS = ("train_size", "test_size", "dev_size", "data_seed", "source", "template")
+_ANY_TASK = ("loss", "dtype", "max_length", "chat_template", "system_prompt")
+EVAL_KEYS = (*_ROWS[:-1], *_ANY_TASK)
 
 
 @dataclass(frozen=True)
-class EvalSettings:
-    """Which rows `zofo eval` reads, and how; the defaults are those of a training run.
+class Manner:
+    """How the rows are put to the model; `template` is a number, "all", or None for that of the configuration."""
 
-    Args:
-        train_size: training rows, as in training.
-        test_size: rows of test, as in training.
-        dev_size: rows of dev, as in training.
-        data_seed: of the order of the rows, and of the choice of examples in context.
-        max_length: tokens of all that is read.
-        loss: which loss to report.
-        dtype: of the model.
-        template: which of the task's templates, or all.
-        shots: training rows to show in context.
-        scoring: how options are compared.
-        source: where the rows are, in place of the task's own source.
-        chat_template: put prompts into the model's chat format.
-        system_prompt: of the chat.
-    """
-
-    train_size: int | None = None
-    test_size: int | None = None
-    dev_size: int | None = None
-    data_seed: int = 42
-    max_length: int = 512
-    loss: LossKind = "options"
-    dtype: DType = "float32"
-    template: str = "0"
+    template: str | None = None
     shots: int = 0
     scoring: Scoring = "mean"
-    source: str | None = None
-    chat_template: bool = False
-    system_prompt: str | None = None
+    split: str = "test"
+    batch_size: int = 16
 
 
-def eval_settings(model: str, task: str, given: dict[str, Any]) -> EvalSettings:
-    """The settings of the run that `model` or the adapter is of, if there is one, and over them what is given.
+def eval_config(model: str, task: str, arguments: Sequence[str] = (), adapter: str | None = None) -> ZOFOConfig:
+    """The keys of the run that `model` or `adapter` is of, if there is one, and over them those on the command line.
 
-    So that the rows called test are those that the run held out, and never some that it trained on.
-
-    Raises:
-        ZofoError: if the run's configuration cannot be read.
+    So the rows called test are those that the run held out, and never some that it trained on.
     """
-    run, stored = _config_of_run([path for path in (model, given.get("adapter")) if path])
+    run, stored = _config_of_run([path for path in (model, adapter) if path])
     if stored and not _is_task(task, str(stored.get("task") or run / TASK_FILE)):
-        # its rows are of another task
-        stored = {key: stored.get(key) for key in ("loss", "dtype", "max_length", "chat_template", "system_prompt")}
+        stored = {key: stored.get(key) for key in _ANY_TASK}  # its rows are of another task
     elif stored and stored.get("data_seed") is None:
-        stored["data_seed"] = stored.get("seed", EvalSettings.data_seed)
-    if any(given.get(key) is not None for key in ("source", "test_size", "dev_size", "data_seed")):
+        stored["data_seed"] = stored.get("seed")
+    named = {word.lstrip("-").split("=")[0] for word in arguments}
+    if named & {"source", "test_size", "dev_size", "data_seed"}:
         stored["train_size"] = None  # of rows that are divided otherwise
-    chosen = {name: value for name, value in [*stored.items(), *given.items()] if value is not None}
-    chosen["template"] = str(chosen.get("template", EvalSettings.template))
-    names = [field.name for field in fields(EvalSettings)]
-    return EvalSettings(**{name: value for name, value in chosen.items() if name in names})
+    kept = {key: stored.get(key) for key in (*_ROWS, *_ANY_TASK)}
+    config = parse_config({"method": "none", "task": task, **kept}, arguments, EVAL_KEYS)
+    config.data_seed = config.order_seed
+    return config
+
+
+def settings_of(config: ZOFOConfig, manner: Manner) -> dict[str, Any]:
+    """What decides the scores of a task, for the report."""
+    template = str(config.template) if manner.template is None else manner.template
+    kept = {key: vars(config)[key] for key in EVAL_KEYS}
+    return {**kept, "template": template, "shots": manner.shots, "scoring": manner.scoring}
 
 
 def _is_task(given: str, stored: str) -> bool:
@@ -111,110 +95,111 @@ def _config_of_run(parts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 def evaluate_model(
     model: str,
     adapter: str | None,
-    tasks: Mapping[str, EvalSettings],
-    split: str,
-    batch_size: int,
+    configs: Sequence[ZOFOConfig],
+    manner: Manner,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task.
 
-    Of all templates: {task: {"templates": [those of each], metric: {"mean", "std", "worst"}, ...}}.
-
-    Raises:
-        ZofoError: if a task or template is wrong, or a row cannot be put to the model so; before the model is loaded,
-            where that can be known.
+    Of all templates: {task: {"templates": [those of each], metric: {"mean", "std", "worst"}, ...}}. What is wrong with
+    a task or a template is said before the model is loaded.
     """
-    parts: dict[str, tuple[Task, Splits, list[Record], EvalSettings]] = {}
-    for given, settings in tasks.items():
-        task = load_task(given, settings.source)
-        splits = _split(task, settings)
-        rows = {"test": splits.test, "dev": splits.dev, "train": splits.train}[split]
-        if task.name in parts:
-            raise ZofoError(f"two of the tasks are called {task.name}: evaluate them one after the other")
-        if not rows:
-            raise ZofoError(f"task {task.name} has no row left for {split}: give more rows, or {split}_size")
-        for number in _numbers(task, settings):
-            task.reworded(rows, number)
-        parts[task.name] = (task, splits, rows, settings)
-    loaded, tokenizer = load_model(model, next(iter(tasks.values())).dtype)
+    sets = [_EvalSet.of(config, manner) for config in configs]
+    names = [rows.task.name for rows in sets]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ZofoError(f"two of the tasks are called {twice}: evaluate them one after the other")
+    loaded, tokenizer = load_model(model, configs[0].dtype)
     base = AdaptedModel(on_device(loaded), stored=adapter)
-    found: dict[str, Any] = {}
-    for name, (task, splits, rows, settings) in parts.items():
-        numbers = _numbers(task, settings)
-        scores = [
-            _of_template(base, tokenizer, task, rows, splits, number, batch_size, settings, say) for number in numbers
-        ]
-        found[name] = scores[0] if settings.template != ALL else {"templates": scores, **spread(scores)}
-    return found
+    results: dict[str, Any] = {}
+    for rows in sets:
+        scores = [rows.score(base, tokenizer, template, say) for template in rows.templates]
+        results[rows.task.name] = {"templates": scores, **spread(scores)} if manner.template == ALL else scores[0]
+    return results
 
 
-def spread(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Mean, standard deviation and worst of every number that differs between templates.
 
     Examples:
         >>> spread([{"accuracy": 0.5}, {"accuracy": 0.75}])["accuracy"]["worst"]
         0.5
     """
-    made: dict[str, dict[str, float]] = {}
+    spreads: dict[str, dict[str, float]] = {}
     for key in scores[0]:
         values = [own[key] for own in scores]
         if key not in ("rows", "shots_least", "shots_mean"):
             worst = max(values) if key == "loss" else min(values)
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            made[key] = {"mean": statistics.mean(values), "std": deviation, "worst": worst}
-    return made
+            spreads[key] = {"mean": statistics.mean(values), "std": deviation, "worst": worst}
+    return spreads
 
 
-def _numbers(task: Task, settings: EvalSettings) -> list[int]:
-    if settings.template == ALL:
+@dataclass(frozen=True)
+class _EvalSet:
+    """The rows of one task, checked before the model is loaded."""
+
+    task: Task
+    splits: Splits
+    rows: list[Record]
+    templates: list[int]
+    config: ZOFOConfig
+    manner: Manner
+
+    @classmethod
+    def of(cls, config: ZOFOConfig, manner: Manner) -> Self:
+        task, _ = run_task(config)
+        splits = run_splits(task, config)
+        rows: list[Record] = vars(splits)[manner.split]
+        if not rows:
+            split = manner.split
+            raise ZofoError(f"task {task.name} has no row left for {split}: give more rows, or {split}_size")
+        templates = _templates(task, config, manner)
+        for template in templates:
+            task.reworded(rows, template)
+        return cls(task, splits, rows, templates, config, manner)
+
+    def score(
+        self, base: AdaptedModel, tokenizer: PreTrainedTokenizerBase, template: int, say: Callable[[str], None]
+    ) -> dict[str, float]:
+        """The scores of the rows, rendered by one template."""
+        task, config, manner = self.task, self.config, self.manner
+        records = task.reworded(self.rows, template)
+        if manner.scoring != "mean" and not records[0].options:
+            raise ZofoError(f"scoring {manner.scoring} compares options, but task {task.name} has none: leave it out")
+        shots = demonstrations(self.splits.train, manner.shots, config.order_seed, self.rows)
+        shots = task.reworded(shots, template)
+        width = min(config.max_length, base.positions)
+        pose = partial(_posed, shown=shots, tokenizer=tokenizer, width=width, config=config, scoring=manner.scoring)
+        examples, truncated, used = pose(records)
+        words = f"{task.name}, template {template}"
+        if truncated:
+            say(f"{words}: {truncated} rows are longer than {width} tokens: they were truncated from the left")
+        premises = pose([behind_premise(record) for record in records])[0] if manner.scoring == "pmi" else []
+        evaluator = Evaluator(
+            Scorer(base, Tokens()),
+            tokenizer,
+            task.metrics,
+            config.loss if task.metrics[0] in OPTION_METRICS else "lm",
+            manner.batch_size,
+            partial(_placed, base),
+            manner.scoring,
+        )
+        scores = evaluator.evaluate(examples, premises)
+        if not manner.shots:
+            return scores
+        say(f"{words}: {min(used)} to {max(used)} of {manner.shots} examples fit in front of a row")
+        return {**scores, "shots_least": min(used), "shots_mean": statistics.mean(used)}
+
+
+def _templates(task: Task, config: ZOFOConfig, manner: Manner) -> list[int]:
+    if manner.template is None:
+        return [config.template]
+    if manner.template == ALL:
         return list(range(len(task.templates)))
-    if not settings.template.isdigit():
-        raise ZofoError(f"template is {settings.template!r}, but must be a number from 0, or {ALL}")
-    return [int(settings.template)]
-
-
-def _split(task: Task, settings: EvalSettings) -> Splits:
-    return split_records(
-        task.records(),
-        train_size=settings.train_size,
-        dev_size=settings.dev_size,
-        test_size=settings.test_size,
-        lower_fraction=0.5,
-        seed=settings.data_seed,
-    )
-
-
-def _of_template(
-    base: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: list[Record],
-    splits: Splits,
-    template: int,
-    batch_size: int,
-    settings: EvalSettings,
-    say: Callable[[str], None],
-) -> dict[str, float]:
-    kind = settings.loss if task.metrics[0] in OPTION_METRICS else "lm"
-    asked = task.reworded(rows, template)
-    if settings.scoring != "mean" and not asked[0].options:
-        raise ZofoError(f"scoring {settings.scoring} compares options, but task {task.name} has none: leave it out")
-    shown = task.reworded(demonstrations(splits.train, settings.shots, settings.data_seed, rows), template)
-    room = min(settings.max_length, base.positions)
-    pose = partial(_posed, shown=shown, tokenizer=tokenizer, room=room, settings=settings)
-    examples, cut, used = pose(asked)
-    words = f"{task.name}, template {template}"
-    if cut:
-        say(f"{words}: {cut} rows are longer than {room} tokens: they lost their beginning")
-    premises = pose([behind_premise(record) for record in asked])[0] if settings.scoring == "pmi" else []
-    found = evaluate(
-        Scorer(base, Tokens()), examples, metrics=task.metrics, kind=kind, tokenizer=tokenizer, batch_size=batch_size,
-        scoring=settings.scoring, premises=premises, place=partial(_placed, base),
-    )  # fmt: skip
-    if settings.shots:
-        say(f"{words}: {min(used)} to {max(used)} of {settings.shots} examples fit in front of a row")
-        found = {**found, "shots_least": min(used), "shots_mean": statistics.mean(used)}
-    return found
+    if not manner.template.isdigit():
+        raise ZofoError(f"template is {manner.template!r}, but must be a number from 0, or {ALL}")
+    return [int(manner.template)]
 
 
 def _placed(base: AdaptedModel, batch: Any) -> Any:
@@ -226,17 +211,18 @@ def _posed(
     *,
     shown: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
-    room: int,
-    settings: EvalSettings,
+    width: int,
+    config: ZOFOConfig,
+    scoring: Scoring,
 ) -> tuple[list[Example], int, list[int]]:
-    """The records as they are put to the model, how many of them were cut, and the examples in front of each."""
-    if settings.scoring == "channel":
+    """The records as they are put to the model, how many of them were truncated, and the examples in front of each."""
+    if scoring == "channel":
         records, shown = [as_channel(r) for r in records], [as_channel(r) for r in shown]
     around = 0
-    if settings.chat_template:  # the system's words and the marks of turns take their room as well
-        plain, framed = records[0], as_chat(records[0], tokenizer, settings.system_prompt)
+    if config.chat_template:  # the system's words and the marks of turns take their tokens as well
+        plain, framed = records[0], as_chat(records[0], tokenizer, config.system_prompt)
         around = len(tokenizer(framed.prompt)["input_ids"]) - len(tokenizer(plain.prompt)["input_ids"])
-    records, used = in_context(records, shown, tokenizer, room - around)
-    if settings.chat_template:
-        records = [as_chat(r, tokenizer, settings.system_prompt) for r in records]
-    return *tokenize(records, tokenizer, room), used
+    records, used = in_context(records, shown, tokenizer, width - around)
+    if config.chat_template:
+        records = [as_chat(r, tokenizer, config.system_prompt) for r in records]
+    return *tokenize(records, tokenizer, width), used

@@ -1,7 +1,5 @@
 """`zofo eval --harness`: lm-evaluation-harness (the extra `harness`) on a model and adapter that are in memory."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -10,35 +8,27 @@ from typing import Any
 
 import yaml
 
+from zofo.commands.eval import EVAL_KEYS, Manner
+from zofo.config import parse_config
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
-from zofo.models.load import DType, load_model, on_device
+from zofo.models.load import load_model, on_device
 
 
 def evaluate_with_harness(
-    model: str,
-    adapter: str | None,
-    tasks: Sequence[str],
-    *,
-    batch_size: int,
-    shots: int = 0,
-    dtype: DType = "float32",
-    max_length: int | None = None,
+    model: str, adapter: str | None, tasks: Sequence[str], manner: Manner, keys: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What `lm_eval` reports for each of its tasks: {task: {"acc,none": value, ...}}.
 
-    Args:
-        model: as for `load_model`.
-        adapter: a PEFT folder, or None.
-        tasks: names of the harness's tasks, or paths of task files in its format.
-        batch_size: rows per forward.
-        shots: its `num_fewshot`.
-        dtype: of the model.
-        max_length: tokens of all that is read; None for all positions that the model has.
-
-    Raises:
-        ZofoError: if the extra is not installed, or a task is unknown to the harness; before the model is loaded.
+    Tasks are names of the harness's own, or paths of task files in its format. Of the keys on the command line, only
+    dtype and max_length have a meaning; without max_length, all positions of the model are read.
     """
+    config = parse_config({"method": "none"}, keys, EVAL_KEYS)
+    given = [word.lstrip("-").split("=")[0] for word in keys if word.startswith("--")]
+    given += [name for name in ("split", "template", "scoring") if vars(manner)[name] != vars(Manner())[name]]
+    foreign = [name for name in given if name not in ("dtype", "max_length")]
+    if foreign:
+        raise ZofoError(f"--{foreign[0]} is of zofo's own tasks: the harness has its own rows, words and scores")
     if importlib.util.find_spec("lm_eval") is None:
         raise ZofoError("--harness needs lm-evaluation-harness: pip install lm_eval")
     # by name: the extra is not there when types are checked
@@ -46,16 +36,16 @@ def evaluate_with_harness(
     huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
     manager: Any = importlib.import_module("lm_eval.tasks").TaskManager()
     wanted = [_task(name, manager.all_tasks) for name in tasks]
-    base, tokenizer = load_model(model, dtype)
+    base, tokenizer = load_model(model, config.dtype)
     adapted = AdaptedModel(on_device(base), stored=adapter)
     lm = huggingface.HFLM(
         pretrained=adapted.model.eval(),
         tokenizer=tokenizer,
         backend="causal",  # peft's wrapper does not say by itself
-        batch_size=batch_size,
-        max_length=max_length or min(adapted.positions, 1 << 15),
+        batch_size=manner.batch_size,
+        max_length=config.max_length if "max_length" in given else min(adapted.positions, 1 << 15),
     )
-    found = lm_eval.simple_evaluate(lm, tasks=wanted, task_manager=manager, num_fewshot=shots or None)
+    found = lm_eval.simple_evaluate(lm, tasks=wanted, task_manager=manager, num_fewshot=manner.shots or None)
     assert found is not None, "only further processes get no result"
     return {name: dict(scores) for name, scores in found["results"].items()}
 

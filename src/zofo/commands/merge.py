@@ -1,14 +1,12 @@
 """`zofo merge`: the backbone of a run with an adapter, as one plain Hugging Face folder."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from zofo.errors import ZofoError
-from zofo.models.adapters import UPPER, is_prompt, merged
 from zofo.models.load import DType, load_tokenizer, load_weights, stored_dtype
+from zofo.models.peft import UPPER, is_prompt, merged
 from zofo.training.checkpoint import writing
 
 Say = Callable[[str], None]
@@ -18,13 +16,6 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
     """Writes the backbone of a run, with one of its adapters merged in, as a plain Hugging Face folder.
 
     An adapter of virtual tokens cannot be merged, and is put into a folder of its own beside the backbone.
-
-    Args:
-        run: the output_dir of a run.
-        adapter: "upper" or "lower".
-        output: the new folder.
-        dtype: of the weights; the backbone's if not given.
-        say: where to tell what is done.
 
     Raises:
         ZofoError: if there is no such run or adapter, it cannot be merged, or `output` exists.
@@ -38,9 +29,7 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
         raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
     half = output.with_name(output.name + ".half")
     if half.exists():
-        raise ZofoError(
-            f"{half} is in the way, perhaps of a merge that was cut off: remove it, or give another folder"
-        )
+        raise ZofoError(f"{half} is in the way, perhaps of a merge that was cut off: remove it, or give another folder")
     backbone, beside = str(run / "backbone"), None
     dtype = dtype or stored_dtype(backbone)
     if (run / adapter).is_dir() and is_prompt(run / adapter):
@@ -50,7 +39,7 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
         model, difference = merged(backbone, str(run / adapter), dtype)
         say(f"merged in float32, rounded to {dtype}: the logits differ by {difference:.1e} from backbone and adapter")
     elif (run / UPPER).is_dir():
-        raise ZofoError(f"{run} has no adapter {adapter!r}, only upper: this run was trained without twins")
+        raise ZofoError(f"{run} has no adapter {adapter!r}, only upper: this run has no lower level")
     else:
         say(f"{run} has no adapters: its backbone is the whole model")
         model = load_weights(backbone, dtype)

@@ -1,14 +1,13 @@
-"""`zofo tasks`: what is in the box, and what a model sees of it."""
+"""`zofo tasks`: the built-in tasks, and what a model sees of them."""
 
-from __future__ import annotations
-
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets.config
 
 from zofo.errors import ZofoError
-from zofo.models.load import PACKAGE_SCHEME, package_file
+from zofo.models.source import PACKAGE_SCHEME, package_file
 from zofo.tasks.records import Record
 from zofo.tasks.task import Task, load_task, task_names
 
@@ -27,27 +26,20 @@ def listing() -> str:
 
 
 def page(name: str, source: str | None = None) -> str:
-    """A task with one rendered row for each of its templates.
-
-    Args:
-        name: of the task, or its file.
-        source: where its rows are, if not where the task says.
-
-    Raises:
-        ZofoError: if the rows cannot be read.
-    """
+    """A task with one rendered row for each of its templates."""
     task = load_task(name, source)
     splits = task.records()
     rows = next((splits[part] for part in ("all", "train", "dev", "test") if splits.get(part)), [])
     if not rows:
         raise ZofoError(f"task {task.name} keeps none of the rows of its source: check `where`")
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in splits.items())
+    about = f"rows: {sizes}; metric: {', '.join(task.metrics)}; source: {_places(task)}; licence: {task.licence}"
     lines = [
         f"# {task.name}",
         "",
-        task.description,
+        textwrap.fill(task.description, 120),
         "",
-        f"rows: {sizes}; metric: {', '.join(task.metrics)}; source: {_places(task)}; licence: {task.licence}",
+        textwrap.fill(about, 120),
     ]
     for number in range(len(task.templates)):
         lines += ["", f"## template {number}", "", *_rendered(task.reworded(rows[:1], number)[0])]

@@ -1,10 +1,9 @@
 """What the verbs of the command line do, as functions."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,17 @@ import yaml
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.models.adapters import UPPER, AdaptedModel
+from zofo.models.adapters import AdaptedModel
 from zofo.models.load import DType, load_model, load_weights, require_movable
+from zofo.models.peft import UPPER
 from zofo.report.card import model_card
 from zofo.report.curves import plot_curves
-from zofo.tasks.splits import Splits, split_records
-from zofo.tasks.table import TASK_FILE, introduction, make_table_task, task_text
-from zofo.tasks.task import Task, load_task
+from zofo.tasks.records import Record
+from zofo.tasks.splits import Splits, two_levels
+from zofo.tasks.table import TASK_FILE, introduction, task_text
+from zofo.tasks.task import Task
 from zofo.training.checkpoint import checkpoints, last_sealed, read_seal, require_same, writing
+from zofo.training.rows import run_splits, run_task
 from zofo.training.trainer import ZOFOTrainer
 
 Say = Callable[[str], None]
@@ -40,26 +42,24 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
         raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
     run = Path(str(config.output_dir))
     resume = _resume_point(config, run)
-    task, spec = _task(config)
-    splits = _split(task, config, say)
+    task, spec = run_task(config)
+    splits = _splits(task, config, say)
+    parts = _training_parts(splits, config)
+    named = dict(zip(config.method_class.splits, parts, strict=True)) | {"dev": splits.dev, "test": splits.test}
+    say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
     _require_rows(splits, config)
     for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
         say(line)
-    if config.moves_backbone:
+    if config.updates_backbone:
         require_movable(config.model, f"method {config.method}")
     model, tokenizer = load_model(config.model, config.dtype)
     trainer = ZOFOTrainer(
-        model,
-        config,
-        splits.lower,
-        upper_dataset=splits.upper,
-        eval_dataset=splits.dev,
-        processing_class=tokenizer,
-        metrics=task.metrics,
+        model, config, *parts, eval_dataset=splits.dev, processing_class=tokenizer, metrics=task.metrics
     )
     test = trainer.examples(splits.test)
     if trainer.truncated:
-        say(f"{trainer.truncated} rows are longer than {config.max_length} tokens: their prompts lost their beginning")
+        longer = f"{trainer.truncated} rows are longer than {config.max_length} tokens"
+        say(f"{longer}: their prompts were truncated from the left")
     trainer.require_scorable(test)
     if resume:
         trainer.require_resumable(resume)
@@ -68,9 +68,10 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
         (run / TASK_FILE).write_text(task_text(spec), encoding="utf-8")
     zero_shot = trainer.score_backbone(test)
     say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
-    if config.method != "none":
+    trained = config.method_class.trains()
+    if trained:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    metrics = trainer.score(test) if config.method != "none" else {UPPER: zero_shot}
+    metrics = trainer.score(test) if trained else {UPPER: zero_shot}
     trainer.save_model()
     trainer.save_state()
     results: dict[str, Any] = {
@@ -80,13 +81,14 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
         "task": task.name,
         "metrics": metrics,
         "zero_shot": zero_shot,
-        "cost": trainer.cost.as_json(),
+        "cost": asdict(trainer.cost),
         "backbone_change": backbone_change(trainer.adapted, config.model, config.dtype),
     }
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot_curves(trainer.state.log_history, f"{config.method} ({config.adapter}) on {task.name}", run / "curves.png")
     backbone = config.model if trainer.adapted.quantised else "backbone"
-    card = model_card(config, results, task, trainer.state.global_step, backbone)
+    summary = config.method_class.summary
+    card = model_card(config, results, task, trainer.state.global_step, backbone, summary)
     (run / "README.md").write_text(card, encoding="utf-8")
     for adapter, scores in metrics.items():
         say(f"{adapter} on test: {_words(scores)}")
@@ -107,41 +109,18 @@ def backbone_change(adapted: AdaptedModel, model: str, dtype: DType) -> float:
     return (moved / norm) ** 0.5
 
 
-def _task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
-    """The task of a run; with the content of its file, if it was made from a table."""
-    if config.data:
-        if config.task:
-            raise ZofoError(f"both task ({config.task}) and data ({config.data}) are given: leave one out")
-        if config.source:
-            raise ZofoError(f"source ({config.source}) is of a task, but data ({config.data}) is given: leave one out")
-        return make_table_task(config.data, config.text, config.label)
-    for key in ("text", "label"):
-        if vars(config)[key]:
-            raise ZofoError(f"{key} ({vars(config)[key]}) is a column of data, but data is not given: leave it out")
-    if not config.task:
-        raise ZofoError(
-            "task is not given: add task: ... to the config, or --task ... to the command; or give a table of "
-            "your own with --data, --text and --label"
-        )
-    return load_task(config.task, config.source), None
-
-
-def _split(task: Task, config: ZOFOConfig, say: Say) -> Splits:
-    splits = split_records(
-        task.records(),
-        train_size=config.train_size,
-        dev_size=config.dev_size,
-        test_size=config.test_size,
-        lower_fraction=config.lower_fraction,
-        seed=config.seed if config.data_seed is None else config.data_seed,
-    )
+def _splits(task: Task, config: ZOFOConfig, say: Say) -> Splits:
+    splits = run_splits(task, config)
     for note in splits.notes:
         say(note)
-    splits = splits.reworded(lambda rows: task.reworded(rows, config.template))
-    levels = {"lower": splits.lower, "upper": splits.upper} if config.method == "bilevel" else {"train": splits.train}
-    parts = {**levels, "dev": splits.dev, "test": splits.test}
-    say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in parts.items()) + " rows")
-    return splits
+    return splits.reworded(lambda rows: task.reworded(rows, config.template))
+
+
+def _training_parts(splits: Splits, config: ZOFOConfig) -> Sequence[list[Record]]:
+    """The training rows as the method reads them: all, or those of the lower and of the upper level."""
+    if len(config.method_class.splits) == 1:
+        return (splits.train,)
+    return two_levels(splits.train, config.lower_fraction)
 
 
 def _require_rows(splits: Splits, config: ZOFOConfig) -> None:

@@ -1,98 +1,144 @@
-"""What peft makes of a backbone: an adapter or two on it, fresh or stored."""
-
-from __future__ import annotations
+"""Adapters by peft: which config a kind of adapter gets; fresh and stored adapters on a model; merged adapters."""
 
 import copy
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import (
+    LoraConfig,
     PeftConfig,
     PeftModel,
     PeftType,
     PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
 )
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 from zofo.errors import ZofoError
+from zofo.models.load import DTYPES, DType, load_weights
 
 UPPER = "upper"
 LOWER = "lower"
-_FRESH_STARTS = (True, False, "gaussian", "orthogonal")  # of LoRA: those that leave the backbone as it is
+KINDS = ("lora", "prefix", "prompt", "none")
+# Initial values of LoRA that leave the backbone as it is.
+_INITIAL_VALUES = (True, False, "gaussian", "orthogonal")
 # Kinds that take a part of the backbone, or keep some of their own parameters fixed.
 _ENTANGLED = ("ADALORA", "PSOFT", "OSF", "ADAMSS", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
-_REFUSALS = (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError)  # peft's
+_PEFT_ERRORS = (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError)
 
 
-def mixing_layers(model: PeftModel) -> list[nn.Module]:
-    """The layers of an adapter if rows of one batch can go to different twins in them, or none: by a tiny forward.
-
-    peft mixes plain LoRA alone; where adapter and weights are of two dtypes, it rounds otherwise when it does; and it
-    needs the rows, which experts and some other layers get without order, or token by token.
-    """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    plain = all(type(layer) is Linear and not layer.lora_variant for layer in layers)
-    dtypes = {p.dtype for layer in layers for p in layer.parameters()}
-    replaced = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
-    if not layers or not plain or len(dtypes) > 1 or replaced:
-        return []
-    ids = torch.zeros((3, 2), dtype=torch.long, device=model.device)
-    found: set[tuple[nn.Module, torch.Size]] = set()
-
-    def see(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found.add((layer, given[0].shape[:-1]))
-
-    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
-    try:
-        with torch.no_grad():
-            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return layers if found == {(layer, ids.shape) for layer in layers} else []
-
-
-def with_adapters(base: PreTrainedModel, config: PeftConfig, twins: bool, start: Tensor | None = None) -> PeftModel:
-    """Puts a fresh adapter `upper` on a backbone; with `twins` also `lower`, with the same values.
+def adapter_config(adapter: str, model: PreTrainedModel) -> PeftConfig | None:
+    """The PEFT config that the key `adapter` names.
 
     Args:
-        base: the backbone.
-        config: of the adapter.
-        twins: whether there are two.
-        start: of a prefix: its keys and values, (2 x layers, heads, tokens, size).
+        adapter: "lora" (r=8, alpha=16, on queries and values), "prefix" (5 virtual tokens), "prompt" (10 virtual
+            tokens, from the vocabulary), "none", or the path of a PEFT config JSON.
+        model: the backbone that the adapter is for.
+    """
+    if adapter == "none":
+        return None
+    if adapter == "lora":
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=8,
+            lora_alpha=16,
+            target_modules=_lora_targets(model),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layout
+        )
+    if adapter == "prefix":
+        return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5)
+    if adapter == "prompt":
+        heads = model.config.to_dict().get("num_attention_heads", 1)  # peft asks for it, and does not use it
+        return PromptTuningConfig(
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=10, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+            num_attention_heads=heads,
+        )  # fmt: skip
+    return _read_config(Path(adapter).expanduser())
 
-    Raises:
-        ZofoError: if the adapter changes the backbone, or peft cannot put it, or two of it, on this model.
+
+def _lora_targets(model: PreTrainedModel) -> list[str] | str:
+    """Queries and values, where these are separate modules; else peft's targets; else the model's own layers."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    last_parts = {name.split(".")[-1] for name in linear}
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
+    for targets in (("q_proj", "v_proj"), tuple(known), ("in_proj", "x_proj")):  # the last are of state-space models
+        if targets and last_parts.issuperset(targets):
+            return list(targets)
+    attention = {name.split(".")[-1] for name in linear if "attn" in name or "attention" in name}
+    return sorted(attention) or "all-linear"
+
+
+def _read_config(path: Path) -> PeftConfig:
+    file = path / "adapter_config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ZofoError(f"adapter is {str(path)!r}: give one of {', '.join(KINDS)}, or the path of a PEFT config JSON")
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = PeftConfig.from_peft_type(**{"peft_type": content["peft_type"], **content})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ZofoError(f"{file} is no PEFT config ({error}): write one with config.save_pretrained in peft") from error
+    config.task_type = TaskType.CAUSAL_LM
+    config.inference_mode = False
+    return config
+
+
+def described(config: PeftConfig | None) -> str | None:
+    """All values of a PEFT config that define its adapter, in one line that can be compared."""
+    if config is None:
+        return None
+    incidental = ("base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping")
+    values = {key: value for key, value in config.to_dict().items() if key not in incidental}
+    return json.dumps(values, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(cast(set[str], value)) if isinstance(value, set) else str(value)
+
+
+def with_adapters(
+    base: PreTrainedModel, config: PeftConfig, names: Sequence[str], start: Tensor | None = None
+) -> PeftModel:
+    """Puts one fresh adapter for each of `names` on a backbone; all have the values of the first one, which is active.
+
+    `start` is the initial keys and values of a prefix, (2 x layers, heads, tokens, size).
     """
     _require_separate(config)
+    first, *others = names
     try:
         if start is not None:
-            config = _of_shape(cast(PrefixTuningConfig, config), start)
-        model = get_peft_model(base, config, adapter_name=UPPER)
+            config = _with_sizes(cast(PrefixTuningConfig, config), start)
+        model = get_peft_model(base, config, adapter_name=first)
         assert isinstance(model, PeftModel)
         if start is not None:
             encoders: Any = model.prompt_encoder
             with torch.no_grad():
-                encoders[UPPER].embedding.weight.copy_(start.permute(2, 0, 1, 3).flatten(1))
-        if twins:
-            model.add_adapter(LOWER, copy.deepcopy(config))
-            _copy_values(model)
-            model.set_adapter(UPPER)
-    except _REFUSALS as error:
+                encoders[first].embedding.weight.copy_(start.permute(2, 0, 1, 3).flatten(1))
+        for name in others:
+            model.add_adapter(name, copy.deepcopy(config))
+            _copy_values(model, first, name)
+        if others:
+            model.set_adapter(first)
+    except _PEFT_ERRORS as error:
+        kind = PeftType(config.peft_type).value
         raise ZofoError(
-            f"peft cannot put {'two ' * twins}{PeftType(config.peft_type).value} on this {base.config.model_type} "
+            f"peft cannot put {'several adapters of kind ' if others else ''}{kind} on this {base.config.model_type} "
             f"model: {' '.join(str(error).split())}"
         ) from error
     return model
@@ -108,12 +154,12 @@ def _require_separate(config: PeftConfig) -> None:
             "and θ could not be told apart: choose another kind, such as LORA"
         )
     if values.get("layer_replication"):
-        raise ZofoError("layer_replication makes layers of the backbone anew when the adapter is made: leave it out")
-    start = values.get("init_lora_weights", True)
-    if start not in _FRESH_STARTS:
+        raise ZofoError("layer_replication adds layers to the backbone when the adapter is made: leave it out")
+    initial = values.get("init_lora_weights", True)
+    if initial not in _INITIAL_VALUES:
         raise ZofoError(
-            f"init_lora_weights is {start!r}, which changes the backbone or needs data when the adapter is made, so "
-            "that the twins p and s could not share it: use true, false, gaussian or orthogonal"
+            f"init_lora_weights is {initial!r}, which changes the backbone or needs data when the adapter is made, so "
+            "that the upper and lower adapter could not share it: use true, false, gaussian or orthogonal"
         )
     if values.get("bias", "none") != "none":
         raise ZofoError(
@@ -122,88 +168,130 @@ def _require_separate(config: PeftConfig) -> None:
 
 
 @torch.no_grad()
-def _copy_values(model: PeftModel) -> None:
-    """Gives `lower` the values of `upper`."""
+def _copy_values(model: PeftModel, source: str, target: str) -> None:
+    """Gives one adapter the values of another."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if UPPER in name.split("."):
-            twin = ".".join(LOWER if part == UPPER else part for part in name.split("."))
-            parameters[twin].copy_(parameter)
+        parts = name.split(".")
+        if source in parts:
+            parameters[".".join(target if part == source else part for part in parts)].copy_(parameter)
 
 
 @torch.no_grad()
 def real_keys_and_values(base: PreTrainedModel, config: PeftConfig) -> Tensor | None:
-    """The keys and values of a few random words, for a prefix: (2 x layers, heads, tokens, size), float32.
+    """The keys and values of a few random tokens, for a prefix: (2 x layers, heads, tokens, size), float32.
 
-    None where a model's layers have keys of different shapes, or keep something else. X. L. Li and P. Liang,
-    "Prefix-Tuning" (2021), section 7.4: such a start is better than random numbers.
+    None for other kinds of adapters, and for a model whose layers have keys of different shapes, or other states.
+    X. L. Li and P. Liang, "Prefix-Tuning" (2021), section 7.4: such a start is better than random numbers.
     """
     if config.peft_type != PeftType.PREFIX_TUNING:
         return None
-    number = cast(PrefixTuningConfig, config).num_virtual_tokens
+    virtual_tokens = cast(PrefixTuningConfig, config).num_virtual_tokens
     embeddings: Any = base.get_input_embeddings()
-    ids = torch.randint(embeddings.weight.shape[0], (1, number), device=base.device)
+    ids = torch.randint(embeddings.weight.shape[0], (1, virtual_tokens), device=base.device)
     cache = base(input_ids=ids, use_cache=True).get("past_key_values")
     layers = list(cache.layers) if isinstance(cache, DynamicCache) else []
-    found = [tensor for layer in layers if isinstance(layer, DynamicLayer) for tensor in (layer.keys, layer.values)]
-    tensors = [tensor[0] for tensor in found if tensor is not None]
+    cached = [tensor for layer in layers if isinstance(layer, DynamicLayer) for tensor in (layer.keys, layer.values)]
+    tensors = [tensor[0] for tensor in cached if tensor is not None]
     if not tensors or len(tensors) < 2 * len(layers) or len({tensor.shape for tensor in tensors}) > 1:
         return None
     return torch.stack(tensors).float()
 
 
-def _of_shape(config: PrefixTuningConfig, start: Tensor) -> PrefixTuningConfig:
-    """The config with the sizes of the model's own cache, where peft would guess them from names in its config."""
+def _with_sizes(config: PrefixTuningConfig, start: Tensor) -> PrefixTuningConfig:
+    """The config with the sizes of the model's own cache; peft would guess them from names in the model's config."""
     layers, heads, _, size = start.shape
     config = copy.deepcopy(config)
     config.num_layers, config.num_attention_heads, config.token_dim = layers // 2, heads, heads * size
     return config
 
 
-def described(config: PeftConfig | None) -> str | None:
-    """Everything that a PEFT config says of its adapter, in one line that can be compared."""
-    if config is None:
-        return None
-    manner = ("base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping")
-    values = {key: value for key, value in config.to_dict().items() if key not in manner}
-    return json.dumps(values, sort_keys=True, default=_plain)
+def mixing_layers(model: PeftModel) -> list[nn.Module]:
+    """The adapter layers, if the rows of one batch can use different adapters in them; else none.
 
-
-def _plain(value: Any) -> Any:
-    return sorted(cast(set[str], value)) if isinstance(value, set) else str(value)
-
-
-def attach(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """Puts a stored adapter on a model.
-
-    Raises:
-        ZofoError: if the folder is no PEFT folder, or does not fit.
+    peft mixes plain LoRA only, and rounds differently where adapter and weights have different dtypes. It needs rows:
+    experts and some other layers get tokens in another order, or one by one, which a tiny forward pass shows.
     """
-    adapter = str(Path(adapter).expanduser())
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ZofoError(f"{adapter} is no adapter: give a folder with adapter_config.json, such as RUN/upper")
-    if not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise ZofoError(
-            f"{adapter} has no adapter_model.safetensors: pickles (.bin) are never read; save it again in peft"
-        )
-    own = {f"base_model.model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    plain = all(type(layer) is Linear and not layer.lora_variant for layer in layers)
+    dtypes = {p.dtype for layer in layers for p in layer.parameters()}
+    replaced = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    if not layers or not plain or len(dtypes) > 1 or replaced:
+        return []
+    ids = torch.zeros((3, 2), dtype=torch.long, device=model.device)
+    input_shapes: set[tuple[nn.Module, torch.Size]] = set()
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        input_shapes.add((layer, inputs[0].shape[:-1]))
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with torch.no_grad():
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return layers if input_shapes == {(layer, ids.shape) for layer in layers} else []
+
+
+def attach(model: PreTrainedModel, adapter: str, name: str = UPPER) -> PeftModel:
+    """Puts the stored adapter of a PEFT folder on a model, under a name."""
+    folder = Path(adapter).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise ZofoError(f"{folder} is no adapter: give a folder with adapter_config.json, such as RUN/upper")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ZofoError(
+            f"{folder} has no adapter_model.safetensors: pickles (.bin) are never read; save it again in peft"
+        )
+    backbone = {f"base_model.model.{key}" for key, _ in model.named_parameters(remove_duplicate=False)}
+    try:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            attached = PeftModel.from_pretrained(model, adapter, adapter_name=UPPER)
-        stored = load_peft_weights(adapter, device="cpu").keys()
-    except (*_REFUSALS, RuntimeError, OSError, SafetensorError) as error:
-        raise ZofoError(f"the adapter {adapter} does not fit this model: {' '.join(str(error).split())}") from error
-    missing = next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), "")
+            attached = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        stored = load_peft_weights(str(folder), device="cpu").keys()
+    except (*_PEFT_ERRORS, RuntimeError, OSError, SafetensorError) as error:
+        raise ZofoError(f"the adapter {folder} does not fit this model: {' '.join(str(error).split())}") from error
+    missing = next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), "")
     if missing:
-        raise ZofoError(f"the adapter {adapter} is not complete: {' '.join(missing.split())[:300]}")
-    expected = get_peft_model_state_dict(attached, adapter_name=UPPER, save_embedding_layers=False).keys()
-    extra = {
-        name for name in stored - expected if name.replace(".base_layer", "") not in own
-    }  # peft stores embeddings of the backbone as well, if asked to or if they grew
+        raise ZofoError(f"the adapter {folder} is not complete: {' '.join(missing.split())[:300]}")
+    expected = get_peft_model_state_dict(attached, adapter_name=name, save_embedding_layers=False).keys()
+    # peft stores embeddings of the backbone as well, if it is asked to or if they grew
+    extra = {key for key in stored - expected if key.replace(".base_layer", "") not in backbone}
     if extra and not expected - stored:  # else peft has renamed what an older version of the model's code stored
         raise ZofoError(
-            f"the adapter {adapter} does not fit this model: there is no place for {min(extra)}; use the "
+            f"the adapter {folder} does not fit this model: there is no place for {min(extra)}; use the "
             "adapter_config.json that it was saved with"
         )
     return attached
+
+
+@torch.no_grad()
+def merged(backbone: str, adapter: str, dtype: DType = "float32") -> tuple[PreTrainedModel, float]:
+    """The backbone with an adapter merged into its weights: a plain transformers model.
+
+    The sum is computed in float32 and rounded once, to `dtype`. Returns the model, and the largest difference of its
+    logits to those of backbone and adapter in float32, over some tokens from all of the vocabulary.
+    """
+    adapted = attach(load_weights(backbone, "float32"), adapter)
+    if adapted.peft_config[UPPER].is_prompt_learning:
+        raise ZofoError(f"{adapter} consists of virtual tokens, which cannot be merged into weights")
+    vocabulary = adapted.get_input_embeddings().weight.shape[0]
+    probe = torch.linspace(0, vocabulary - 1, 32).long().view(2, 16)
+    expected = adapted.eval()(input_ids=probe).logits
+    try:
+        model = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError, ValueError) as error:
+        raise ZofoError(f"peft cannot merge {adapter} ({error}): deploy it beside the backbone, with peft") from error
+    if float((model(input_ids=probe).logits - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
+        raise ZofoError(
+            f"merged with {adapter}, the model is another one, as where the adapter is on a head that is tied to the "
+            "embeddings: deploy it beside the backbone, with peft"
+        )
+    for parameter in model.parameters():  # and no buffers: rotations stay as precise as they are when it is loaded
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    return model, float((model(input_ids=probe).logits.float() - expected).abs().max())
+
+
+def is_prompt(adapter: Path) -> bool:
+    """Whether a PEFT folder holds virtual tokens, which cannot be merged."""
+    return PeftConfig.from_pretrained(str(adapter)).is_prompt_learning

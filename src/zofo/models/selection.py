@@ -1,8 +1,5 @@
-"""Which weights the zeroth-order level moves: by name or kind, by layer, by magnitude."""
+"""Which weights the zeroth-order level updates: by name or kind, by layer, by magnitude."""
 
-from __future__ import annotations
-
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -12,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, did_you_mean
 
 WEIGHT_KINDS = ("attention", "mlp", "embeddings", "norms", "head")
-# What mixes the tokens of a block, as transformers names its classes; the rest of a block works on each token alone.
+# Classes of transformers that mix the tokens of a block; the other parts of a block process each token alone.
 _MIXERS = re.compile(r"attention|attn|mixer|mamba|deltanet|shortconv|recurrent|retention", re.IGNORECASE)
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -28,18 +25,15 @@ def select(
     exclude: Sequence[str] = (),
     layers: str | None = None,
 ) -> dict[str, Tensor]:
-    """The parameters that move: those of `include` (all, if empty) and of `layers`, without those of `exclude`.
+    """The parameters to update: those of `include` (all, if empty) and of `layers`, without those of `exclude`.
 
     Args:
-        model: whose parameters they are.
-        parameters: name -> tensor; a tied weight stands once, and is found under each of its names and kinds.
-        include: words: a kind (attention, mlp, embeddings, norms, head), a part of a name between dots (`q_proj`,
+        model: which has the parameters.
+        parameters: name -> tensor; a tied weight occurs once, and matches by each of its names and kinds.
+        include: a kind (attention, mlp, embeddings, norms, head), a part of a name between dots (`q_proj`,
             `layers.3`), or a pattern (`*.mlp.*.weight`).
         exclude: the same.
-        layers: numbers of blocks, from 0: "0-11", "3,7", "20-29,31".
-
-    Raises:
-        ZofoError: if a word or a layer fits no parameter, with near ones, or nothing remains.
+        layers: indices of blocks, from 0: "0-11", "3,7", "20-29,31".
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,27 +44,23 @@ def select(
     """
     names = _all_names(model, parameters)
     kinds = _kinds(model, parameters)
-    chosen = _found(include, names, kinds) if include else set(parameters)
+    chosen = _matching(include, names, kinds) if include else set(parameters)
     if layers is not None:
         chosen &= _of_layers(layers, parameters)
-    chosen -= _found(exclude, names, kinds)
+    chosen -= _matching(exclude, names, kinds)
     if not chosen:
         raise ZofoError(
-            f"no weight remains to be moved: zo_parameters {list(include) or 'all'}, zo_layers {layers or 'all'} and "
-            f"zo_exclude {list(exclude)} leave none of {len(parameters)}"
+            f"no weight remains to be updated: zo_parameters {list(include) or 'all'}, zo_layers {layers or 'all'} "
+            f"and zo_exclude {list(exclude)} leave none of {len(parameters)}"
         )
     return {name: parameter for name, parameter in parameters.items() if name in chosen}
 
 
 @torch.no_grad()
 def magnitude_limits(parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
-    """For each matrix the |W| that a share 1 - sparsity of its weights does not exceed: what is larger stays.
+    """For each matrix, the |W| that a fraction 1 - sparsity of its weights does not exceed: only these are updated.
 
-    Vectors (biases, norms) have no limit.
-
-    Args:
-        parameters: name -> tensor.
-        sparsity: the share that stays, in [0, 1).
+    Vectors (biases, norms) have no limit. `sparsity` is in [0, 1).
 
     Examples:
         >>> magnitude_limits({"w": torch.tensor([[1.0, -2.0], [3.0, -4.0]]), "b": torch.ones(2)}, 0.5)
@@ -82,40 +72,40 @@ def magnitude_limits(parameters: Mapping[str, Tensor], sparsity: float) -> dict[
     limits: dict[str, float] = {}
     for name, parameter in parameters.items():
         if sparsity > 0 and parameter.ndim >= 2:
-            moved = max(1, round((1 - sparsity) * parameter.numel()))
-            limits[name] = float(parameter.abs().flatten().float().kthvalue(moved).values)
+            updated = max(1, round((1 - sparsity) * parameter.numel()))
+            limits[name] = float(parameter.abs().flatten().float().kthvalue(updated).values)
     return limits
 
 
-def _found(words: Iterable[str], names: Mapping[str, list[str]], kinds: Mapping[str, set[str]]) -> set[str]:
-    found: set[str] = set()
+def _matching(words: Iterable[str], names: Mapping[str, list[str]], kinds: Mapping[str, set[str]]) -> set[str]:
+    """The parameters that match any of the words, by their own names."""
+    chosen: set[str] = set()
     for word in words:
-        hits = kinds[word] & names.keys() if word in kinds else _named(word, names)
-        if not hits:
-            raise ZofoError(f"{word!r} fits none of the weights that can move: {_near(word, names)}")
-        found |= hits
-    return found
+        matches = kinds[word] & names.keys() if word in kinds else _matching_by_name(word, names)
+        if not matches:
+            parts = {part for aliases in names.values() for name in aliases for part in name.split(".")}
+            hint = did_you_mean(
+                word,
+                [*WEIGHT_KINDS, *(part for part in parts if not part.isdigit())],
+                f"give a kind ({', '.join(WEIGHT_KINDS)}) or a part of a name such as {next(iter(names))}",
+                most=3,
+            )
+            raise ZofoError(f"{word!r} fits none of the weights that can be updated: {hint}")
+        chosen |= matches
+    return chosen
 
 
-def _named(word: str, names: Mapping[str, list[str]]) -> set[str]:
+def _matching_by_name(word: str, names: Mapping[str, list[str]]) -> set[str]:
     return {
         name
-        for name, every in names.items()
-        if any(fnmatchcase(one, word) or f".{word}." in f".{one}." for one in every)
+        for name, aliases in names.items()
+        if any(fnmatchcase(alias, word) or f".{word}." in f".{alias}." for alias in aliases)
     }
 
 
-def _near(word: str, names: Mapping[str, list[str]]) -> str:
-    parts = {part for every in names.values() for name in every for part in name.split(".") if not part.isdigit()}
-    near = difflib.get_close_matches(word, [*WEIGHT_KINDS, *parts], n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"give a kind ({', '.join(WEIGHT_KINDS)}) or a part of a name such as {next(iter(names))}"
-
-
 def _of_layers(layers: str, parameters: Iterable[str]) -> set[str]:
-    numbered = {name: int(m[1]) for name in parameters if (m := _BLOCK.search(name))}
-    last = max(numbered.values(), default=-1)
+    indices = {name: int(m[1]) for name in parameters if (m := _BLOCK.search(name))}
+    last = max(indices.values(), default=-1)
     wanted: set[int] = set()
     for part in layers.replace(" ", "").split(","):
         match = _RANGE.fullmatch(part)
@@ -126,7 +116,7 @@ def _of_layers(layers: str, parameters: Iterable[str]) -> set[str]:
                 "for example 0-3,7"
             )
         wanted |= set(range(low, high + 1))
-    return {name for name, number in numbered.items() if number in wanted}
+    return {name for name, index in indices.items() if index in wanted}
 
 
 def _all_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -134,38 +124,37 @@ def _all_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, 
     first = {id(parameter): name for name, parameter in parameters.items()}
     names: dict[str, list[str]] = {name: [name] for name in parameters}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        own = first.get(id(parameter))
-        if own is not None and name != own:
-            names[own].append(name)
+        first_name = first.get(id(parameter))
+        if first_name is not None and name != first_name:
+            names[first_name].append(name)
     return names
 
 
 def _kinds(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, set[str]]:
-    """Kind -> names of parameters; adapters around their modules change neither."""
-    own_names = {id(parameter): name for name, parameter in parameters.items()}
+    """Kind -> names of parameters; adapters around a module do not change these."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
     kinds: dict[str, set[str]] = {kind: set() for kind in WEIGHT_KINDS}
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         head = head.get_base_layer()
     family = type(model).__name__.removesuffix("ForCausalLM")
     for path, module in modules.items():
-        own = _BLOCK.search(path)
-        inside = (
-            [] if own is None else [path[: m.start()] for m in re.finditer(r"$|\.", path) if m.start() > own.end()]
-        )
+        block = _BLOCK.search(path)
+        ends = [m.start() for m in re.finditer(r"$|\.", path)]
+        inside = [path[:end] for end in ends if block is not None and end > block.end()]
         classes = [type(modules[part]).__name__.removeprefix(family) for part in inside]
         classes = [name for name in classes if not name.endswith("DecoderLayer")]
-        names = {own_names[id(p)] for p in module.parameters(recurse=False) if id(p) in own_names}
+        of_module = {names[id(p)] for p in module.parameters(recurse=False) if id(p) in names}
         for kind in ["head"] if module is head else _kinds_of(module, classes):
-            kinds[kind] |= names
+            kinds[kind] |= of_module
     return kinds
 
 
 def _kinds_of(module: nn.Module, classes: list[str]) -> list[str]:
-    """What a module's own parameters are, from the classes of it and what it is part of, within a block."""
+    """The kinds of a module's own parameters, from its class and those of the modules around it, within a block."""
     if isinstance(module, nn.Embedding):
         return ["embeddings"]
     norm = ["norms"] if "norm" in type(module).__name__.lower() else []
-    if any(map(_MIXERS.search, classes[:-1] if norm else classes)):  # a MambaRMSNorm mixes nothing
+    if any(map(_MIXERS.search, classes[:-1] if norm else classes)):  # the norm itself may be a MambaRMSNorm
         return ["attention", *norm]
     return norm or (["mlp"] if classes else [])

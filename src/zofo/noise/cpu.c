@@ -1,4 +1,4 @@
-/* The noise of noise.py on a CPU: the same bits as its torch form, at the speed of memory.
+/* The noise on a CPU: the bits of eager.py, at the speed of memory.
  *
  *   write[i] = round(keep * read[i] + sum_j factor[j] * n_j(start + i))   where |read[i]| <= limit, else read[i]
  *
@@ -15,7 +15,7 @@
 #define INLINE static inline __attribute__((always_inline)) /* so that constant arguments are known inside */
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-enum { NORMAL, RADEMACHER };
+enum { NORMAL, RADEMACHER }; /* distributions, as cpu.py numbers them */
 /* Elements. A thread takes blocks; of a block, one part after the other is read, summed and written: parts so small
  * that reading and writing memory go on while the next ones are computed. */
 enum { BLOCK = 2048, PART = 128, PARALLEL_FROM = 1 << 15 };
@@ -72,9 +72,9 @@ INLINE integers normal_integers(lanes h) {
 }
 
 INLINE floats normal_lanes(uint32_t index, term t) { /* times the factor */
-    lanes number;
-    for (uint32_t i = 0; i < WIDTH; i++) number[i] = i;
-    return __builtin_convertvector(normal_integers(hash_lanes(number + index, t.k0, t.k1)), floats) * t.factor;
+    lanes offsets;
+    for (uint32_t i = 0; i < WIDTH; i++) offsets[i] = i;
+    return __builtin_convertvector(normal_integers(hash_lanes(offsets + index, t.k0, t.k1)), floats) * t.factor;
 }
 
 INLINE floats load_lanes(const float *from) {
@@ -181,30 +181,30 @@ INLINE void add(float *sum, int64_t count, uint32_t index, term t, int distribut
 }
 
 /* The most frequent case, a part of floats that all move, without leaving the registers. */
-INLINE void write_floats(const float *read, float *write, uint32_t index, const term *terms, int number) {
+INLINE void write_floats(const float *read, float *write, uint32_t index, const term *terms, int n_terms) {
     const term first = terms[0];
     for (uint32_t i = 0; i < PART; i += WIDTH) {
         floats sum = load_lanes(read + i) + normal_lanes(index + i, first);
-        for (int j = 1; j < number; j++) sum += normal_lanes(index + i, terms[j]);
+        for (int j = 1; j < n_terms; j++) sum += normal_lanes(index + i, terms[j]);
         store_lanes(write + i, sum);
     }
 }
 
 /* `size` elements from `low` on, of which the first has the stream's index `index`. */
 INLINE void write_part(const void *read, void *write, int from, int to, int64_t low, int64_t size, uint32_t index,
-                       const term *terms, int number, int distribution, float keep, float limit,
+                       const term *terms, int n_terms, int distribution, float keep, float limit,
                        const term *rounding) {
     float sum[PART], was[PART];
     const char *source = (const char *)read + low * bytes(from), *target = (const char *)write + low * bytes(to);
     for (int64_t i = 0; i < size * bytes(from); i += LINE) __builtin_prefetch(source + AHEAD + i);
     for (int64_t i = 0; i < size * bytes(to); i += LINE) __builtin_prefetch(target + AHEAD + i, 1);
-    if (from == FLOAT32 && to == FLOAT32 && distribution == NORMAL && size == PART && number && keep == 1 &&
+    if (from == FLOAT32 && to == FLOAT32 && distribution == NORMAL && size == PART && n_terms && keep == 1 &&
         limit == INFINITY) {
-        write_floats((const float *)read + low, (float *)write + low, index, terms, number);
+        write_floats((const float *)read + low, (float *)write + low, index, terms, n_terms);
         return;
     }
     load(sum, read, from, low, size, keep);
-    for (int j = 0; j < number; j++) add(sum, size, index, terms[j], distribution);
+    for (int j = 0; j < n_terms; j++) add(sum, size, index, terms[j], distribution);
     if (limit < INFINITY) {
         load(was, read, from, low, size, 1);
         keep_large(sum, was, size, limit);
@@ -217,32 +217,32 @@ INLINE void write_part(const void *read, void *write, int from, int to, int64_t 
 
 /* One part after the other; `start` is the index of the first element, modulo 2**32. */
 static void write_serially(const void *read, void *write, int from, int to, int64_t count, uint32_t start,
-                           const term *terms, int number, int distribution, float keep, float limit,
+                           const term *terms, int n_terms, int distribution, float keep, float limit,
                            const term *rounding) {
     int64_t low = 0;
     for (; low + PART <= count; low += PART) /* a known size, for which compilers write better loops */
-        write_part(read, write, from, to, low, PART, start + (uint32_t)low, terms, number, distribution, keep, limit,
+        write_part(read, write, from, to, low, PART, start + (uint32_t)low, terms, n_terms, distribution, keep, limit,
                    rounding);
     if (low < count)
-        write_part(read, write, from, to, low, count - low, start + (uint32_t)low, terms, number, distribution, keep,
+        write_part(read, write, from, to, low, count - low, start + (uint32_t)low, terms, n_terms, distribution, keep,
                    limit, rounding);
 }
 
 /* `rounding`: null rounds to the nearest. */
 void write_sum(const void *read, void *write, int from, int to, int64_t count, uint32_t start, const term *terms,
-               int number, int distribution, float keep, float limit, const term *rounding, int threads) {
+               int n_terms, int distribution, float keep, float limit, const term *rounding, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL_FROM)
     for (int64_t low = 0; low < count; low += BLOCK)
         write_serially((const char *)read + low * bytes(from), (char *)write + low * bytes(to), from, to,
-                       count - low < BLOCK ? count - low : BLOCK, start + (uint32_t)low, terms, number, distribution,
+                       count - low < BLOCK ? count - low : BLOCK, start + (uint32_t)low, terms, n_terms, distribution,
                        keep, limit, rounding);
 }
 
 /* Row i of `write` is row rows[i] of the matrix `read`, with its noise: what an embedding looks up. */
 void write_rows(const void *read, void *write, int dtype, int64_t width, const int64_t *rows, int64_t count,
-                const term *terms, int number, int distribution, float limit, int threads) {
+                const term *terms, int n_terms, int distribution, float limit, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count * width >= PARALLEL_FROM)
     for (int64_t i = 0; i < count; i++)
         write_serially((const char *)read + rows[i] * width * bytes(dtype), (char *)write + i * width * bytes(dtype),
-                       dtype, dtype, width, (uint32_t)(rows[i] * width), terms, number, distribution, 1, limit, 0);
+                       dtype, dtype, width, (uint32_t)(rows[i] * width), terms, n_terms, distribution, 1, limit, 0);
 }

@@ -1,14 +1,9 @@
-"""The noise on a GPU: one Triton kernel, whose every launch moves any number of tensors.
+"""The noise on a GPU: a Triton kernel with the arithmetic and the bits of `eager`.
 
-A launch costs more than the noise of a small weight; so a launch gets a table in which each tensor is a row. The
-arithmetic is that of `noise_torch.py`, and so are the bits.
+A launch costs more than the noise of a small weight, so one launch takes a table, in which each tensor is a row.
 """
 
-# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownMemberType=false
-# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUnknownArgumentType=false
-# pyright: reportUntypedFunctionDecorator=false, reportPrivateImportUsage=false, reportMissingTypeArgument=false
-
-from __future__ import annotations
+# pyright: reportMissingImports=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,30 +15,35 @@ import torch
 import triton
 import triton.language as tl
 
-from zofo.noise.cpu import Piece
+from zofo.noise.eager import Distribution, Piece
 
-_BLOCK = 2048  # numbers of a tensor that a program moves at a time
+_BLOCK = 2048  # elements of a tensor that a program writes at a time
 _PROGRAMS = 1 << 13  # of a launch: several for each of a GPU's processors
-_VECTOR = 16  # bytes that are read at once, and numbers in a row, where that divides every address and size
+_VECTOR = 16  # bytes that are read at once, and adjacent elements, where that divides every address and size
 _HEAD = [("read", "i8"), ("write", "i8"), ("size", "i8"), ("start", "u4"), ("keep", "f4"), ("limit", "f4")]
 _TERM = [("k0", "u4"), ("k1", "u4"), ("factor", "f4")]
 _NONE = (0, 0, 0.0)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DISTRIBUTIONS: dict[Distribution, int] = {"normal": 0, "rademacher": 1}  # as `_integers` takes them
 
 
 def write_all(pieces: Sequence[Piece]) -> None:
-    """All the pieces, in one launch for those of the same device, dtypes and kind."""
+    """All the pieces, in one launch for those of the same device, dtypes, distribution and number of terms."""
     alike = defaultdict[Any, list[Piece]](list)
     for p in pieces:
-        kind = p.read.get_device(), p.read.dtype, p.write.dtype, p.rademacher, len(p.terms), p.rounding is None
-        alike[kind].append(p)
+        key = p.read.get_device(), p.read.dtype, p.write.dtype, p.distribution, len(p.terms), p.rounding is None
+        alike[key].append(p)
     for group in alike.values():
         _launch(group)
 
 
 def _launch(pieces: list[Piece]) -> None:
     first = pieces[0]
-    rows = np.array([_fields(piece) for piece in pieces], _row(len(first.terms)))
+    fields = [
+        (p.read.data_ptr(), p.write.data_ptr(), p.read.numel(), p.start, p.keep, p.limit, p.rounding or _NONE, p.terms)
+        for p in pieces
+    ]
+    rows = np.array(fields, _row(len(first.terms)))
     table = torch.from_numpy(rows.view(np.int32))
     if first.read.is_cuda:
         table = table.pin_memory().to(first.read.device, non_blocking=True)  # the launch does not wait for the GPU
@@ -51,22 +51,11 @@ def _launch(pieces: list[Piece]) -> None:
     programs = min(triton.cdiv(int(rows["size"].max()), _BLOCK), triton.cdiv(_PROGRAMS, len(pieces)))
     with torch.cuda.device(first.read.get_device()):
         _write[len(pieces), programs](  # pyright: ignore[reportIndexIssue] what `jit` makes of it
-            table,
-            rows.itemsize // 4,
-            len(first.terms),
-            read_type=_TYPES[first.read.dtype],
-            write_type=_TYPES[first.write.dtype],
-            rademacher=first.rademacher,
+            table, rows.itemsize // 4, len(first.terms), _TYPES[first.read.dtype], _TYPES[first.write.dtype],
+            distribution=_DISTRIBUTIONS[first.distribution], vector=1 if unaligned else _VECTOR, block=_BLOCK,
             stochastic=first.rounding is not None and first.write.dtype != torch.float32,
-            vector=1 if unaligned else _VECTOR,
-            block=_BLOCK,
-            enable_fp_fusion=False,  # keep * W + n * factor would be rounded once and not twice
-        )
-
-
-def _fields(p: Piece) -> tuple[Any, ...]:
-    addresses = p.read.data_ptr(), p.write.data_ptr()
-    return (*addresses, p.read.numel(), p.start, p.keep, p.limit, p.rounding or _NONE, p.terms)
+            enable_fp_fusion=False,  # else keep * W + n * factor is rounded once and not twice
+        )  # fmt: skip
 
 
 @lru_cache
@@ -76,16 +65,9 @@ def _row(terms: int) -> np.dtype[Any]:
 
 @triton.jit(do_not_specialize=["words", "count"])
 def _write(
-    table,
-    words,
-    count,
-    read_type: tl.constexpr,
-    write_type: tl.constexpr,
-    rademacher: tl.constexpr,
-    stochastic: tl.constexpr,
-    vector: tl.constexpr,
-    block: tl.constexpr,
-):
+    table, words, count, read_type: tl.constexpr, write_type: tl.constexpr, distribution: tl.constexpr,
+    stochastic: tl.constexpr, vector: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     """Program (t, i) writes the tensor of row t of the table: of n programs, each n-th block from the i-th on."""
     row = table + tl.program_id(0) * words
     wide = row.to(tl.pointer_type(tl.int64))
@@ -107,12 +89,7 @@ def _write(
             term = row + 12 + 3 * j
             k0 = tl.load(term).to(tl.uint32, bitcast=True)
             k1 = tl.load(term + 1).to(tl.uint32, bitcast=True)
-            h = _mix(_mix(index ^ k0) + k1)
-            if rademacher:
-                n = (h >> 31).to(tl.int32) * 2 - 1
-            else:
-                pairs = (h & 0x00FF00FF) + ((h >> 8) & 0x00FF00FF)
-                n = ((pairs + (pairs >> 16)) & 0x7FF).to(tl.int32) - 510
+            n = _integers(_mix(_mix(index ^ k0) + k1), distribution)
             total += n.to(tl.float32) * tl.load(term + 2).to(tl.float32, bitcast=True)
         total = tl.where(tl.abs(w) <= limit, total, w)
         if stochastic:
@@ -130,8 +107,16 @@ def _mix(x):
 
 
 @triton.jit
+def _integers(h, distribution: tl.constexpr):
+    if distribution == 1:
+        return (h >> 31).to(tl.int32) * 2 - 1
+    pairs = (h & 0x00FF00FF) + ((h >> 8) & 0x00FF00FF)
+    return ((pairs + (pairs >> 16)) & 0x7FF).to(tl.int32) - 510
+
+
+@triton.jit
 def _rounded(total, random, write_type: tl.constexpr):
-    """Stochastically, as `noise_torch` does it."""
+    """Stochastically, as `eager` does it."""
     if write_type == tl.bfloat16:
         return ((total.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     bits = (total * 2.0**-112).to(tl.uint32, bitcast=True) + (random & 0x1FFF)

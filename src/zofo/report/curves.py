@@ -1,7 +1,5 @@
 """The curves of a run as a PNG, if matplotlib is installed."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,16 @@ _PANELS = (
 )
 _LABELS = {
     "loss": "training loss (deployed)",
-    "lower_loss": "training loss of s",
+    "lower_loss": "training loss (lower adapter)",
     "eval_loss": "dev loss (deployed)",
-    "eval_lower_loss": "dev loss of s",
+    "eval_lower_loss": "dev loss (lower adapter)",
 }
 
 
 def plot_curves(history: list[dict[str, Any]], title: str, file: Path) -> bool:
-    """Draws a trainer's log history: losses, projected gradient and penalty gap, as far as they occur.
-
-    Returns:
-        Whether there was something to draw and matplotlib to draw it with.
-    """
-    panels = [(name, [key for key in keys if any(key in log for log in history)]) for name, keys in _PANELS]
-    panels = [(name, keys) for name, keys in panels if keys]
+    """Draws the losses, projected gradient and penalty gap of a log history; False if it has none, or no matplotlib."""
+    logged = {key for log in history for key in log}
+    panels = [(name, [key for key in keys if key in logged]) for name, keys in _PANELS if logged & set(keys)]
     if not panels or importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,7 +1,5 @@
 """Losses and scores of batches."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +17,10 @@ from zofo.scoring.batch import PROMPT, Batch, Layout, stack
 
 @dataclass(frozen=True)
 class OptionTotals:
-    """What every option amounts to, of B examples with at most J options.
+    """The log-probabilities of all options, of B examples with at most J options."""
 
-    Args:
-        sums: (B, J) log-probability of its scored tokens; -inf where there is no option.
-        counts: (B, J) how many they are.
-    """
-
-    sums: Tensor
-    counts: Tensor
+    sums: Tensor  # (B, J) log-probability of an option's scored tokens; -inf where there is no option
+    counts: Tensor  # (B, J) number of these tokens
 
     @property
     def means(self) -> Tensor:
@@ -37,55 +30,50 @@ class OptionTotals:
 
 @dataclass
 class Tokens:
-    """How many tokens went through the model."""
+    """The number of tokens that the model has read."""
 
-    forward: int = 0
-    backward: int = 0
+    forward_tokens: int = 0
+    backward_tokens: int = 0
 
 
 class Scorer:
-    """Runs batches through a model, in whatever adapter is in use.
-
-    Args:
-        adapted: the model.
-        tokens: is counted up with every forward.
-    """
+    """Runs batches through a model with the adapter in use, and counts `tokens` up with every forward pass."""
 
     def __init__(self, adapted: AdaptedModel, tokens: Tokens) -> None:
         self.adapted = adapted
         self.tokens = tokens
         accepted = inspect.signature(adapted.base.forward).parameters
-        self._windowed = "logits_to_keep" in accepted
-        # peft shifts positions by its virtual tokens itself; with right padding the model's own count is right
-        own = adapted.prompt_learning or _counts_from_padding(adapted.base)
-        self._positions = "position_ids" in accepted and not own
-        room = min(adapted.positions, _room(adapted.base)) if self._positions else 0
-        self.layout = Layout("right" if adapted.prompt_learning else "left", room)
+        self._selects_logits = "logits_to_keep" in accepted
+        # peft shifts positions by its virtual tokens itself; with right padding the model's own positions are right
+        model_counts = adapted.prompt_learning or _counts_from_padding(adapted.base)
+        self._passes_positions = "position_ids" in accepted and not model_counts
+        max_width = min(adapted.positions, _max_masked_width(adapted.base)) if self._passes_positions else 0
+        self.layout = Layout("right" if adapted.prompt_learning else "left", max_width)
 
     def log_probabilities(self, batch: Batch) -> Tensor:
         """(N,) float32 log-probability of each scored token."""
         rows, positions, tokens = batch["scored"]
         start = int(positions.min())
         keep = batch["input_ids"].shape[1] - start
-        self.tokens.forward += int(batch["attention_mask"].sum())
-        output = self.adapted.model(**self._inputs(batch, keep), use_cache=False).logits[:, -keep:]
-        if len(rows) < output.shape[0] * keep:  # logits between them are not needed
-            return output[rows, positions - start].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        return output.float().log_softmax(-1)[rows, positions - start, tokens]
+        self.tokens.forward_tokens += int(batch["attention_mask"].sum())
+        logits = self.adapted.model(**self._inputs(batch, keep), use_cache=False).logits[:, -keep:]
+        if len(rows) < logits.shape[0] * keep:  # not all of these logits are needed
+            return logits[rows, positions - start].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        return logits.float().log_softmax(-1)[rows, positions - start, tokens]
 
     def loss(self, batch: Batch) -> Tensor:
         """The summed float32 loss of a batch: divide by `count`.
 
-        For options, cross-entropy over the candidates' mean log-probabilities; else that of the answers' tokens.
+        For options, cross-entropy over their mean log-probabilities; else that of the answers' tokens.
         """
         return _loss(batch, self.log_probabilities(batch))
 
     def losses(self, batches: Sequence[Batch], adapters: Sequence[str]) -> list[Tensor]:
-        """The `loss` of each batch through its adapter, from one forward of all their rows: cheaper than one each.
+        """The `loss` of each batch with its adapter. One forward pass of all rows costs less than one for each batch.
 
-        Several adapters only if the model `mixes` them.
+        The adapters may differ only if the model `mixes`.
         """
-        wide = max(batch["input_ids"].shape[1] for batch in batches) > self.layout.room
+        wide = max(batch["input_ids"].shape[1] for batch in batches) > self.layout.max_width
         if len(batches) > 1 and wide and any("segments" in batch for batch in batches):
             # one mask serves all rows, and the wider ones need that of a sliding window
             return [self.losses([batch], [name])[0] for batch, name in zip(batches, adapters, strict=True)]
@@ -93,8 +81,8 @@ class Scorer:
         with self.adapted.through([name for name, count in zip(adapters, rows, strict=True) for _ in range(count)]):
             if len(batches) == 1:
                 return [self.loss(batches[0])]
-            found = self.log_probabilities(stack(batches, self.layout.side))
-        parts = found.split([batch["scored"].shape[1] for batch in batches])
+            stacked = self.log_probabilities(stack(batches, self.layout.side))
+        parts = stacked.split([batch["scored"].shape[1] for batch in batches])
         return [_loss(batch, part) for batch, part in zip(batches, parts, strict=True)]
 
     def option_totals(self, batch: Batch) -> OptionTotals:
@@ -102,25 +90,25 @@ class Scorer:
         return _option_totals(batch, self.log_probabilities(batch))
 
     def _inputs(self, batch: Batch, keep: int) -> dict[str, Any]:
-        """What a forward takes, of whose logits only the last `keep` positions are needed."""
+        """The arguments of a forward pass of which only the last `keep` positions' logits are needed."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        found: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if self._windowed:
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self._selects_logits:
             # as indices, which copy: a slice is a view, which torch multiplies with the whole head once for each row
-            found["logits_to_keep"] = torch.arange(-keep, 0, device=ids.device)
+            inputs["logits_to_keep"] = torch.arange(-keep, 0, device=ids.device)
         if "segments" in batch:
-            read = _may_read(batch["segments"])
-            found |= {"attention_mask": self._mask(read), "position_ids": read.sum(-1) - 1}
-        elif self._positions:
-            found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return found
+            readable = _readable(batch["segments"])
+            inputs |= {"attention_mask": self._mask(readable), "position_ids": readable.sum(-1) - 1}
+        elif self._passes_positions:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        return inputs
 
-    def _mask(self, read: Tensor) -> Tensor:
+    def _mask(self, readable: Tensor) -> Tensor:
         """(R, 1, S, S) as the model's attention takes it."""
         if _attention(self.adapted.base) == "sdpa":
-            return read[:, None]
-        zeros = torch.zeros(read.shape, dtype=self.adapted.base.dtype, device=read.device)
-        return zeros.masked_fill(~read, torch.finfo(zeros.dtype).min)[:, None]
+            return readable[:, None]
+        zeros = torch.zeros(readable.shape, dtype=self.adapted.base.dtype, device=readable.device)
+        return zeros.masked_fill(~readable, torch.finfo(zeros.dtype).min)[:, None]
 
 
 def _loss(batch: Batch, log_probabilities: Tensor) -> Tensor:
@@ -139,30 +127,30 @@ def _option_totals(batch: Batch, log_probabilities: Tensor) -> OptionTotals:
     return OptionTotals(sums.masked_fill(counts == 0, -torch.inf), counts)
 
 
-def _may_read(segments: Tensor) -> Tensor:
-    """(R, S, S) whether a position reads another: earlier ones of the prompt and of its own option, and itself."""
+def _readable(segments: Tensor) -> Tensor:
+    """(R, S, S) whether a position reads another: itself, and earlier ones of the prompt and of its own option."""
     here, there = segments[:, :, None], segments[:, None, :]
     positions = torch.arange(segments.shape[1], device=segments.device)
     earlier = positions[:, None] > positions
-    itself = positions[:, None] == positions  # so that padding reads something: else it would be nan
+    itself = positions[:, None] == positions  # so that padding reads something: otherwise it would be nan
     return earlier & ((there == PROMPT) | (there == here) & (here > 0)) | itself
 
 
-def _room(model: PreTrainedModel) -> int:
-    """How many tokens of a row may be read through a mask of any form, with positions of any order."""
-    # the flag says that the mask is made by transformers itself, which leaves one of four dimensions as it is
+def _max_masked_width(model: PreTrainedModel) -> int:
+    """The most tokens of a row that the model reads correctly with a mask of any form and positions in any order."""
+    # the flag says that transformers makes the mask itself: it leaves a mask of four dimensions unchanged
     if not model._supports_attention_backend or _attention(model) not in ("sdpa", "eager"):  # pyright: ignore[reportPrivateUsage]
         return 0
     if model.config.to_dict().get("output_router_logits"):
         return 0  # the balance of experts is computed with a mask of two dimensions
     layers = DynamicCache(config=model.config).layers
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return 0  # a state of a recurrence or a convolution, or an index of its own: masks do not reach it
+        return 0  # recurrent or convolutional states, which masks do not affect
     return min([layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)] or [1 << 30])
 
 
 def _counts_from_padding(model: PreTrainedModel) -> bool:
-    """Whether positions begin behind the padding's number, as in RoBERTa, which then finds them itself."""
+    """Whether positions start after the index of the padding, as in RoBERTa, which then computes them itself."""
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     return any(isinstance(table, nn.Embedding) and table.padding_idx is not None for table in tables)
 
@@ -172,5 +160,5 @@ def _attention(model: PreTrainedModel) -> str | None:
 
 
 def count(batch: Batch) -> int:
-    """What a batch's summed loss is divided by: its examples, or its answer tokens."""
+    """The divisor of a batch's summed loss: the number of its examples, or of its answer tokens."""
     return len(batch["gold"]) if "gold" in batch else batch["scored"].shape[1]

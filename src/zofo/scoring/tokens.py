@@ -1,13 +1,13 @@
-"""Text to tokens: BPE boundaries right, answers never cut."""
-
-from __future__ import annotations
+"""Text to tokens: no token boundary is guessed, and no answer is truncated."""
 
 import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
@@ -20,24 +20,14 @@ LossKind = Literal["options", "lm"]
 
 @dataclass(frozen=True)
 class Example:
-    """One record as token ids.
+    """One record as token ids."""
 
-    Args:
-        prompt: ids up to the first token that touches an answer.
-        answers: ids of each candidate, or of the one answer.
-        gold: which of them is right.
-        texts: the candidates, or the one answer, as text.
-        given: of each candidate, how many of its first tokens are only read and not scored (partial evaluation).
-        references: all right answers as text, the one of `gold` among them.
-        group: of the record.
-    """
-
-    prompt: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    gold: int
-    texts: tuple[str, ...]
-    given: tuple[int, ...] = ()
-    references: tuple[str, ...] = ()
+    prompt: tuple[int, ...]  # up to the first token that contains a part of an answer
+    answers: tuple[tuple[int, ...], ...]  # of each option, or of the one answer
+    gold: int  # the index of the right answer
+    texts: tuple[str, ...]  # of the answers
+    unscored: tuple[int, ...] = ()  # how many first tokens of each option are not scored (partial evaluation)
+    references: tuple[str, ...] = ()  # all right answers, with that of `gold`
     group: str = ""
 
     @property
@@ -54,83 +44,54 @@ class Example:
 def tokenize(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[Example], int]:
-    """Tokenises prompt and answer together, and cuts by character offsets.
+    """Tokenizes prompt and answer together, and cuts by character offsets.
 
-    A token that reaches across the boundary belongs to the answer, so no boundary is guessed. Too long prompts
-    lose their beginning; special tokens in front stay, and so does the whole answer. An empty prompt becomes the token
-    that starts a text, or ends one where the tokenizer knows no other.
+    A token that reaches across the boundary belongs to the answer, so no boundary is guessed. Long prompts are
+    truncated from the left, except for special tokens at their start; answers are never truncated. An empty prompt
+    becomes the token that starts a text, or that ends one if the tokenizer has no other.
 
-    Args:
-        records: the texts.
-        tokenizer: a fast tokenizer.
-        max_length: tokens of prompt and answer together.
-
-    Returns:
-        The examples, and how many of them were truncated.
-
-    Raises:
-        ZofoError: if an answer alone is longer than `max_length`, or two options have the same tokens.
+    Returns the examples, with at most `max_length` tokens each, and how many of them were truncated.
     """
     texts = [(r, answer) for r in records for answer in (r.options or (r.completion,))]
-    encoded: Any = tokenizer(
-        [r.prompt + answer + r.suffix for r, answer in texts],
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
-    pieces = iter(
-        _cut(record, answer, ids, offsets, special, tokenizer)
-        for (record, answer), ids, offsets, special in zip(
-            texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
-        )
-    )
+    encodings: Any = tokenizer([r.prompt + answer + r.suffix for r, answer in texts]).encodings
+    pieces = (_cut(r, text, encoding, tokenizer) for (r, text), encoding in zip(texts, encodings, strict=True))
     examples = [_join(record, [next(pieces) for _ in record.options or (record.completion,)]) for record in records]
-    _warn_of_beginnings(examples)
-    short = [_truncate(example, max_length, tokenizer) for example in examples]
-    return short, sum(a.prompt != b.prompt for a, b in zip(examples, short, strict=True))
+    _warn_of_prefixes(examples)
+    truncated = [_truncate(example, max_length, tokenizer) for example in examples]
+    return truncated, sum(a.prompt != b.prompt for a, b in zip(examples, truncated, strict=True))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """The tokens of one prompt with one answer; `given` of the answer's are not scored."""
+    """The tokens of one prompt with one answer, whose first `unscored` tokens are not scored."""
 
     prompt: list[int]
     answer: list[int]
-    given: int
+    unscored: int
 
 
-def _cut(
-    record: Record,
-    answer: str,
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    special: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-) -> _Piece:
-    while special[-1]:  # what a tokenizer puts at the end of a text does not belong between prompt and answer
-        ids, offsets, special = ids[:-1], offsets[:-1], special[:-1]
+def _cut(record: Record, answer: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -> _Piece:
+    ids = encoding.ids
+    while encoding.special_tokens_mask[len(ids) - 1]:  # special tokens at the end of a text are no part of an answer
+        ids = ids[:-1]
 
-    def first_behind(boundary: int) -> int:
-        return next(i for i, (_, end) in enumerate(offsets) if end > boundary)
+    def first_after(boundary: int) -> int:
+        return next(i for i, (_, end) in enumerate(encoding.offsets[: len(ids)]) if end > boundary)
 
-    start = first_behind(len(record.prompt))
-    given = first_behind(len(record.prompt + answer)) - start if record.partial else 0
-    ends: list[Any] = [] if record.options else [tokenizer.eos_token_id]  # must be learned; an option is only compared
-    if None in ends:
+    start = first_after(len(record.prompt))
+    unscored = first_after(len(record.prompt + answer)) - start if record.partial else 0
+    end: list[Any] = [] if record.options else [tokenizer.eos_token_id]  # generation learns to end; options need not
+    if None in end:
         raise ZofoError(
             "the tokenizer has no eos_token, by which a generated answer ends: give it one, or give options"
         )
-    prompt = ids[:start] or ([] if record.prompt else [_first_token(tokenizer)])
-    return _Piece(prompt, ids[start:] + ends, given)
-
-
-def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What a text starts with; models of the GPT-2 family separate texts by the token that ends them."""
-    token: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return token
+    # models of the GPT-2 family separate texts by the token that ends them
+    first: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return _Piece(ids[:start] or ([] if record.prompt else [first]), ids[start:] + end, unscored)
 
 
 def _join(record: Record, pieces: list[_Piece]) -> Example:
-    """One prompt for all options: what their tokenisations have in common before the first answer."""
+    """One prompt for all options: the tokens that these have in common before the first answer."""
     shared = min(len(piece.prompt) for piece in pieces)
     while any(piece.prompt[:shared] != pieces[0].prompt[:shared] for piece in pieces):
         shared -= 1
@@ -148,28 +109,28 @@ def _join(record: Record, pieces: list[_Piece]) -> Example:
         answers=answers,
         gold=texts.index(record.completion),
         texts=texts,
-        given=tuple(len(piece.prompt) - shared + piece.given for piece in pieces) if record.partial else (),
+        unscored=tuple(len(piece.prompt) - shared + piece.unscored for piece in pieces) if record.partial else (),
         references=record.references,
         group=record.group,
     )
 
 
-def _warn_of_beginnings(examples: Sequence[Example]) -> None:
-    """Says where an option is the beginning of another, which is then scored twice."""
-    found = [
-        (number, one, other)
-        for number, example in enumerate(examples, start=1)
-        for one, short in enumerate(example.answers)
-        for other, long in enumerate(example.answers)
+def _warn_of_prefixes(examples: Sequence[Example]) -> None:
+    """Logs a warning if an option is a prefix of another: its tokens are then scored in both."""
+    prefixes = [
+        (i, shorter, longer)
+        for i, example in enumerate(examples)
+        for shorter, short in enumerate(example.answers)
+        for longer, long in enumerate(example.answers)
         if len(short) < len(long) and long[: len(short)] == short
     ]
-    if found:
-        number, one, other = found[0]
-        texts = examples[number - 1].texts
+    if prefixes:
+        i, shorter, longer = prefixes[0]
+        texts = examples[i].texts
         logger.warning(
             "%d of %d rows have an option that is the beginning of another (row %d: %r and %r): their scores "
-            "differ by the rest alone; a text behind both, such as a full stop, tells them apart",
-            len({number for number, *_ in found}), len(examples), number, texts[one], texts[other],
+            "differ only by the remaining tokens; a text after both, such as a full stop, tells them apart",
+            len({i for i, *_ in prefixes}), len(examples), i + 1, texts[shorter], texts[longer],
         )  # fmt: skip
 
 
@@ -177,12 +138,10 @@ def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerB
     excess = example.length - max_length
     if excess <= 0:
         return example
-    head = 0
-    while head < len(example.prompt) and example.prompt[head] in tokenizer.all_special_ids:
-        head += 1
-    if excess > len(example.prompt) - head - 1:
+    special = sum(1 for _ in takewhile(tokenizer.all_special_ids.__contains__, example.prompt))
+    if excess > len(example.prompt) - special - 1:
         raise ZofoError(
             f"an answer of {example.length - len(example.prompt)} tokens leaves no room for a prompt in max_length "
             f"{max_length}: raise max_length, or shorten the answers"
         )
-    return dataclasses.replace(example, prompt=example.prompt[:head] + example.prompt[head + excess :])
+    return dataclasses.replace(example, prompt=example.prompt[:special] + example.prompt[special + excess :])

@@ -1,10 +1,8 @@
-"""The field's metrics, from predictions and right answers."""
-
-from __future__ import annotations
+"""The usual metrics, from predictions and right answers."""
 
 import re
 import string
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 OPTION_METRICS = ("accuracy", "macro_f1", "f1", "group_exact_match")
@@ -26,19 +24,19 @@ def score(
 ) -> float:
     """A metric in [0, 1].
 
-        accuracy            share of rows whose prediction is one of the right options
+        accuracy            fraction of rows whose prediction is one of the right options
         macro_f1            mean F1 over the classes that occur
         f1                  F1 of the positive class, which is the last option (MultiRC's F1a)
-        group_exact_match   share of groups all of whose rows are right (MultiRC's EM)
-        exact_match         share of texts that equal one of the right ones after `normalise`
+        group_exact_match   fraction of groups all of whose rows are right (MultiRC's EM)
+        exact_match         fraction of texts that equal one of the right ones after `normalise`
         token_f1            F1 over words after `normalise`, best over the right texts, as SQuAD defines it
 
     Args:
         metric: one of `METRICS`.
-        predictions: what was chosen or generated.
-        references: all that is right, in the same order; the first is the one that a row was labelled with.
-        options: the candidates of each row, for `f1`.
-        groups: to which group each row belongs, for `group_exact_match`.
+        predictions: the chosen options or generated texts.
+        references: all right answers of each row; the first one is the row's label.
+        options: of each row, for `f1`.
+        groups: the group of each row, for `group_exact_match`.
 
     Examples:
         >>> score("accuracy", ["a", "b"], [["a"], ["a", "b"]])
@@ -53,30 +51,19 @@ def score(
     if metric == "macro_f1":
         return _macro_f1(predictions, [right[0] for right in references])
     if metric == "f1":
-        return _f1(predictions, [right[0] for right in references], [own[-1] for own in options])
+        return _f1(predictions, [right[0] for right in references], [row[-1] for row in options])
     hits = [_ROWS[metric](*pair) for pair in zip(predictions, references, strict=True)]
     if metric == "group_exact_match":
-        return _all_right(hits, groups)
+        wrong = {group for hit, group in zip(hits, groups, strict=True) if not hit}
+        return (len(set(groups)) - len(wrong)) / len(set(groups))
     return sum(hits) / len(hits)
 
 
-def _same(prediction: str, right: Sequence[str]) -> float:
-    return float(prediction in right)
-
-
-def _same_normalised(prediction: str, right: Sequence[str]) -> float:
-    return float(normalise(prediction) in map(normalise, right))
-
-
-def _best_token_f1(prediction: str, right: Sequence[str]) -> float:
-    return max(_token_f1(prediction, reference) for reference in right)
-
-
 _ROWS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "accuracy": _same,
-    "group_exact_match": _same,
-    "exact_match": _same_normalised,
-    "token_f1": _best_token_f1,
+    "accuracy": lambda prediction, right: float(prediction in right),
+    "group_exact_match": lambda prediction, right: float(prediction in right),
+    "exact_match": lambda prediction, right: float(normalise(prediction) in map(normalise, right)),
+    "token_f1": lambda prediction, right: max(_token_f1(prediction, reference) for reference in right),
 }
 
 
@@ -97,13 +84,6 @@ def _f1(predictions: Sequence[str], answers: Sequence[str], positive: Sequence[s
     return 2 * hits / size if size else 0.0
 
 
-def _all_right(hits: Sequence[float], groups: Sequence[str]) -> float:
-    members: dict[str, list[float]] = defaultdict(list)
-    for hit, group in zip(hits, groups, strict=True):
-        members[group].append(hit)
-    return sum(all(own) for own in members.values()) / len(members)
-
-
 def _token_f1(prediction: str, answer: str) -> float:
     left, right = normalise(prediction).split(), normalise(answer).split()
     if not left or not right:
@@ -113,11 +93,6 @@ def _token_f1(prediction: str, answer: str) -> float:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces, as SQuAD's scorer does.
-
-    Examples:
-        >>> normalise("The  Cat's hat.")
-        'cats hat'
-    """
+    """Lower case, without punctuation, articles and extra spaces, as in SQuAD's scorer."""
     kept = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", kept).split())

@@ -1,7 +1,5 @@
 """One example as text: what a task makes of a row, and what becomes tokens."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,12 +18,12 @@ class Record:
         prompt: what the model reads.
         completion: the right answer, as it continues the prompt.
         options: the candidates, one of which is `completion`; empty for generation.
-        references: every right answer, where there are several; `completion` is what is trained on.
+        references: every right answer, where there are several; `completion` is the target of training.
         suffix: text that follows each option, and is scored with it.
         partial: score the suffix alone, after each option: partial evaluation, as for WinoGrande.
-        premise: the prompt without what is asked, which a calibrated score compares with.
+        premise: replaces the prompt in calibrated scores.
         group: rows with the same text are scored together by the metrics of groups.
-        row: what it was made from.
+        row: the row that it was made from.
     """
 
     prompt: str
@@ -45,7 +43,7 @@ class Record:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What makes two records the same question."""
+        """Equal for two records that ask the same question."""
         return (self.prompt, self.suffix, self.options) if self.suffix else (self.prompt,)
 
 
@@ -53,43 +51,29 @@ Rows = Sequence[Record] | Sequence[Row]
 
 
 def records(rows: Rows) -> list[Record]:
-    """Rows as records.
-
-    Raises:
-        ZofoError: if a row lacks `prompt` or `completion`.
-    """
-    made: list[Record] = []
-    for number, row in enumerate(rows):
+    """Rows with the texts `prompt` and `completion`, and perhaps `options`, as records."""
+    converted: list[Record] = []
+    for index, row in enumerate(rows):
         if isinstance(row, Record):
-            made.append(row)
+            converted.append(row)
             continue
         for key in ("prompt", "completion"):
             if not isinstance(row.get(key), str):
-                raise ZofoError(f"row {number} has no text {key!r}: rows need prompt, completion and perhaps options")
-        made.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
-    return made
+                raise ZofoError(f"row {index} has no text {key!r}: rows need prompt, completion and perhaps options")
+        converted.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
+    return converted
 
 
 def digest(records: Sequence[Record]) -> str:
-    """A short name of these records in this order, by which a changed set is known.
-
-    Examples:
-        >>> one, other = Record("a", " b"), Record("a", " c")
-        >>> digest([one]) == digest([one]), digest([one]) == digest([other])
-        (True, False)
-    """
-    found = hashlib.sha256()
+    """A short hash of these records in this order, which detects changed training rows."""
+    sha = hashlib.sha256()
     for record in records:
-        found.update(repr(record).encode())
-    return found.hexdigest()[:16]
+        sha.update(repr(record).encode())
+    return sha.hexdigest()[:16]
 
 
 def checked(record: Record) -> Record:
-    """The record itself, if it makes sense.
-
-    Raises:
-        ZofoError: if a field is empty, the completion is none of the options, or an option repeats another.
-    """
+    """The record itself. Refuses empty texts, equal options, and a completion that is none of the options."""
     if not record.prompt.strip():
         raise ZofoError("the prompt is empty")
     if not record.completion.strip():

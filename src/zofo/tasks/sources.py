@@ -1,7 +1,5 @@
 """Rows from a local file, a file inside an installed package, or a Hub data set."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib
@@ -14,12 +12,12 @@ import pyarrow.parquet
 from datasets import load_dataset
 
 from zofo.errors import ZofoError, first_line
-from zofo.models.load import PACKAGE_SCHEME, package_file
+from zofo.models.source import PACKAGE_SCHEME, package_file
 from zofo.tasks.records import Row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 SPLITS = ("train", "dev", "validation", "test")
-_ALIKE = {"dev": "validation", "validation": "dev"}
+_ALIASES = {"dev": "validation", "validation": "dev"}
 
 
 def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
@@ -28,14 +26,11 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
     Args:
         source: a path relative to `folder`, `pkg://PACKAGE/PATH`, or a Hub data set as `ID` or `ID:CONFIG`. Files are
             JSONL, JSON (a list), CSV, TSV, Parquet or text (one row a line, in the column `text`); `.gz` too. A folder
-            has a file for each split, such as train.jsonl. `#SPLIT` behind a data set or a folder takes one of them.
+            has a file for each split, such as train.jsonl. `#SPLIT` after a data set or a folder selects one of them.
         folder: where relative paths start.
 
     Returns:
         {"all": rows} for a file or one split; {split: rows} otherwise.
-
-    Raises:
-        ZofoError: if it is missing, empty, broken (with file and line) or in another encoding than UTF-8.
     """
     if source.startswith(PACKAGE_SCHEME):
         return {"all": _rows_of(package_file(source))}
@@ -46,33 +41,31 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
         raise ZofoError(f"{path} is no data file: it must end in {', '.join(SUFFIXES)}, or be a Hub data set's id")
     location, _, split = source.partition("#")
     inside = folder / Path(location).expanduser()
-    splits = _read_folder(inside, split) if inside.is_dir() else _hub(location, split)
-    if not split:
-        return splits
-    return {"all": splits[split]}
+    return _read_folder(inside, split) if inside.is_dir() else _hub(location, split)
 
 
-def _read_folder(folder: Path, wanted: str) -> dict[str, list[Row]]:
-    """{split: rows} of the files in a folder that are named after splits; only of the wanted one, if one is.
+def _read_folder(folder: Path, split: str) -> dict[str, list[Row]]:
+    """{split: rows} of the files in a folder that are named after splits, or {"all": rows} of one split.
 
-    Of dev and validation, which mean the same, each stands for the other.
+    A folder with dev and no validation has dev as validation, and the other way round.
     """
-    found: dict[str, list[Path]] = {}
+    files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         name = file.name.split(".")[0]
         if file.is_file() and _suffix(file) in SUFFIXES and name in SPLITS:
-            found.setdefault(name, []).append(file)
-    twice = next((files for files in found.values() if len(files) > 1), None)
-    if twice:
-        raise ZofoError(f"{folder} has both {twice[0].name} and {twice[1].name}: keep one, or name a file in `source`")
-    if not found:
+            if name in files:
+                raise ZofoError(
+                    f"{folder} has both {files[name].name} and {file.name}: keep one, or name a file in `source`"
+                )
+            files[name] = file
+    if not files:
         raise ZofoError(f"{folder} holds no data: it needs files named after splits, such as train.jsonl or test.csv")
-    if not wanted:
-        return {name: _rows_of(files[0]) for name, files in found.items()}
-    name = wanted if wanted in found else _ALIKE.get(wanted, wanted)
-    if name not in found:
-        raise ZofoError(f"{folder} has no split {wanted!r}: it has {', '.join(found)}")
-    return {wanted: _rows_of(found[name][0])}
+    if not split:
+        return {name: _rows_of(file) for name, file in files.items()}
+    name = split if split in files else _ALIASES.get(split, split)
+    if name not in files:
+        raise ZofoError(f"{folder} has no split {split!r}: it has {', '.join(files)}")
+    return {"all": _rows_of(files[name])}
 
 
 def _rows_of(path: Path) -> list[Row]:
@@ -119,10 +112,10 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _delimiter(text: str) -> str:
-    """What stands between the columns: spreadsheets write commas, semicolons or tabs, as their language has it."""
+    """The separator of the columns: spreadsheets write commas, semicolons or tabs, depending on their language."""
     header = text.lstrip("\r\n").splitlines()[0]
-    outside = "".join(header.split('"')[::2])
-    return max(",;\t", key=outside.count)
+    unquoted = "".join(header.split('"')[::2])
+    return max(",;\t", key=unquoted.count)
 
 
 def _parse_json_lines(path: Path, text: str) -> list[Row]:
@@ -157,13 +150,13 @@ def _require_row(row: Any, where: str) -> Row:
 def _hub(source: str, split: str) -> dict[str, list[Row]]:
     name, _, config = source.partition(":")
     try:
-        found: Any = load_dataset(name, config or None, split=split or None)
-    except Exception as error:  # datasets raises many unrelated types for one cause: it could not be had
+        loaded: Any = load_dataset(name, config or None, split=split or None)
+    except Exception as error:  # datasets raises many unrelated types
         raise ZofoError(
             f"cannot load the data set {source!r} ({first_line(error)}): give a file that ends in "
             f"{', '.join(SUFFIXES)}, or the id of a Hub data set that can be reached"
         ) from error
-    return {split: list(found)} if split else {name: list(rows) for name, rows in found.items()}
+    return {"all": list(loaded)} if split else {name: list(rows) for name, rows in loaded.items()}
 
 
 def _suffix(path: Path) -> str:

@@ -1,11 +1,9 @@
 """Disjoint, seeded, stratified parts of a task's records."""
 
-from __future__ import annotations
-
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 
@@ -18,23 +16,16 @@ TEST_ROWS = 400
 
 @dataclass(frozen=True)
 class Splits:
-    """The four parts, and what to tell the user about them."""
+    """The parts of a task, each in an order that spreads the classes evenly, and what to tell the user about them."""
 
-    lower: list[Record]
-    upper: list[Record]
+    train: list[Record]
     dev: list[Record]
     test: list[Record]
     notes: tuple[str, ...] = ()
 
-    def reworded(self, words: Callable[[list[Record]], list[Record]]) -> Splits:
-        """The same rows, each part put through `words`."""
-        parts = (words(part) for part in (self.lower, self.upper, self.dev, self.test))
-        return Splits(*parts, notes=self.notes)
-
-    @property
-    def train(self) -> list[Record]:
-        """Everything that a method without two levels trains on."""
-        return [*self.lower, *self.upper]
+    def reworded(self, words: Callable[[list[Record]], list[Record]]) -> Self:
+        """The same rows, with `words` applied to each part."""
+        return type(self)(words(self.train), words(self.dev), words(self.test), self.notes)
 
 
 def split_records(
@@ -43,92 +34,91 @@ def split_records(
     train_size: int | None,
     dev_size: int | None,
     test_size: int | None,
-    lower_fraction: float,
     seed: int,
 ) -> Splits:
-    """Cuts records into lower, upper, dev and test.
+    """Divides records into train, dev and test.
 
-    Test is cut first, then dev, then the training rows, all along one seeded order in which every stretch has
-    nearly the class shares of the whole: so the test rows do not depend on how many rows the others get. A prompt
-    that occurs more than once is kept once, test before dev before train. Rows of one group stay in one of
-    test, dev and train, so a part may get a few rows less than wanted.
+    Test comes first, then dev, then train, all from one seeded order in which every section has nearly the class
+    proportions of the whole: so the test rows do not depend on the sizes of the other parts. A prompt that occurs
+    several times is kept once: in test rather than in dev, and in dev rather than in train. Rows of one group are in
+    one part, so a part may have a few rows less than its size.
 
     Args:
         records: {"all": ...}, or {"train": ...} with "dev" or "test" where the source has them.
-        train_size: rows for lower and upper together; None for all that remain.
-        dev_size: rows for model selection; None for a fifth of the rows, at most 200.
-        test_size: rows for the final figures; None for a fifth of the rows, at most 400. Of a file of their own, None
-            takes all rows up to that many.
-        lower_fraction: share of the training rows that goes to the lower level.
+        train_size: number of training rows; None for all that remain.
+        dev_size: None for a fifth of the rows, at most 200; or for all of the source's own dev rows, up to that number.
+        test_size: the same for test, at most 400.
         seed: of the order.
-
-    Raises:
-        ZofoError: if more rows are wanted than there are.
     """
     records = {name: rows for name, rows in records.items() if rows}
     if not records.keys() & {"all", "train"}:
         raise ZofoError(
             f"the source has rows of {', '.join(records) or 'no split'}, but none to train on: name others in `source`"
         )
-    queues = {name: _grouped(_ordered(rows, seed)) for name, rows in records.items()}
-    pool = queues["all"] if "all" in queues else queues["train"]
-    taken = _Taken(set(), 0)
-    total = len(records["all"] if "all" in records else records["train"])
+    queues = {name: _grouped(_stratified(rows, seed)) for name, rows in records.items()}
+    pool = "all" if "all" in records else "train"
+    total = len(records[pool])
+    taker = _Taker()
 
-    def take(name: str, wanted: int | None, most: int) -> list[Record]:
-        default = most if name in queues else min(most, total // 5)
-        return taken.take(queues.get(name, pool), wanted, f"{name}_size", default)
+    def take(name: str, size: int | None, limit: int) -> list[Record]:
+        default = limit if name in queues else min(limit, total // 5)
+        return taker.take(queues.get(name, queues[pool]), size, f"{name}_size", default)
 
     test = take("test", test_size, TEST_ROWS)
     dev = take("dev", dev_size, DEV_ROWS)
-    train = taken.take(pool, train_size, "train_size", total)
+    train = taker.take(queues[pool], train_size, "train_size", total)
     if not train:
         raise ZofoError(f"no row is left to train on after {len(test)} for test and {len(dev)} for dev: ask for fewer")
-    cut = round(len(train) * lower_fraction)
-    repeats = f"{taken.dropped} rows dropped: their prompt occurs already in another row or split"
-    return Splits(train[:cut], train[cut:], dev, test, (repeats,) if taken.dropped else ())
+    repeats = f"{taker.dropped} rows dropped: their prompt occurs already in another row or split"
+    return Splits(train, dev, test, (repeats,) if taker.dropped else ())
+
+
+def two_levels(rows: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
+    """The rows of the lower and of the upper level: the first `fraction` of stratified rows, and the rest."""
+    cut = round(len(rows) * fraction)
+    if not 0 < cut < len(rows):
+        raise ZofoError(f"{len(rows)} rows cannot be divided between two levels at {fraction}: give more rows")
+    return rows[:cut], rows[cut:]
 
 
 def halves(rows: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Two disjoint parts of rows, each with the class shares of the whole; the first has `fraction` of them."""
-    ordered = _ordered(rows, seed)
-    cut = round(len(ordered) * fraction)
-    if not 0 < cut < len(ordered):
-        raise ZofoError(f"{len(rows)} rows cannot be divided between two levels at {fraction}: give more rows")
-    return ordered[:cut], ordered[cut:]
+    """The rows of the lower and of the upper level, of rows in any order: both have the class proportions of all."""
+    return two_levels(_stratified(rows, seed), fraction)
 
 
 @dataclass
-class _Taken:
-    seen: set[tuple[Any, ...]]
-    dropped: int
+class _Taker:
+    """Takes records from queues, each prompt once."""
 
-    def take(self, queue: deque[list[Record]], wanted: int | None, key: str, default: int) -> list[Record]:
-        """The next `wanted` records whose prompts are new; if that is None, `default` of them or fewer."""
-        most = default if wanted is None else wanted
+    seen: set[tuple[Any, ...]] = field(default_factory=set[tuple[Any, ...]])
+    dropped: int = 0
+
+    def take(self, queue: deque[list[Record]], size: int | None, key: str, default: int) -> list[Record]:
+        """The next `size` records whose prompts are new; if that is None, `default` of them or fewer."""
+        limit = default if size is None else size
         taken: list[Record] = []
-        while queue and len(taken) < most and (not taken or len(taken) + len(queue[0]) <= most):
+        while queue and len(taken) < limit and (not taken or len(taken) + len(queue[0]) <= limit):
             for record in queue.popleft():
                 if record.identity in self.seen:
                     self.dropped += 1
                 else:
                     self.seen.add(record.identity)
                     taken.append(record)
-        if wanted is not None and len(taken) < wanted and not queue:
-            raise ZofoError(f"{key} is {wanted}, but only {len(taken)} rows are left for it: ask for fewer")
+        if size is not None and len(taken) < size and not queue:
+            raise ZofoError(f"{key} is {size}, but only {len(taken)} rows are left for it: ask for fewer")
         return taken
 
 
 def _grouped(rows: list[Record]) -> deque[list[Record]]:
-    """The rows one by one, or where they have groups all rows of a group where its first one stands."""
+    """The rows one by one, but all rows of a group where its first one is."""
     groups: dict[Any, list[Record]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(row.group or number, []).append(row)
+    for index, row in enumerate(rows):
+        groups.setdefault(row.group or index, []).append(row)
     return deque(groups.values())
 
 
-def _ordered(rows: list[Record], seed: int) -> list[Record]:
-    """A seeded order in which the classes are spread evenly: the i-th of n rows of a class stands near i / n."""
+def _stratified(rows: list[Record], seed: int) -> list[Record]:
+    """A seeded order that spreads the classes evenly: the i-th of n rows of a class is near i / n of the whole."""
     classes: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
         classes[row.completion if row.options else ""].append(row)

@@ -1,14 +1,11 @@
 """A task from a table: `zofo train --data reviews.csv --text text --label label`."""
 
-from __future__ import annotations
-
-import difflib
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, did_you_mean
 from zofo.tasks.records import Record, Row
 from zofo.tasks.sources import read_rows
 from zofo.tasks.task import Task, parse_task
@@ -18,19 +15,9 @@ _MOST_LABELS = 20
 
 
 def table_task(file: str, text: str | None, label: str | None) -> dict[str, Any]:
-    """The task file of a table with a column of texts and one of labels: each label is an option, in its own words.
+    """The content of a task file for a table, from its columns of texts and labels: each label text is an option.
 
-    Args:
-        file: what `read_rows` reads.
-        text: the column of the text.
-        label: the column of the label.
-
-    Returns:
-        The content of the task file, with the table's absolute path.
-
-    Raises:
-        ZofoError: if there is no such file, a column is missing or has gaps, or the labels are no classes: one only,
-            more than 20, or numbers to be predicted.
+    Refuses columns with gaps, and labels that are no classes: one only, more than 20, or numbers to be predicted.
     """
     if text is None or label is None:
         missing = "--text" if text is None else "--label"
@@ -44,18 +31,18 @@ def table_task(file: str, text: str | None, label: str | None) -> dict[str, Any]
     (rows,) = read_rows(str(path), path.parent).values()
     for column in (text, label):
         _require_column(rows, column, file)
-    labels = sorted({_words(row[label]) for row in rows})
+    labels = sorted({_cell_text(row[label]) for row in rows})
     _require_classes(labels, [row[label] for row in rows], label, file)
-    own = {key: f"{{{{ row[{column!r}] | trim }}}}" for key, column in (("text", text), ("label", label))}
+    text_template, label_template = (f"{{{{ row[{column!r}] | trim }}}}" for column in (text, label))
     return {
         "name": path.name.split(".")[0],
         "description": f"Made from {path.name}: the column {text} as text, the column {label} as label.",
         "source": str(path),
-        "prompt": f"{own['text']}\n{label.replace('_', ' ').strip().capitalize()}:",
-        "answer": f" {own['label']}",
+        "prompt": f"{text_template}\n{label.replace('_', ' ').strip().capitalize()}:",
+        "answer": f" {label_template}",
         "options": [f" {name}" for name in labels],
         "metric": ["accuracy", "macro_f1"],
-        "templates": [{"prompt": f"{own['text']}\n", "answer": own["label"], "options": labels}],
+        "templates": [{"prompt": f"{text_template}\n", "answer": label_template, "options": labels}],
     }
 
 
@@ -66,10 +53,10 @@ def make_table_task(file: str, text: str | None, label: str | None) -> tuple[Tas
 
 
 def introduction(record: Record, file: Path) -> list[str]:
-    """What was made of a table, and how to do better, as lines."""
+    """Lines that show the task of a table, from its first record, and how to improve it."""
     return [
         f"the prompt, of the first row: {record.prompt!r}",
-        f"the candidates behind it: {', '.join(map(repr, record.options))}",
+        f"the candidates after it: {', '.join(map(repr, record.options))}",
         f"this is {file}; words that say what is asked usually score better: copy it, edit prompt, answer and options "
         "(docs/tasks.md), and give it as --task",
     ]
@@ -83,10 +70,9 @@ def task_text(spec: dict[str, Any]) -> str:
 def _require_column(rows: list[Row], column: str, file: str) -> None:
     known = list(dict.fromkeys(key for row in rows for key in row))
     if column not in known:
-        near = difflib.get_close_matches(column, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, known))}"
+        hint = did_you_mean(column, known, f"it has {', '.join(map(repr, known))}")
         raise ZofoError(f"{file} has no column {column!r}: {hint}")
-    empty = [number for number, row in enumerate(rows, start=1) if not _words(row.get(column))]
+    empty = [number for number, row in enumerate(rows, start=1) if not _cell_text(row.get(column))]
     if empty:
         first = ", ".join(map(str, empty[:3]))
         more = ", ..." * (len(empty) > 3)
@@ -119,5 +105,5 @@ def _require_classes(labels: list[str], values: list[Any], column: str, file: st
         )
 
 
-def _words(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     return "" if value is None else str(value).strip()

@@ -1,11 +1,9 @@
-"""Jinja2 templates from task files: sandboxed, and sure to end.
+"""Jinja2 templates from task files: sandboxed, and certain to end.
 
-A task file may come from anybody. The sandbox keeps templates away from Python's internals. What could run or
-grow without end cannot be written at all: only the constructs, filters and methods named here are allowed, one loop at
-most, and what is multiplied, replaced or rendered has a largest size.
+A task file may come from anybody. The sandbox keeps templates away from Python's internals. Only the constructs,
+filters and methods named here are allowed, with one loop at most; products, replacements and rendered texts have a
+largest size. So no template can run or grow without end.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Set
@@ -19,8 +17,8 @@ from zofo.errors import ZofoError, first_line
 
 Render = Callable[[dict[str, Any]], Any]
 
-_LONGEST = 1_000_000  # characters of a rendered field, and of anything made on the way
-_LARGEST = 10**18  # numbers beyond it are no data
+_LONGEST = 1_000_000  # characters of a rendered field, and of any intermediate text
+_LARGEST = 10**18  # the largest factor
 _LARGEST_BASE = 10**6
 _LARGEST_POWER = 64
 _RANGE = 1_000
@@ -75,53 +73,34 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def text_template(source: str, where: str) -> Render:
-    """A template that renders a row to text.
-
-    Args:
-        source: Jinja2 text; a row's columns are its variables.
-        where: file and key, for messages.
-
-    Raises:
-        ZofoError: if it cannot be parsed or might not end.
-
-    Examples:
-        >>> text_template("{{ text }} It was", "here")({"text": "Good."})
-        'Good. It was'
-    """
+    """A Jinja2 template that renders a row, whose columns are its variables, to text; `where` is for messages."""
     names = _check(source, where)
     template: Template = _guarded(lambda: _ENVIRONMENT.from_string(source), where)
     return lambda row: _guarded(lambda: _text(template, row), where, names - row.keys())
 
 
 def expression(source: str, where: str) -> Render:
-    """A bare Jinja2 expression, or one inside `{{ }}`, that gives a Python value for a row.
-
-    Examples:
-        >>> expression("{{ [a, b] }}", "here")({"a": 1, "b": 2})
-        [1, 2]
-    """
+    """A Jinja2 expression, with or without `{{ }}` around it, that gives a Python value for a row."""
     match = _EXPRESSION.match(source)
     inner = match.group(1) if match else source
     names = _check("{{ " + inner + " }}", where)
     evaluate = _guarded(lambda: _ENVIRONMENT.compile_expression(inner, undefined_to_none=False), where)
 
-    def value(row: dict[str, Any]) -> Any:
-        found = evaluate(row)
-        if isinstance(found, Undefined):
-            str(found)  # raises, and says which name is missing
-        return found
+    def value_of(row: dict[str, Any]) -> Any:
+        value = evaluate(row)
+        if isinstance(value, Undefined):
+            str(value)  # raises, and says which name is missing
+        return value
 
-    return lambda row: _guarded(lambda: value(row), where, names - row.keys())
+    return lambda row: _guarded(lambda: value_of(row), where, names - row.keys())
 
 
 def _check(source: str, where: str) -> Set[str]:
-    """The columns that a template names, if it may be used at all."""
+    """The columns that a template names; refuses a template that could run without end."""
     tree: nodes.Template = _guarded(lambda: _ENVIRONMENT.parse(source), where)
     for node in tree.find_all(nodes.Node):
         if not isinstance(node, (*_NODES, nodes.Helper, nodes.EvalContextModifier)):
-            raise ZofoError(
-                f"{where} uses {type(node).__name__.lower()}, which templates here may not: use plain ones"
-            )
+            raise ZofoError(f"{where} uses {type(node).__name__.lower()}, which templates here may not: use plain ones")
     for loop in tree.find_all(nodes.For):
         if loop.recursive or any(isinstance(inner, nodes.For) or inner.find(nodes.For) for inner in loop.body):
             raise ZofoError(f"{where} has a loop inside a loop, which might never end: use one loop at most")
@@ -155,7 +134,7 @@ def _guarded(render: Callable[[], Any], where: str, missing: Set[str] = frozense
 
 
 def _plain(value: Any) -> Any:
-    """What is put into text must be text or a number: an empty or nested field would become Python's repr."""
+    """Refuses an empty or nested field in a text, where it would become Python's repr."""
     if value is None or isinstance(value, dict | list | tuple):
         kind = "empty (null)" if value is None else f"a nested {type(value).__name__}"
         raise ValueError(f"a field is {kind}, and cannot be put into text")

@@ -1,11 +1,9 @@
 """What a run costs (tokens, seconds of training, peak memory), and its progress bar."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +19,14 @@ _STATUS = Path("/proc/self/status")
 
 
 @dataclass
-class Cost:
-    """The cost of training: evaluation is not counted.
+class Cost(Tokens):
+    """The entry `cost` of `results.json`: of training, without evaluations.
 
-    Args:
-        tokens: through the model, forward and backward.
-        wall_seconds: in training steps.
-        peak_memory_bytes: of the process on a CPU, of torch's allocator on a GPU; the weights included.
+    Seconds are those in training steps; the peak is that of the process on a CPU, of torch's allocator on a GPU.
     """
 
-    tokens: Tokens = field(default_factory=Tokens)
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """The entry `cost` of `results.json`."""
-        return {
-            "forward_tokens": self.tokens.forward,
-            "backward_tokens": self.tokens.backward,
-            "wall_seconds": self.wall_seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
-
-    def restore(self, stored: dict[str, Any]) -> None:
-        """Goes on from what `as_json` gave in an earlier process."""
-        self.tokens.forward = stored["forward_tokens"]
-        self.tokens.backward = stored["backward_tokens"]
-        self.wall_seconds = stored["wall_seconds"]
-        self.peak_memory_bytes = stored["peak_memory_bytes"]
 
 
 class CostCallback(TrainerCallback):

@@ -1,7 +1,5 @@
 """Checkpoints that are whole or not there: sealed when complete, checked before use."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -12,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from zofo.config import identity_of_before
 from zofo.errors import ZofoError, first_line
 
 SEAL = "seal.json"
@@ -39,11 +38,7 @@ def unseal(folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
-    """Turns what the libraries raise when a disk is full or forbidden into one line.
-
-    Raises:
-        ZofoError: if the block could not write.
-    """
+    """Turns what the libraries raise when a disk is full or forbidden into one line."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -56,11 +51,7 @@ def writing(folder: Path) -> Generator[None]:
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """What `seal` wrote.
-
-    Raises:
-        ZofoError: if the folder is no checkpoint, was only half written, or a file is missing or truncated.
-    """
+    """What `seal` wrote; refuses a folder that is no checkpoint, half written, or damaged."""
     if not folder.is_dir():
         raise ZofoError(
             f"there is no checkpoint {folder}: give the path of a checkpoint-N folder, or true for the last"
@@ -87,11 +78,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def last_sealed(run: Path) -> Path:
-    """The newest complete checkpoint of a run.
-
-    Raises:
-        ZofoError: if there is none.
-    """
+    """The newest complete checkpoint of a run."""
     for folder in reversed(checkpoints(run)):
         try:
             read_seal(folder)
@@ -102,11 +89,7 @@ def last_sealed(run: Path) -> Path:
 
 
 def require_optimizer_state(folder: Path) -> None:
-    """Refuses to go on from a checkpoint that holds a model only.
-
-    Raises:
-        ZofoError: if the state of the optimizer or of the schedule is missing.
-    """
+    """Refuses to go on from a checkpoint that holds a model only."""
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():
             raise ZofoError(
@@ -118,17 +101,18 @@ def require_optimizer_state(folder: Path) -> None:
 def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Refuses to resume a run under another configuration, or on other rows.
 
-    Raises:
-        ZofoError: with the first key that differs and both values.
+    A key that the stored run does not know yet counts as if it had been at its default.
     """
-    if "rows" in current and stored.get("rows") != current["rows"]:
+    rows = list(dict.fromkeys(stored.get("rows") or ()))  # rows of two levels at once stood there twice
+    if "rows" in current and rows != current["rows"]:
         raise ZofoError(
             f"{folder} was written by a run on other training rows: give it the same data and task file, or start a "
             "new run in another output_dir"
         )
+    before = identity_of_before(stored)
     for key, value in current.items():
-        if stored.get(key) != value:
+        if key != "rows" and before.get(key) != value:
             raise ZofoError(
-                f"{folder} was written with {key} = {stored.get(key)!r}, but now it is {value!r}: resume with the "
+                f"{folder} was written with {key} = {before.get(key)!r}, but now it is {value!r}: resume with the "
                 "same configuration, or start a new run in another output_dir"
             )

@@ -1,34 +1,32 @@
 """The memory of a step: it runs on tensors that have shapes and no values, and storages are counted."""
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.methods.levels import FirstOrderLevel, mean_losses
-from zofo.models.adapters import LOWER, UPPER, AdaptedModel, adapter_config
+from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_hollow, replace_tensors
+from zofo.models.peft import adapter_config
 from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, Tokens
-from zofo.zo.reads import PART
+from zofo.zo.optimizers import JointOptimizer
 
 OTHER = "activations"
 
@@ -112,27 +110,12 @@ class MemoryTracker(TorchDispatchMode):
         self._total -= block.size
 
 
-# method -> the adapters that backpropagation trains, and whether there are forward passes at θ ± εz
-LEVELS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "fo": ((UPPER,), False),
-    "zo": ((), True),
-    "two_stage": ((UPPER,), True),
-    "bilevel": ((LOWER, UPPER), True),
-}
-
-
 @dataclass
 class Memory:
     """Bytes at the peak of a step.
 
-    Args:
-        weights: of the backbone, with its buffers.
-        adapters: of all of them.
-        gradients: that are alive at that moment.
-        optimizer: its states.
-        activations: everything else that is alive.
-        libraries: Python with all that it has loaded.
-        allocator: what malloc keeps between freed tensors.
+    Weights include the backbone's buffers; activations are all else that is alive; libraries are Python with what it
+    has loaded; the allocator's are what malloc keeps between freed tensors.
     """
 
     weights: int = 0
@@ -149,40 +132,42 @@ class Memory:
         return sum(vars(self).values())
 
 
-def fake(config: ZOFOConfig, adapter: str, twins: bool) -> AdaptedModel:
+def fake(config: ZOFOConfig) -> AdaptedModel:
     """The model of a run, with fake tensors for weights."""
     assert config.model is not None
     base = load_hollow(config.model, config.dtype)
-    adapted = AdaptedModel(base, adapter_config(adapter, base), twins)
+    adapted = AdaptedModel(base, adapter_config(config.adapter, base), config.method_class.adapters)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = replace_tensors(
+        fakes = replace_tensors(
             adapted.model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=config.device)
         )
-    adapted.backbone = {name: made[id(parameter)] for name, parameter in adapted.backbone.items()}
+    adapted.backbone = {name: fakes[id(parameter)] for name, parameter in adapted.backbone.items()}
+    adapted.movable = {name: adapted.backbone[name] for name in adapted.movable}
     return adapted
 
 
-def step_memory(config: ZOFOConfig, method: str, adapted: AdaptedModel, longest: Batch) -> Memory:
-    """The peak of a step of a method, but for the libraries and the allocator.
-
-    Args:
-        config: of the run.
-        method: one of `LEVELS`.
-        adapted: what `fake` made.
-        longest: the largest batch, of real tensors.
-
-    Raises:
-        ZofoError: if a forward of the model needs the values of its weights.
-    """
+def step_memory(config: ZOFOConfig, adapted: AdaptedModel, longest: Batch) -> Memory:
+    """The peak of a step of the run's method on a model that `fake` made, but for libraries and allocator."""
     tracker = MemoryTracker()
     adapters = {id(p): p for name in adapted.adapters for p in adapted.adapter_parameters(name).values()}
     held = {id(t): t for t in [*adapted.model.parameters(), *adapted.model.buffers()]}
     tracker.mark("weights", [t for key, t in held.items() if key not in adapters])
     tracker.mark("adapters", adapters.values())
     checkpoint(config, adapted)
+    # more of these take time and no memory; a limit would be found by sorting values that are not there
+    few = {"lower_steps": min(1, config.lower_steps), "num_perturbations": 1, "zo_sparsity": 0.0}
+    keys = config.variant(config.method, config.adapter, **few)
+    method = keys.method_class(adapted, Scorer(adapted, Tokens()), keys)
+    bundle = {name: [longest] * stream.batches for name, stream in method.streams(keys).items()}
+    micro = [bundle] * min(2, config.gradient_accumulation_steps)
+    _mark_in_steps(method.optimizer, tracker)
     try:
         with tracker:
-            _two_steps(config, method, adapted, longest, tracker)
+            for stage in method.stages:
+                for number in range(2):  # the second time the states of the optimizers are there as well
+                    method.step(number, stage, micro)
+                    method.optimizer.step()
+                    method.optimizer.zero_grad()
     except (DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise ZofoError(
             f"a forward of this {adapted.base.config.model_type} model depends on the values of its weights "
@@ -199,43 +184,17 @@ def checkpoint(config: ZOFOConfig, adapted: AdaptedModel) -> None:
         adapted.base.activation_checkpointing_enable(every_n_layers=options.get("every_n_layers", 1))
 
 
-def _two_steps(config: ZOFOConfig, method: str, adapted: AdaptedModel, batch: Batch, tracker: MemoryTracker) -> None:
-    """What a step of the method keeps alive, twice: the second time the states of the optimizers are there as well."""
-    scorer = Scorer(adapted, Tokens())
-    first, zeroth = LEVELS[method]
-    levels = {name: FirstOrderLevel(adapted, scorer, name, config.learning_rate, config) for name in first}
-    moved = adapted.adapter_parameters(UPPER) if method == "zo" and adapted.adapters else adapted.backbone
-    scratch: list[Tensor] = []
-    near = {"the loss": (UPPER, [batch])}
-    if method == "bilevel" and config.penalty > 0:
-        near |= {"the coupled loss": (UPPER, [batch]), "the loss of s": (LOWER, [batch])}
-    repeated = [batch] * min(2, config.gradient_accumulation_steps + (method == "bilevel"))
+def _mark_in_steps(optimizer: Optimizer, tracker: MemoryTracker) -> None:
+    """Whenever an optimizer steps, its gradients and states are booked as such."""
 
-    def step(level: FirstOrderLevel) -> None:
-        parameters = [p for group in level.optimizer.param_groups for p in group["params"]]
+    def gradients(member: Optimizer, *_: Any) -> None:
+        parameters = [p for group in member.param_groups for p in group["params"]]
         tracker.mark("gradients", [p.grad for p in parameters if p.grad is not None])
-        level.step()
-        states = [value for state in level.optimizer.state.values() for value in state.values()]
-        tracker.mark("optimizer", filter(torch.is_tensor, states))
 
-    for _ in range(2):
-        for name, level in levels.items():
-            level.gradient(repeated, "the loss")
-            if name == LOWER:
-                step(level)
-        if zeroth and not scratch:
-            scratch.append(_largest_copy(adapted, moved.values()))
-        if zeroth:
-            mean_losses(scorer, near)
-        if method == "bilevel":
-            scratch.clear()
-        if UPPER in levels:
-            step(levels[UPPER])
+    def states(member: Optimizer, *_: Any) -> None:
+        values = [value for state in member.state.values() for value in state.values()]
+        tracker.mark("optimizer", filter(torch.is_tensor, values))
 
-
-def _largest_copy(adapted: AdaptedModel, moved: Iterable[Tensor]) -> Tensor:
-    """The largest W + scale·z that a forward makes: on a CPU, few rows of what is multiplied with or looked up in."""
-    modules = [module for module in adapted.model.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
-    by_rows = {id(module.weight) for module in modules if module.weight.is_cpu}
-    size, like = max(((min(p.numel(), PART) if id(p) in by_rows else p.numel(), p) for p in moved), key=itemgetter(0))
-    return like.new_empty(size)
+    for member in optimizer.members.values() if isinstance(optimizer, JointOptimizer) else [optimizer]:
+        member.register_step_pre_hook(gradients)
+        member.register_step_post_hook(states)

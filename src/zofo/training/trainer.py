@@ -1,11 +1,10 @@
 """`ZOFOTrainer`: transformers' `Trainer` with another step, and with the backbone in what it saves and loads."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,21 +20,21 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from zofo import noise
 from zofo.config import ZOFOConfig
-from zofo.errors import ZofoError
-from zofo.methods.levels import NonFiniteLossError, require_optimizer
-from zofo.methods.methods import make_method
-from zofo.models.adapters import UPPER, AdaptedModel, adapter_config
+from zofo.errors import NonFiniteLossError, ZofoError
+from zofo.methods.levels import require_optimizer
+from zofo.methods.method import Bundle
+from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model, require_fitting_tokenizer
-from zofo.models.peft import described
+from zofo.models.peft import UPPER, adapter_config, described
 from zofo.models.source import require_dense
 from zofo.scoring.batch import collate
-from zofo.scoring.evaluation import evaluate, require_scorable
+from zofo.scoring.evaluation import Evaluator, require_scorable
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.prompts import as_chat
 from zofo.tasks.records import Record, Rows, digest, records
 from zofo.tasks.splits import halves
-from zofo.training.bundles import Bundle, BundleCollator, IterationSampler
+from zofo.training.bundles import BundleCollator, IterationSampler
 from zofo.training.callbacks import Cost, CostCallback, LossBar
 from zofo.training.checkpoint import (
     last_sealed,
@@ -46,7 +45,6 @@ from zofo.training.checkpoint import (
     unseal,
     writing,
 )
-from zofo.zo.optimizers import JointOptimizer, ZerothOrderOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -103,35 +101,35 @@ class ZOFOTrainer(Trainer):
                 "model, and its adapter as peft_config"
             )
         require_fitting_tokenizer(processing_class, model)
-        if args.moves_backbone or args.method == "none":  # Trainer takes no quantised model without an adapter
+        if args.updates_backbone or not args.method_class.trains():  # Trainer takes no quantised model alone
             require_dense(model.config, model.config.name_or_path or type(model).__name__, f"method {args.method}")
         config = peft_config or adapter_config(args.adapter, model)
         self.identity = {**args.identity(), "peft_config": described(config)}
         real_prefix = peft_config is None and args.adapter == "prefix"
-        self.adapted = AdaptedModel(model, config, twins=args.method == "bilevel", real_prefix=real_prefix)
+        self.adapted = AdaptedModel(model, config, args.method_class.adapters, real_prefix=real_prefix)
         self.adapted.require_prompts()
         if args.activation_checkpointing:
             self.adapted.require_checkpointing()
-        rows = _levels(args, train_dataset, upper_dataset)
-        self.identity["rows"] = [digest(level) for level in rows]
-        self.metrics = tuple(metrics) or ("accuracy" if rows[0][0].options else "exact_match",)
+        rows = _training_rows(args, train_dataset, upper_dataset)
+        self.identity["rows"] = [digest(part) for part in rows.values()]
+        self.metrics = tuple(metrics) or ("accuracy" if next(iter(rows.values()))[0].options else "exact_match",)
         _require_known_metric(args, self.metrics)
-        require_optimizer(args)
+        if args.method_class.backpropagates:
+            require_optimizer(args)
         self.args = args
         self.cost = Cost()
         self.truncated = 0
         self._tokenizer = processing_class
-        self._room = min(args.max_length, self.adapted.positions)
-        lower = self.examples(rows[0])
-        upper = lower if rows[1] is rows[0] else self.examples(rows[1])
-        self._level_sizes = (len(lower), len(upper))
+        self._longest = min(args.max_length, self.adapted.positions)
+        train = {split: self.examples(part) for split, part in rows.items()}
+        self._sizes = {split: len(examples) for split, examples in train.items()}
         evaluated = self.examples(records(eval_dataset)) if eval_dataset else []
         self.require_scorable(evaluated)
         use_cache = model.config.use_cache
         super().__init__(
             model=self.adapted.model,
             args=args,
-            train_dataset=cast(Any, [*lower, *upper]),
+            train_dataset=cast(Any, [example for examples in train.values() for example in examples]),
             eval_dataset=cast(Any, evaluated or None),
             processing_class=processing_class,
             callbacks=[CostCallback(self.cost), *(callbacks or [])],
@@ -139,7 +137,7 @@ class ZOFOTrainer(Trainer):
         model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBar())
-        self.method = make_method(self.adapted, Scorer(self.adapted, self.cost.tokens), args)
+        self.method = args.method_class(self.adapted, Scorer(self.adapted, self.cost), args)
         self._micro: list[Bundle] = []
         self._logs: dict[str, list[float]] = defaultdict(list)
         self._skipped = 0
@@ -148,7 +146,7 @@ class ZOFOTrainer(Trainer):
         """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
         if self.args.chat_template:
             rows = [as_chat(row, self._tokenizer, self.args.system_prompt) for row in rows]
-        made, cut = tokenize(rows, self._tokenizer, self._room)
+        made, cut = tokenize(rows, self._tokenizer, self._longest)
         self.truncated += cut
         return made
 
@@ -157,11 +155,7 @@ class ZOFOTrainer(Trainer):
         require_scorable(self.adapted, self.metrics, rows)
 
     def require_resumable(self, folder: Path) -> None:
-        """Refuses a checkpoint that this run cannot go on from, or that is none.
-
-        Raises:
-            ZofoError: if it is incomplete, damaged, of another configuration or other rows, or without what is needed.
-        """
+        """Refuses a checkpoint that this run cannot go on from, or that is none."""
         require_same(read_seal(folder)["config"], self.identity, folder)
         if self._steps_of(folder) < self._planned_steps():
             require_optimizer_state(folder)
@@ -171,18 +165,9 @@ class ZOFOTrainer(Trainer):
         args = self.args
         pad_id: Any = self._tokenizer.pad_token_id
         layout = Scorer(self.adapted, Tokens()).layout
-        sampler = IterationSampler(
-            *self._level_sizes,
-            self.method.plan,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.seed if args.data_seed is None else args.data_seed,
-        )
-        collator = BundleCollator(
-            self.method.plan,
-            args.per_device_train_batch_size,
-            partial(collate, kind=args.loss, pad_id=pad_id, layout=layout),
-        )
+        streams, size = self.method.streams(args), args.per_device_train_batch_size
+        sampler = IterationSampler(self._sizes, streams, size, args.gradient_accumulation_steps, args.order_seed)
+        collator = BundleCollator(streams, size, partial(collate, kind=args.loss, pad_id=pad_id, layout=layout))
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self.train_dataset),
             batch_sampler=sampler,
@@ -232,21 +217,13 @@ class ZOFOTrainer(Trainer):
             logs.update({key: sum(values) / len(values) for key, values in self._logs.items()})
             self._logs.clear()
             self._skipped = 0
-            optimizer = self.method.optimizer
-            members = optimizer.members if isinstance(optimizer, JointOptimizer) else {"zo": optimizer}
-            for name, member in members.items():
-                if isinstance(member, ZerothOrderOptimizer):
-                    logs[f"{name}_learning_rate"] = member.rate
-                    if member is optimizer:
-                        logs["learning_rate"] = member.rate  # Trainer's own is the factor of a schedule
-                elif name == "upper":
-                    logs[f"{name}_learning_rate"] = member.param_groups[0]["lr"]
+            logs.update(self.method.learning_rates())
         super().log(logs, start_time)
 
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metric and loss of every adapter: `eval_loss` is the deployed one's, `eval_lower_loss` its twin's."""
+        """Metric and loss of every adapter: `eval_loss` of the deployed one, `eval_lower_loss` of the lower one."""
         rows: Any = self.eval_dataset
         if eval_dataset is not None:
             rows = self.examples(records(eval_dataset))
@@ -293,7 +270,7 @@ class ZOFOTrainer(Trainer):
             folder = last_sealed(Path(str(self.args.output_dir))) if last else given
             self.require_resumable(folder)
             resume_from_checkpoint = str(folder)
-        if self.args.method in ("bilevel", "zo", "two_stage"):
+        if self.args.method_class.zeroth_order:
             parameter = next(iter(self.adapted.backbone.values()))
             if not noise.warm_up(parameter.dtype, parameter.device):
                 logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
@@ -338,7 +315,7 @@ class ZOFOTrainer(Trainer):
                 (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
                 super()._save_checkpoint(model, trial)
                 self.adapted.save_trained(folder)
-                seal(folder, {"config": self.identity, "cost": self.cost.as_json()})
+                seal(folder, {"config": self.identity, "cost": asdict(self.cost)})
         finally:
             self.args.save_total_limit = limit
         # only now that the new one is whole may an old one go
@@ -346,7 +323,7 @@ class ZOFOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.adapted.load(Path(resume_from_checkpoint))
-        self.cost.restore(read_seal(Path(resume_from_checkpoint))["cost"])
+        vars(self.cost).update(read_seal(Path(resume_from_checkpoint))["cost"])
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
@@ -356,36 +333,36 @@ class ZOFOTrainer(Trainer):
     # ---- parts
 
     def _evaluate_rows(self, rows: Sequence[Example]) -> dict[str, float]:
-        return evaluate(
+        evaluator = Evaluator(
             Scorer(self.adapted, Tokens()),
-            rows,
-            metrics=self.metrics,
-            kind=self.args.loss,
-            tokenizer=self._tokenizer,
-            batch_size=self.args.per_device_eval_batch_size,
+            self._tokenizer,
+            self.metrics,
+            self.args.loss,
+            self.args.per_device_eval_batch_size,
             place=lambda batch: self._prepare_inputs(batch),
         )
+        return evaluator.evaluate(rows)
 
 
 def _require_known_metric(args: ZOFOConfig, metrics: Sequence[str]) -> None:
     """Refuses a model selection by what no evaluation will report, before the first one has to be waited for."""
-    adapters = ("", "lower_") if args.method == "bilevel" else ("",)
+    adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
     known = [f"{adapter}{name}" for adapter in adapters for name in (*metrics, "loss")]
     wanted = args.metric_for_best_model
     if wanted is not None and wanted.removeprefix("eval_") not in known:
         raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
 
 
-def _levels(args: ZOFOConfig, train: Rows, upper: Rows | None) -> tuple[list[Record], list[Record]]:
-    """The rows of the lower and of the upper level."""
+def _training_rows(args: ZOFOConfig, train: Rows, upper: Rows | None) -> dict[str, list[Record]]:
+    """The training rows by the splits of the method."""
     first, second = records(train), records(upper or [])
     both = [*first, *second]
     if not first:
         raise ZofoError("train_dataset is empty: give it at least one row")
     if args.loss == "options" and any(len(record.options) < 2 for record in both):
         raise ZofoError("loss is options, but a row has fewer than two of them: set loss: lm, or give options")
-    if args.method != "bilevel":
-        return both, both
-    if second:
-        return first, second
-    return halves(first, args.lower_fraction, args.seed if args.data_seed is None else args.data_seed)
+    splits = args.method_class.splits
+    if len(splits) == 1:
+        return {splits[0]: both}
+    parts = (first, second) if second else halves(first, args.lower_fraction, args.order_seed)
+    return dict(zip(splits, parts, strict=True))

@@ -1,4 +1,4 @@
-"""One outer iteration of Bilevel ZOFO, as a function of callables: no model, no data, no optimizer in sight.
+"""One outer iteration of Bilevel ZOFO, as a function of callables: no model, no data, no optimizer.
 
     bilevel   min_{θ,p} F(θ,p; D_f)   subject to   p in argmin_s G(θ,s; D_p)
     minimax   min_{θ,p} max_s  L(θ,p,s) = F(θ,p; D_f) + λ [ G(θ,p; D_p) - G(θ,s; D_p) ]
@@ -7,24 +7,18 @@ R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604); J. Kwon et al., "A Full
 Stochastic Bilevel Optimization" (arXiv 2301.10945) for the penalty.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from zofo.zo.estimators import Evaluate
 
 Schedule = Literal["constant", "linear"]
 
 
 @dataclass(frozen=True)
-class Terms:
-    """The three losses of L at one θ.
-
-    Args:
-        upper: F(θ, p; B_f).
-        upper_penalty: G(θ, p; B_p).
-        lower_penalty: G(θ, s; B_p).
-    """
+class Losses:
+    """The three losses of L at one θ: upper F(θ, p; B_f), upper_penalty G(θ, p; B_p), lower_penalty G(θ, s; B_p)."""
 
     upper: float
     upper_penalty: float = 0.0
@@ -33,16 +27,12 @@ class Terms:
 
 @dataclass(frozen=True)
 class Penalty:
-    """λ and what it multiplies.
-
-    Args:
-        value: λ >= 0.
-        normalize: divide L by 1 + λ, so that step sizes keep their meaning for any λ.
+    """λ = `value` >= 0; `normalize` divides L by 1 + λ, so that learning rates keep their meaning.
 
     Examples:
         >>> Penalty(3.0).factors
         (0.25, 0.75)
-        >>> Penalty(3.0, normalize=False).objective(Terms(1.0, 2.0, 1.5))
+        >>> Penalty(3.0, normalize=False).objective(Losses(1.0, 2.0, 1.5))
         2.5
     """
 
@@ -55,45 +45,35 @@ class Penalty:
         total = 1.0 + self.value if self.normalize else 1.0
         return 1.0 / total, self.value / total
 
-    def objective(self, terms: Terms) -> float:
+    def objective(self, terms: Losses) -> float:
         """L(θ, p, s) of the three losses."""
         upper, coupling = self.factors
         return upper * terms.upper + coupling * (terms.upper_penalty - terms.lower_penalty)
 
 
 def scheduled_penalty(value: float, schedule: Schedule, progress: float) -> float:
-    """λ at a point of the run: constant, or growing linearly from 0 to `value`.
-
-    Args:
-        value: λ at the end.
-        schedule: "constant" or "linear".
-        progress: share of the run that is done, from 0 to 1.
-
-    Examples:
-        >>> scheduled_penalty(10.0, "linear", 0.5)
-        5.0
-    """
+    """λ after the fraction `progress` of the run: constant, or growing linearly from 0 to `value`."""
     return value if schedule == "constant" else value * min(1.0, progress)
 
 
 @dataclass(frozen=True)
 class BilevelStep:
-    """What one outer iteration found: G(θ, s) of each lower step, the p-terms at θ, the projected gradients."""
+    """Of one outer iteration: G(θ, s) of each lower step, the losses of p at θ, the projected gradients."""
 
     lower: tuple[float, ...]
-    upper: Terms
+    upper: Losses
     projected: tuple[float, ...]
 
 
 def bilevel_step(
     lower_steps: int,
     lower_step: Callable[[int], float],
-    upper_gradient: Callable[[], Terms],
-    evaluate: Callable[[float, int], Terms],
+    upper_gradient: Callable[[], Losses],
+    evaluate: Callable[[float, int], Losses],
     penalty: Penalty,
-    estimator: Callable[[Callable[[float, int], float]], tuple[float, ...]],
+    estimator: Callable[[Evaluate], tuple[float, ...]],
 ) -> BilevelStep:
-    """T steps on s, then the gradients of p and θ, both at the same point. Nothing but s has moved on return.
+    """Algorithm 2: T steps on s, then the gradients of p and of θ at one point, with which the caller updates p and θ.
 
     Args:
         lower_steps: T >= 0.
@@ -103,19 +83,11 @@ def bilevel_step(
         penalty: λ.
         estimator: `estimators.two_sided` or `one_sided` with ε and q filled in.
 
-    Returns:
-        The losses and the projected gradients; the caller steps p and θ with them.
-
     Examples:
-        >>> step = bilevel_step(
-        ...     2, lambda t: 1.0, lambda: Terms(0.5), lambda scale, query: Terms(0.5 + 2.0 * scale), Penalty(0.0),
-        ...     lambda f: ((f(1.0, 0) - f(-1.0, 0)) / 2,),
-        ... )
+        >>> losses = lambda scale=0.0, query=0: Losses(0.5 + 2.0 * scale)
+        >>> step = bilevel_step(2, lambda t: 1.0, losses, losses, Penalty(0.0), lambda f: (f(0.5, 0) - f(-0.5, 0),))
         >>> step.lower, step.projected
         ((1.0, 1.0), (2.0,))
-
-    References:
-        Bilevel ZOFO, Algorithm 2; the coupling of the three losses is the minimax form above.
     """
     lower = tuple(lower_step(t) for t in range(lower_steps))
     upper = upper_gradient()

@@ -1,104 +1,76 @@
 """What 16-bit weights keep of a perturbation and of an update."""
 
-from __future__ import annotations
-
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-_NOTED, _WANTED = 0.2, 0.1  # shares of a projected gradient that are rounding: what a run is told of, and what is fine
+_NOTED, _WANTED = 0.2, 0.1  # fraction of a projected gradient that is rounding: a warning above, and the suggestion
 
 
 def signal_kept(eps: float, gap: float) -> float:
-    """The share of a weight's gradient that projected gradients see when W ± εz is rounded to the nearest.
+    """The fraction D of a weight's gradient that projected gradients see when W ± εz is rounded to the nearest.
 
-    W is one of the numbers of the dtype, so that both signs are rounded alike: z becomes z' = round(εz / d) d / ε for
-    a gap d between neighbours. The estimate g(z') z is (D ∇L) on average, with
+    W is a number of the dtype, so both signs are rounded alike: z becomes z' = round(εz / d) d / ε, d = `gap`, and the
+    estimate g(z') z is D ∇L on average. For a normal z (the stream's is close to one, but ends at 3.45),
 
         D = E[z z'] = (d / ε) sqrt(2 / π) sum_k exp(-((k + 1/2) d / ε)² / 2),  k = 0, 1, ...
 
-    for a normal z (the stream's bell is close to one, but ends at 3.45). D is never negative: a coarse weight is seen
-    less or not at all, never with the wrong sign.
-
-    Args:
-        eps: ε, greater than 0.
-        gap: d, the distance of two neighbours at the weight.
-
-    Examples:
-        >>> [round(signal_kept(1e-3, gap), 2) for gap in (1e-3, 2e-3, 4e-3, 8e-3)]
-        [1.0, 0.99, 0.43, 0.0]
+    which is 1.00, 0.99, 0.43 and 0.00 at d / ε = 1, 2, 4 and 8: never negative, so the sign stays right.
     """
     ratio = gap / eps
-    if ratio < 0.1:  # the sum is an integral then, and equal to 1 in double precision
+    if ratio < 0.1:  # the sum is then 1 in double precision
         return 1.0
     terms = (math.exp(-(((k + 0.5) * ratio) ** 2) / 2) for k in range(math.ceil(10 / ratio)))
     return ratio * math.sqrt(2 / math.pi) * sum(terms)
 
 
 def rounding_error(eps: float, gap: float) -> float:
-    """How far z' of `signal_kept` is from z: sqrt(E (z' - z)²), 0 without rounding and 1 if nothing is seen.
-
-    Examples:
-        >>> [round(rounding_error(1e-3, gap), 2) for gap in (1e-4, 1e-3, 4e-3, 16e-3)]
-        [0.03, 0.29, 0.93, 1.0]
-    """
+    """How far z' of `signal_kept` is from z: sqrt(E (z' - z)²), 0.03, 0.29, 0.93 and 1.00 at d / ε = 0.1, 1, 4, 16."""
     ratio = gap / eps
-    if ratio < 0.1:  # z' - z is evenly spread over a gap
+    if ratio < 0.1:  # z' - z is then uniform over a spacing
         return ratio / math.sqrt(12)
-    squares = (
-        (2 * k + 1) * ratio**2 * math.erfc((k + 0.5) * ratio / math.sqrt(2)) for k in range(math.ceil(10 / ratio))
-    )
+    steps = range(math.ceil(10 / ratio))
+    squares = ((2 * k + 1) * ratio**2 * math.erfc((k + 0.5) * ratio / math.sqrt(2)) for k in steps)
     return math.sqrt(max(sum(squares) - 2 * signal_kept(eps, gap) + 1, 0.0))
 
 
 def gap(parameter: Tensor) -> float:
-    """The distance of two neighbouring numbers at a typical (root mean square) weight of a parameter.
-
-    Examples:
-        >>> gap(torch.full((3,), 1.5, dtype=torch.bfloat16)) == 2.0**-7
-        True
-    """
+    """The spacing (ulp) of the dtype at a typical weight of a parameter: at the root mean square."""
     size = float(torch.linalg.vector_norm(parameter, dtype=torch.float32)) / math.sqrt(parameter.numel())
     return 2.0 ** math.floor(math.log2(size)) * torch.finfo(parameter.dtype).eps if size else 0.0
 
 
 def warnings(parameters: Mapping[str, Tensor], eps: float, update: float) -> list[str]:
-    """What to tell of a run whose weights have 16 bits: nothing, or what is lost and which number mends it.
-
-    Args:
-        parameters: those that move.
-        eps: ε.
-        update: how far a step moves a weight along one direction.
-    """
-    sizes: dict[float, int] = {}  # gap -> how many weights
+    """What a run with 16-bit weights loses of ε and of an update (the size of what a step adds), and what mends it."""
     coarse = [p for p in parameters.values() if p.dtype in (torch.bfloat16, torch.float16) and p.numel()]
     if not coarse:
         return []
+    counts = Counter[float]()  # spacing -> how many weights
     for parameter in coarse:
-        spacing = gap(parameter)
-        sizes[spacing] = sizes.get(spacing, 0) + parameter.numel()
-    usual = max(sizes, key=lambda size: sizes[size])
+        counts[gap(parameter)] += parameter.numel()
+    usual = max(counts, key=counts.__getitem__)
     dtype = str(coarse[0].dtype).removeprefix("torch.")
-    found: list[str] = []
-    if _share(eps, sizes) > _NOTED:
+    messages: list[str] = []
+    if _rounded(eps, counts) > _NOTED:
         better = eps
-        while _share(better, sizes) > _WANTED:
+        while _rounded(better, counts) > _WANTED:
             better *= 1.1
-        found.append(
-            f"zo_eps {eps:.1e} is small for {dtype}: about {_share(eps, sizes):.0%} of a projected gradient is "
-            f"rounding of W + εz; {better:.1e} makes it {_share(better, sizes):.0%}, dtype: float32 nothing"
+        messages.append(
+            f"zo_eps {eps:.1e} is small for {dtype}: about {_rounded(eps, counts):.0%} of a projected gradient is "
+            f"rounding of W + εz; {better:.1e} makes it {_rounded(better, counts):.0%}, dtype: float32 nothing"
         )
     if update < usual / 2:
-        found.append(
+        messages.append(
             f"a zeroth-order update of {update:.1e} is less than half the gap of {dtype} at a typical weight "
             f"({usual:.1e}): stochastic rounding keeps it on average only; dtype: float32 keeps it exactly"
         )
-    return found
+    return messages
 
 
-def _share(eps: float, sizes: Mapping[float, int]) -> float:
-    """The rounding error of a projected gradient over its size, if all weights count alike."""
-    squares = sum(count * rounding_error(eps, size) ** 2 for size, count in sizes.items())
-    return math.sqrt(squares / sum(sizes.values()))
+def _rounded(eps: float, counts: Mapping[float, int]) -> float:
+    """The fraction of a projected gradient that is rounding, if all weights count alike."""
+    squares = sum(count * rounding_error(eps, spacing) ** 2 for spacing, count in counts.items())
+    return math.sqrt(squares / sum(counts.values()))

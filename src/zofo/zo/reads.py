@@ -1,17 +1,13 @@
 """Answer torch functions that read a parameter with W + scale·z.
 
-It does not matter who reads a parameter or how: its own module, another one, a tied head, a view, a fused operation.
-Within a block the parameters are of a class that torch asks before it reads them (`__torch_function__`); functions
-that read none of them cost nothing.
+It does not matter who reads a parameter or how: its module, another one, a tied head, a view, a fused operation. In a
+block, its class has a `__torch_function__`, which torch calls in place of each function that reads it; others are free.
 """
-
-from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -23,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from zofo import noise
 from zofo.errors import ZofoError
 from zofo.noise import Distribution, Sum, Term
-from zofo.zo.buffers import Ahead, Buffer, Scratch
+from zofo.zo.buffers import Ahead, Buffer, Scratch, storage_of
 
-PART = 1 << 20  # numbers of a large matrix that are moved, and then multiplied with, at a time
+PART = 1 << 20  # elements of a large matrix that are perturbed, and then multiplied with, at a time
 
-_ACTIVE: list[Reader] = []  # at most one: nested blocks share it
+_ACTIVE: list["Reader"] = []  # at most one: nested blocks share it
 
 # Reads of these need no values. Whatever is missing here costs time, never correctness.
 _PROPERTIES: tuple[Any, ...] = (
@@ -35,82 +31,67 @@ _PROPERTIES: tuple[Any, ...] = (
     Tensor.is_meta, Tensor.requires_grad, Tensor.grad, Tensor.is_leaf, Tensor.grad_fn, Tensor.is_sparse,
     Tensor.is_quantized, Tensor.itemsize, Tensor.nbytes, Tensor.is_nested,
 )  # fmt: skip
-_METHODS: tuple[Any, ...] = (
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
-    Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.is_complex, torch.is_floating_point, torch.numel,
-    torch.is_complex,
-)  # fmt: skip
-_METADATA: frozenset[Any] = frozenset((*(p.__get__ for p in _PROPERTIES), *_METHODS))
+_METADATA: frozenset[Any] = frozenset((
+    *(p.__get__ for p in _PROPERTIES), Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous,
+    Tensor.is_floating_point, Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.is_complex,
+    torch.is_floating_point, torch.numel, torch.is_complex,
+))  # fmt: skip
 
-
-# What only reads its arguments, none of them in a list, and returns new memory. Whatever is missing here costs time.
-_FRESH: frozenset[Any] = frozenset(
-    (functional.linear, functional.layer_norm, functional.rms_norm, torch.addmm, Tensor.mul, Tensor.__mul__,
-     Tensor.__rmul__)
-)  # fmt: skip
+# These only read their arguments, none of them in a list, and return new memory. Whatever is missing here costs time.
+_FRESH: frozenset[Any] = frozenset((
+    functional.linear, functional.layer_norm, functional.rms_norm, torch.addmm, Tensor.mul, Tensor.__mul__,
+    Tensor.__rmul__,
+))  # fmt: skip
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _IN_PLACE = frozenset(["__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)])
 
 
-@dataclass(eq=False)
 class Block:
-    """What one `perturbed` block adds to which tensor, and what has been read in it."""
+    """What one `perturbed` block adds to which parameters, and which were read in it; keys are ids of parameters."""
 
-    tensors: dict[int, Tensor]  # also keeps the ids alive
-    names: dict[int, str]
-    terms: dict[int, Term]
-    distribution: Distribution
-    limits: dict[int, float]
-    seen: set[int] = field(default_factory=set)  # of what was read
-
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         parameters: Mapping[str, Tensor],
         direction: tuple[int, int, int],
         scale: float,
         distribution: Distribution,
         limits: Mapping[str, float],
-    ) -> Block:
-        return Block(
-            tensors={id(p): p for p in parameters.values()},
-            names={id(p): name for name, p in parameters.items()},
-            terms={id(p): Term(noise.stream_key(*direction, name), scale) for name, p in parameters.items()},
-            distribution=distribution,
-            limits={id(p): limits[name] for name, p in parameters.items() if name in limits},
-        )
+    ) -> None:
+        self.tensors = {id(p): p for p in parameters.values()}  # also keeps the ids alive
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.terms = {id(p): Term(noise.stream_key(*direction, name), scale) for name, p in parameters.items()}
+        self.limits = {id(p): limits[name] for name, p in parameters.items() if name in limits}
+        self.distribution: Distribution = distribution
+        self.seen = set[int]()
 
 
 class Noticed(TorchFunctionMode):
-    """Whether any torch function was called: a block in which nothing happens need not read the parameters."""
+    """Whether any torch function was called: a block in which none was need not read the parameters."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.anything = False
         self._names = block.names
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.anything = True
-        given = [self._names[id(value)] for value in (*args, *(kwargs or {}).values()) if id(value) in self._names]
-        before = _ACTIVE[0].asked
+        names = [self._names[id(value)] for value in (*args, *(kwargs or {}).values()) if id(value) in self._names]
+        asked_before = _ACTIVE[0].asked
         result = func(*args, **(kwargs or {}))
-        if given and _ACTIVE[0].asked == before:  # data of torch.tensor, a number as alpha, what is set as .data
+        if names and _ACTIVE[0].asked == asked_before:  # data of torch.tensor, a number as alpha, what is set as .data
             raise ZofoError(
-                f"{func.__name__} reads {given[0]} without asking for θ + scale·z: give it {given[0]}.clone() in the "
+                f"{func.__name__} reads {names[0]} without asking for θ + scale·z: give it {names[0]}.clone() in the "
                 "model's code, or leave this parameter out, in a config by zo_exclude"
             )
         return result
 
 
 class _Watched:
-    """Mixed into the class of a parameter for the time of a block: torch then asks before it reads it."""
+    """Mixed into the class of a parameter for the time of a block."""
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage] torch's documented way
             if _ACTIVE and _ACTIVE[0].thread == threading.get_ident():
                 return _ACTIVE[0].call(func, args, kwargs or {})
@@ -118,13 +99,13 @@ class _Watched:
 
 
 @lru_cache
-def _watched(kind: type[Tensor]) -> type[Tensor]:
-    return type(kind)(kind.__name__, (_Watched, kind), {})
+def _watched(plain: type[Tensor]) -> type[Tensor]:
+    return type(plain)(plain.__name__, (_Watched, plain), {})
 
 
-def _plain(kind: type[Tensor]) -> type[Tensor]:
+def _plain(cls: type[Tensor]) -> type[Tensor]:
     """The class without `_Watched`, which Ctrl-C at the very end of a block may have left."""
-    return kind.__bases__[1] if issubclass(kind, _Watched) else kind
+    return cls.__bases__[1] if issubclass(cls, _Watched) else cls
 
 
 class Reader:
@@ -132,7 +113,7 @@ class Reader:
 
     def __init__(self, scratch: Scratch) -> None:
         self.thread = threading.get_ident()
-        self.asked = 0  # how often a function asked
+        self.asked = 0  # how many functions asked
         self._scratch = scratch
         self._blocks: list[Block] = []  # the outer one first
         self._targets: dict[int, Tensor] = {}
@@ -142,85 +123,84 @@ class Reader:
     def joined_by(self, block: Block) -> Generator[None]:
         if any((other.distribution, other.limits) != (block.distribution, block.limits) for other in self._blocks):
             raise ZofoError("nested perturbed blocks must share one distribution and the same limits")
-        before = self._targets
-        classes = {number: _plain(type(p)) for number, p in block.tensors.items() if number not in before}
+        outer = self._targets
+        classes = {key: _plain(type(p)) for key, p in block.tensors.items() if key not in outer}
         self._ahead.end()
         self._blocks.append(block)
-        self._targets = self._ahead.targets = before | block.tensors
+        self._targets = self._ahead.targets = outer | block.tensors
         try:
-            for number, kind in classes.items():
-                block.tensors[number].__class__ = _watched(kind)
+            for key, plain in classes.items():
+                block.tensors[key].__class__ = _watched(plain)
             yield
         finally:
-            for number, kind in classes.items():
-                block.tensors[number].__class__ = kind
+            for key, plain in classes.items():
+                block.tensors[key].__class__ = plain
             self._ahead.end()
             self._blocks.remove(block)
-            self._targets = self._ahead.targets = before
+            self._targets = self._ahead.targets = outer
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a torch function returns that gets a parameter, were it W + scale·z."""
+        """What a torch function returns, with W + scale·z in place of each parameter W in its arguments."""
         self.asked += 1
         if func in _METADATA:
             return func(*args, **kwargs)
-        if func in _FRESH and not kwargs and (found := self._ready(func, args)) is not None:
-            return found
-        if func is functional.embedding and (found := self._looked_up(*args, **kwargs)) is not None:
-            return found
-        if func is functional.linear and (found := self._multiplied(*args, **kwargs)) is not None:
-            return found
-        if func is Tensor.__getitem__ and (found := self._item(*args)) is not None:
-            return found
+        if func in _FRESH and not kwargs and (result := self._ready(func, args)) is not None:
+            return result
+        if func is functional.embedding and (result := self._looked_up(*args, **kwargs)) is not None:
+            return result
+        if func is functional.linear and (result := self._multiplied(*args, **kwargs)) is not None:
+            return result
+        if func is Tensor.__getitem__ and (result := self._item(*args)) is not None:
+            return result
         self._refuse(func, args, kwargs)
-        found = self._targets_in(args) | (self._targets_in(kwargs.values()) if kwargs else {})
+        targets = self._targets_in(args) | (self._targets_in(kwargs.values()) if kwargs else {})
         # the largest first: a small one must not occupy the buffer that fits a large one
-        order = sorted(found, key=lambda number: -found[number].numel()) if len(found) > 1 else found
+        order = sorted(targets, key=lambda key: -targets[key].numel()) if len(targets) > 1 else targets
         copies: dict[int, tuple[Buffer, Tensor]] = {}
-        for number in order:
-            copies[number] = self._perturbed_copy(found[number], alone=not copies)
+        for key in order:
+            copies[key] = self._perturbed_copy(targets[key], alone=not copies)
         result = func(*_replaced(args, copies), **(_replaced(kwargs, copies) if kwargs else {}))
         for buffer, _ in copies.values():
-            if _may_keep(result, buffer.address):
-                self._ahead.keep(buffer)
+            if _may_keep(result, buffer.storage):
+                buffer.kept = True
             elif not self._ahead.holds(buffer):
                 self._scratch.give_back(buffer)
         return result
 
     def _ready(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """What it returns, by the shortest way, where all copies have been made ahead; else None."""
+        """The result by the shortest way, where all copies have been made ahead; else None."""
         copies = self._ahead.copies
-        if not copies or torch.is_grad_enabled():  # a gradient would need the copy when it is another weight's
+        if not copies or torch.is_grad_enabled():  # autograd may need a copy after its buffer has been overwritten
             return None
-        given: list[Any] = []
+        perturbed: list[Any] = []
         for value in args:
-            number = id(value)
-            if number in self._targets:
-                if number not in copies:
+            key = id(value)
+            if key in self._targets:
+                if key not in copies:
                     return None
-                self._ahead.unread.discard(number)
+                self._ahead.unread.discard(key)
                 for block in self._blocks:
-                    block.seen.add(number)
-                value = copies[number]
-            given.append(value)
-        return func(*given)
+                    block.seen.add(key)
+                value = copies[key]
+            perturbed.append(value)
+        return func(*perturbed)
 
     def _targets_in(self, values: Iterable[Any]) -> dict[int, Tensor]:
         """The parameters among values, and in lists and dicts among them."""
-        found: dict[int, Tensor] = {}
+        targets: dict[int, Tensor] = {}
         for value in values:
             if id(value) in self._targets:
-                found[id(value)] = value
-            elif isinstance(value, (list, tuple)):
-                found |= self._targets_in(value)  # pyright: ignore[reportUnknownArgumentType]
-            elif isinstance(value, dict):
-                found |= self._targets_in(value.values())  # pyright: ignore[reportUnknownArgumentType]
-        return found
+                targets[id(value)] = value
+            elif isinstance(value, (list, tuple, dict)):
+                items: Iterable[Any] = value.values() if isinstance(value, dict) else value
+                targets |= self._targets_in(items)
+        return targets
 
     def _perturbed_copy(self, parameter: Tensor, alone: bool) -> tuple[Buffer, Tensor]:
         """(the buffer, its view as W + scale·z); `alone` if no other copy is in use."""
         self._see(parameter)
-        if _is_launched(parameter) and (made := self._ahead.copy(parameter, alone, self._write)):
-            return made
+        if _is_launched(parameter) and (ahead := self._ahead.copy(parameter, alone, self._write)):
+            return ahead
         buffer = self._scratch.take(parameter)
         copy = buffer.shaped(parameter.shape)
         self._write([(parameter, copy)])
@@ -243,48 +223,41 @@ class Reader:
         blocks = [block for block in self._blocks if id(parameter) in block.terms]
         return [block.terms[id(parameter)] for block in blocks], blocks[0].limits.get(id(parameter), math.inf)
 
-    def _read(self, parameter: Tensor) -> tuple[list[Term], Distribution, float]:
-        """What is added to a parameter that is about to be read."""
-        self._see(parameter)
-        terms, limit = self._added(parameter)
-        return terms, self._blocks[0].distribution, limit
-
     def _looked_up(self, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor | None:
-        """The rows of an embedding that are asked for, or None where the whole of it must be moved to tell."""
+        """The rows of an embedding that are asked for, or None where all of it must be perturbed."""
         normed = options.get("max_norm") is not None or any(rest[1:2])
-        known = input.dtype in (torch.int32, torch.int64)
-        if id(weight) not in self._targets or normed or not known or not weight.is_cpu:
+        integer = input.dtype in (torch.int32, torch.int64)
+        if id(weight) not in self._targets or normed or not integer or not weight.is_cpu:
             return None
-        numbers = input.reshape(-1).long().contiguous()
-        if not len(numbers) or int(numbers.min()) < 0 or int(numbers.max()) >= len(weight):
+        ids = input.reshape(-1).long().contiguous()
+        if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= len(weight):
             return None  # torch says what is wrong with them
-        rows = weight.new_empty(len(numbers), weight.shape[1])
-        terms, distribution, limit = self._read(weight)
-        if not noise.write_rows(weight.detach(), numbers, terms, rows, distribution, limit):
+        rows = weight.new_empty(len(ids), weight.shape[1])
+        self._see(weight)
+        terms, limit = self._added(weight)
+        if not noise.write_rows(weight.detach(), ids, terms, rows, self._blocks[0].distribution, limit):
             return None
         return rows.view(*input.shape, weight.shape[1])
 
     def _multiplied(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """The product with a large matrix, by parts of its rows: a part is multiplied while it is in the caches.
-
-        None where the matrix is small, or must be moved as a whole.
-        """
+        """The product with a large matrix, by parts of its rows, each multiplied in the caches; None if it is small."""
         if id(weight) not in self._targets or weight.numel() <= PART or not weight.is_cpu or torch.is_grad_enabled():
             return None
         if id(input) in self._targets or weight.ndim != 2 or not weight.is_contiguous():
             return None
         if input.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
             return None  # torch says what is wrong with them
-        terms, distribution, limit = self._read(weight)
-        rows = math.ceil(len(weight) / math.ceil(weight.numel() / PART))
-        parts = weight.detach().split(rows)
+        self._see(weight)
+        terms, limit = self._added(weight)
+        distribution = self._blocks[0].distribution
+        parts = weight.detach().split(math.ceil(len(weight) / math.ceil(weight.numel() / PART)))
         buffers, low, product = [self._scratch.take(parts[0])], 0, None
         if bias is not None and id(bias) in self._targets:
             buffer, bias = self._perturbed_copy(bias, alone=False)
             buffers.append(buffer)
         for part in parts:
             high, copy = low + len(part), buffers[0].shaped(part.shape)
-            noise.write_sum(part, terms, copy, low * weight.shape[1], distribution, limit)
+            noise.write_sums([Sum(part, copy, terms, low * weight.shape[1], limit=limit)], distribution)
             columns = functional.linear(input, copy, None if bias is None else bias[low:high])
             product = columns.new_empty(*columns.shape[:-1], len(weight)) if product is None else product
             product[..., low:high] = columns
@@ -294,19 +267,20 @@ class Reader:
         return product
 
     def _item(self, tensor: Tensor, index: Any) -> Tensor | None:
-        """One item of a parameter, as one of many experts, or None where the whole of it must be moved to tell."""
-        integer = isinstance(index, Tensor) and not index.ndim and index.dtype in (torch.int32, torch.int64)
-        number = int(index) if integer else index
-        if id(tensor) not in self._targets or type(number) is not int or tensor.ndim < 2 or not tensor.is_contiguous():
+        """One item of a parameter, as one of many experts, or None where all of it must be perturbed."""
+        if isinstance(index, Tensor) and not index.ndim and index.dtype in (torch.int32, torch.int64):
+            index = int(index)
+        if id(tensor) not in self._targets or type(index) is not int or tensor.ndim < 2 or not tensor.is_contiguous():
             return None
-        if not -len(tensor) <= number < len(tensor):
+        if not -len(tensor) <= index < len(tensor):
             return None  # torch says what is wrong with it
-        number %= len(tensor)
-        item = tensor.detach()[number]
-        terms, distribution, limit = self._read(tensor)
-        moved = torch.empty_like(item)
-        noise.write_sum(item, terms, moved, number * item.numel(), distribution, limit)
-        return moved
+        index %= len(tensor)
+        item = tensor.detach()[index]
+        self._see(tensor)
+        terms, limit = self._added(tensor)
+        copy = torch.empty_like(item)
+        noise.write_sums([Sum(item, copy, terms, index * item.numel(), limit=limit)], self._blocks[0].distribution)
+        return copy
 
     def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises for what cannot be answered with a copy: a write, or the address of the weights."""
@@ -315,10 +289,10 @@ class Reader:
                 f"{self._name_of(args[0])} is read through its address, as by a custom kernel, where θ + scale·z "
                 "cannot be handed out: use the model's plain torch implementation"
             )
-        places = (args[:1], *map(kwargs.get, ("input", "self", "tensor"))) if _in_place(func) else ()
-        if not places and "out" not in kwargs:
+        written = (args[:1], *map(kwargs.get, ("input", "self", "tensor"))) if _in_place(func) else ()
+        if not written and "out" not in kwargs:
             return
-        for target in self._targets_in((*places, kwargs.get("out"))).values():
+        for target in self._targets_in((*written, kwargs.get("out"))).values():
             what = f"{func.__name__} writes {self._name_of(target)}"
             raise ZofoError(f"{what} inside a perturbed block, where θ is read-only: do it after it")
 
@@ -328,20 +302,19 @@ class Reader:
 
 @contextmanager
 def reader(scratch: Scratch | None) -> Generator[Reader]:
-    """The one reader of the block that is open, or a new one."""
+    """The reader of the block that is open, or a new one."""
     if _ACTIVE:
         yield _ACTIVE[0]
         return
-    reader = Reader(scratch or Scratch())
-    _ACTIVE.append(reader)
+    _ACTIVE.append(Reader(scratch or Scratch()))
     try:
-        yield reader
+        yield _ACTIVE[0]
     finally:
         _ACTIVE.clear()
 
 
 def _is_launched(parameter: Tensor) -> bool:
-    """Whether moving it costs a launch; with gradients, all copies are kept, and none should be made too early."""
+    """Whether a copy costs a launch; with gradients, all copies are kept, and none should be made too early."""
     return not parameter.is_cpu and not torch.is_grad_enabled()
 
 
@@ -362,10 +335,10 @@ def _replaced(value: Any, copies: Mapping[int, tuple[Buffer, Tensor]]) -> Any:
     return value
 
 
-def _may_keep(result: Any, pointer: int) -> bool:
-    """Whether what a function returned may still need the buffer at `pointer`."""
+def _may_keep(result: Any, storage: int) -> bool:
+    """Whether what a function returned may still need the buffer of that storage."""
     if isinstance(result, Tensor):
-        return result.requires_grad or result.untyped_storage().data_ptr() == pointer
+        return result.requires_grad or storage_of(result) == storage
     if isinstance(result, list | tuple):
-        return any(_may_keep(item, pointer) for item in result)  # pyright: ignore[reportUnknownVariableType]
+        return any(_may_keep(item, storage) for item in result)  # pyright: ignore[reportUnknownVariableType]
     return not (result is None or isinstance(result, bool | int | float | str | torch.Size | torch.dtype))

@@ -1,0 +1,145 @@
+"""The keys of a run: each one's type, default, bounds and help, on top of `transformers.TrainingArguments`.
+
+A key that is added here is in the YAML, on the command line, in `--help`, in the stored `config.yaml` and in what a
+resumed run must share. What goes together is checked in `config.py`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from transformers import TrainingArguments
+
+from zofo.errors import ZofoError
+from zofo.models.load import DType
+from zofo.noise import Distribution
+from zofo.scoring.tokens import LossKind
+from zofo.zo.bilevel import Schedule
+from zofo.zo.estimators import EstimatorName
+from zofo.zo.rules import RuleName
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a number must lie; None is always allowed.
+
+    Examples:
+        >>> Bounds(above=0, below=1).require("zo_sparsity", 1.0)
+        Traceback (most recent call last):
+        ...
+        zofo.errors.ZofoError: zo_sparsity is 1.0, but must be greater than 0 and less than 1
+    """
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+
+    def require(self, key: str, value: float | None) -> None:
+        """Refuses a value outside, or one that is not finite."""
+        if value is None:
+            return
+        if not math.isfinite(value):
+            raise ZofoError(f"{key} is {value}, but must be a finite number")
+        limits = {
+            f"greater than {self.above}": self.above is None or value > self.above,
+            f"at least {self.at_least}": self.at_least is None or value >= self.at_least,
+            f"less than {self.below}": self.below is None or value < self.below,
+        }
+        if not all(limits.values()):
+            words = " and ".join(limit for limit in limits if "None" not in limit)
+            raise ZofoError(f"{key} is {value}, but must be {words}")
+
+
+POSITIVE, NOT_NEGATIVE, FRACTION = Bounds(above=0), Bounds(at_least=0), Bounds(above=0, below=1)
+Rate = Annotated[float, NOT_NEGATIVE]
+Count = Annotated[int, POSITIVE]
+
+# Keys whose fields are those of transformers.
+_INHERITED = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_steps",
+         "eval_steps", "num_train_epochs"),
+        POSITIVE,
+    ),
+    **dict.fromkeys(("weight_decay", "seed", "data_seed", "max_grad_norm"), NOT_NEGATIVE),
+}  # fmt: skip
+
+
+def field(default: Any, help: str, **more: Any) -> Any:
+    """A field with its default and its help; `more` goes to argparse."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Keys(TrainingArguments):
+    """All keys but `method`, whose values are in a layer above; see `ZOFOConfig`."""
+
+    model: str | None = field(None, "backbone: Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
+    task: str | None = field(None, "task: a name from `zofo tasks`, or the path of a task file")
+    source: str | None = field(None, "rows of the task from here: a folder of train.* and validation.*, or a file")
+    template: Annotated[int, NOT_NEGATIVE] = field(0, "which of the task's templates, from 0; see zofo tasks NAME")
+    data: str | None = field(
+        None, "a data file in place of a task: options and prompt are made from `text` and `label`"
+    )
+    text: str | None = field(None, "with data: the column of the text")
+    label: str | None = field(None, "with data: the column of the label")
+    chat_template: bool = field(False, "put prompts into the model's chat format")
+    system_prompt: str | None = field(None, "with chat_template: what the system says")
+    adapter: str = field("lora", "adapter: lora, prefix, prompt, none, or the path of a PEFT config JSON")
+    learning_rate: Rate = field(1e-3, "of the lower adapter s, and of the only adapter of fo")
+    upper_learning_rate: Rate | None = field(None, "of the upper adapter p; learning_rate if not given")
+    zo_learning_rate: float | str = field("auto", "of the zeroth-order level: auto, or a number")
+    zo_eps: Annotated[float, POSITIVE] = field(1e-3, "ε, the scale of the perturbation; 3e-3 for bfloat16")
+    num_perturbations: Count = field(1, "q, directions per zeroth-order step")
+    zo_estimator: EstimatorName = field("two_sided", "two_sided or one_sided differences")
+    zo_optimizer: RuleName = field("sgd", "rule of the zeroth-order level: sgd, sign, momentum")
+    zo_weight_decay: Rate = field(
+        0.0, "decoupled weight decay of the zeroth-order level, at a given learning rate; not on biases and norms"
+    )
+    zo_parameters: list[str] | None = field(
+        None,
+        "backbone weights to update: kinds (attention, mlp, embeddings, norms, head), parts of names or patterns",
+    )
+    zo_exclude: list[str] | None = field(None, "backbone weights not to update, in the same words")
+    zo_layers: str | None = field(None, "blocks whose weights are updated, from 0, such as 0-11,20; all if not given")
+    zo_sparsity: Annotated[float, Bounds(at_least=0, below=1)] = field(
+        0.0, "fraction of each matrix that stays fixed: its largest weights (Sparse MeZO)"
+    )
+    zo_distribution: Distribution = field("normal", "of the directions: normal or rademacher")
+    penalty: Rate = field(1.0, "λ, how strongly the upper level is held to the lower level's optimum")
+    penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
+    normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")
+    lower_steps: Annotated[int, NOT_NEGATIVE] = field(10, "T, first-order steps on s per outer iteration")
+    lower_fraction: Annotated[float, FRACTION] = field(
+        2 / 3, "fraction of the training rows that the lower level trains on"
+    )
+    two_stage_fraction: Annotated[float, FRACTION] = field(
+        0.5, "two_stage: fraction of the steps that train the adapter, before θ is updated"
+    )
+    train_size: Count | None = field(None, "training rows, for both levels together; all that remain if not given")
+    dev_size: Count | None = field(None, "rows for model selection; if not given a fifth of the rows, at most 200")
+    test_size: Count | None = field(None, "rows for the final metrics; if not given a fifth of the rows, at most 400")
+    dtype: DType = field("float32", "of the backbone; adapters train in float32")
+    loss: LossKind = field("options", "options: cross-entropy over the candidates; lm: over the answer's tokens")
+    max_length: Count = field(512, "tokens of a prompt with its answer; longer prompts are truncated from the left")
+    on_nonfinite: Literal["raise", "skip"] = field("raise", "at a loss that is not finite: raise, or skip the step")
+    overwrite_output_dir: bool = field(False, "remove the run that output_dir holds already")
+    lr_scheduler_type: str = field("constant", "as in TrainingArguments; scales all learning rates alike")
+    logging_steps: Annotated[float, POSITIVE] = field(10, "as in TrainingArguments")
+    logging_nan_inf_filter: bool = field(False, "off: a loss that is not finite must be seen")
+    remove_unused_columns: bool = field(False, "off: rows are no model inputs")
+
+    def require_bounds(self) -> None:
+        """Refuses numbers out of their bounds, and words that are none of the choices."""
+        values = vars(self)
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(hint) is Literal and values[name] not in get_args(hint):
+                raise ZofoError(f"{name} is {values[name]!r}, but must be one of {', '.join(get_args(hint))}")
+            annotated = [part for part in (hint, *get_args(hint)) if get_origin(part) is Annotated]
+            for bounds in (bounds for part in annotated for bounds in get_args(part)[1:]):
+                bounds.require(name, values[name])
+        for name, bounds in _INHERITED.items():
+            bounds.require(name, values[name])

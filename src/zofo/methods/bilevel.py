@@ -1,0 +1,146 @@
+"""Bilevel ZOFO on a language model: the callables that `zo/bilevel.py` asks for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zofo.keys import Keys
+from zofo.methods.levels import (
+    FirstOrderLevel,
+    ZerothOrderLevel,
+    evaluations,
+    mean_losses,
+    random_state,
+    root_mean_square,
+)
+from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
+from zofo.models.peft import LOWER, UPPER
+from zofo.zo.bilevel import Losses, Penalty, bilevel_step, scheduled_penalty
+from zofo.zo.estimators import Evaluate
+from zofo.zo.optimizers import JointOptimizer
+
+
+class Bilevel(Method):
+    """T first-order steps on s; then p by backpropagation and θ by forward passes, at one point.
+
+    References:
+        R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604), Algorithm 2.
+    """
+
+    name = "bilevel"
+    summary = "Bilevel ZOFO: the backbone updated by forward passes only, beside adapters trained by backpropagation"
+    adapters = (UPPER, LOWER)
+    splits = ("lower", "upper")
+    requires_adapter = True
+    updates_both = True
+    backpropagates = True
+    zeroth_order = True
+
+    def __post_init__(self) -> None:
+        keys, model = self.keys, (self.adapted, self.scorer)
+        assert keys.upper_learning_rate is not None
+        rates = (keys.learning_rate, keys.upper_learning_rate)
+        self.s = FirstOrderLevel(*model, LOWER, rates[0], keys, remedy="learning_rate or zo_learning_rate")
+        self.p = FirstOrderLevel(*model, UPPER, rates[1], keys, remedy="upper_learning_rate or zo_learning_rate")
+        self._before: tuple[list[Tensor], dict[str, Any]] | None = None
+        self.theta = ZerothOrderLevel(self.adapted, self.perturbed(self.adapted, keys), keys)
+        members = {"lower": self.s.optimizer, "upper": self.p.optimizer, "zo": self.theta.optimizer}
+        self.optimizer = JointOptimizer(members, stepped=("upper", "zo"))
+
+    @classmethod
+    def streams(cls, keys: Keys) -> dict[str, Stream]:
+        return {
+            "lower": Stream("lower", keys.lower_steps, order=0),
+            "penalty": Stream("lower", int(keys.penalty > 0), order=1, counts=False),
+            "upper": Stream("upper", 1, order=2),
+        }
+
+    @classmethod
+    def work(cls, keys: Keys) -> Work:
+        micro, coupled, losses = keys.gradient_accumulation_steps, int(keys.penalty > 0), evaluations(keys)
+        return Work(
+            backwards=micro * (keys.lower_steps + 1 + coupled),
+            updates=keys.lower_steps + 1,
+            forwards=micro * losses * (1 + 2 * coupled),
+            zo_updates=1,
+        )
+
+    def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        keys = self.keys
+        strength = scheduled_penalty(keys.penalty, keys.penalty_schedule, progress)
+        if keys.on_nonfinite == "skip":
+            self._before = self.s.snapshot()
+        iteration = _Iteration(self, number, micro, Penalty(strength, keys.normalize_penalty))
+        found = bilevel_step(
+            keys.lower_steps,
+            iteration.lower_step,
+            iteration.upper_gradient,
+            iteration.evaluate,
+            iteration.penalty,
+            iteration.propose,
+        )
+        logs = {"loss": found.upper.upper, "projected_grad": root_mean_square(found.projected)}
+        if found.lower:
+            logs["lower_loss"] = sum(found.lower) / len(found.lower)
+        if keys.penalty > 0:
+            logs["penalty_gap"] = iteration.gap
+        return logs
+
+    def skip(self) -> None:
+        for level in (self.s, self.p, self.theta):
+            level.clear()
+        if self._before is not None:
+            self.s.restore(self._before)  # the lower steps of a skipped iteration are taken back as well
+
+    def learning_rates(self) -> Mapping[str, float]:
+        upper = self.p.optimizer.param_groups[0]["lr"]
+        return {"upper_learning_rate": upper, "zo_learning_rate": self.theta.optimizer.rate}
+
+
+class _Iteration:
+    """The callables of one iteration."""
+
+    def __init__(self, method: Bilevel, number: int, micro: Sequence[Bundle], penalty: Penalty) -> None:
+        self.penalty = penalty
+        self.gap = 0.0
+        self._method = method
+        self._number = number
+        self._lower = [batches(micro, "lower", t) for t in range(method.keys.lower_steps)]
+        self._penalty_batches = batches(micro, "penalty")
+        self._upper = batches(micro, "upper")
+        self._at_theta: Losses | None = None
+
+    def lower_step(self, t: int) -> float:
+        loss = self._method.s.gradient(self._lower[t], f"step {self._number}: G(θ, s) of lower step {t}")
+        self._method.s.step()
+        return loss
+
+    def upper_gradient(self) -> Losses:
+        before = random_state()
+        of_upper, of_coupling = self.penalty.factors
+        upper = self._method.p.gradient(self._upper, f"step {self._number}: F(θ, p)", of_upper)
+        coupled = 0.0
+        if self._penalty_batches:
+            coupled = self._method.p.gradient(self._penalty_batches, f"step {self._number}: G(θ, p)", of_coupling)
+        losses = Losses(upper, coupled)
+        if all(map(torch.equal, before, random_state())):
+            self._at_theta = losses  # no dropout: the same numbers as in eval mode
+        return losses
+
+    def evaluate(self, scale: float, query: int) -> Losses:
+        known = self._at_theta if scale == 0 else None
+        asked = {} if known else {"F(θ, p)": (UPPER, self._upper), "G(θ, p)": (UPPER, self._penalty_batches)}
+        asked["G(θ, s)"] = (LOWER, self._penalty_batches)
+        named = {f"step {self._number}: {label} near θ": pair for label, pair in asked.items() if pair[1]}
+        with self._method.theta.perturbed(self._number, scale, query):
+            found = mean_losses(self._method.scorer, named)
+        losses = Losses(known.upper, known.upper_penalty, *found) if known else Losses(*found)
+        self.gap = losses.upper_penalty - losses.lower_penalty
+        return losses
+
+    def propose(self, evaluate: Evaluate) -> tuple[float, ...]:
+        projected = self._method.theta.propose(self._number, evaluate)
+        self._method.theta.release()
+        return projected

@@ -1,0 +1,165 @@
+"""What every method is: the batches that it reads, the optimizer that it fills, and what it says of itself."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zofo.errors import ZofoError
+from zofo.keys import Keys
+from zofo.models.adapters import AdaptedModel
+from zofo.models.peft import UPPER
+from zofo.models.selection import select
+from zofo.scoring.batch import Batch
+from zofo.scoring.scorer import Scorer
+
+Logs = dict[str, float]
+Bundle = dict[str, list[Batch]]
+"""The batches of one micro-step of an iteration, by the name of the stream that they come from."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A named sequence of batches, of which each iteration reads some.
+
+    Args:
+        split: the training rows that it runs through.
+        batches: how many an iteration reads.
+        order: which of the seeded orders of the rows; two streams of one split read different ones.
+        counts: whether a pass over its rows counts for the length of an epoch.
+    """
+
+    split: str
+    batches: int
+    order: int
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step consists of: how often it does what takes time.
+
+    Args:
+        backwards: forwards with a backward, of one batch.
+        updates: steps of a first-order optimizer.
+        forwards: forwards at θ ± εz, of one batch.
+        zo_updates: steps of a zeroth-order optimizer.
+    """
+
+    backwards: float = 0.0
+    updates: float = 0.0
+    forwards: float = 0.0
+    zo_updates: float = 0.0
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __mul__(self, factor: float) -> Self:
+        return type(self)(*(factor * value for value in vars(self).values()))
+
+
+@dataclass
+class Method(ABC):
+    """One way to train. The trainer asks it for a step and knows nothing of its inside.
+
+    A method reads batches and leaves gradients (first order) or a proposal (zeroth order) in its optimizer. The
+    trainer then clips the gradients and steps the optimizer, once per iteration. The class says all that others need
+    to know of a method; its name is compared nowhere else.
+
+    Args:
+        adapted: the model.
+        scorer: runs its batches.
+        keys: the configuration.
+
+    Attributes:
+        name: the value of the key `method`.
+        summary: what it does, for the model card.
+        adapters: that it keeps on the backbone, if the run has one at all; the first one is deployed.
+        splits: the parts of the training rows that it reads apart.
+        requires_adapter: whether it is pointless without.
+        updates_both: whether it updates the backbone beside an adapter as well.
+        backpropagates: whether `optim`, learning rates and gradient checkpointing count.
+        zeroth_order: whether the keys zo_* count.
+        depends_on_length: whether a step depends on how many there will be.
+        stages: points of a run, in [0, 1], between which the steps differ.
+        optimizer: what the trainer steps, schedules and stores.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    adapters: ClassVar[tuple[str, ...]] = (UPPER,)
+    splits: ClassVar[tuple[str, ...]] = ("train",)
+    requires_adapter: ClassVar[bool] = False
+    updates_both: ClassVar[bool] = False
+    backpropagates: ClassVar[bool] = False
+    zeroth_order: ClassVar[bool] = False
+    depends_on_length: ClassVar[bool] = False
+    stages: ClassVar[tuple[float, ...]] = (0.0,)
+
+    adapted: AdaptedModel
+    scorer: Scorer
+    keys: Keys
+    optimizer: Optimizer = field(init=False)
+
+    @abstractmethod
+    def __post_init__(self) -> None:
+        """Makes the levels and the optimizer."""
+
+    @classmethod
+    def trains(cls) -> bool:
+        """Whether there are steps at all."""
+        return cls.backpropagates or cls.zeroth_order
+
+    @classmethod
+    def updates_backbone(cls, adapter: str) -> bool:
+        """Whether the backbone's weights change, with an adapter of that kind."""
+        return cls.trains() and (adapter == "none" or cls.updates_both)
+
+    @classmethod
+    def perturbed(cls, adapted: AdaptedModel, keys: Keys) -> dict[str, Tensor]:
+        """The parameters that zeroth-order steps update, by name: of the backbone, those that the keys zo_* choose."""
+        if not cls.zeroth_order:
+            return {}
+        if adapted.adapters and not cls.updates_both:
+            return adapted.adapter_parameters(cls.adapters[0])
+        if any(isinstance(module, ParamWrapper) for module in adapted.model.modules()):
+            raise ZofoError(
+                "this LoRA config targets parameters that are no modules (fused experts), whose adapter writes the "
+                "backbone in each forward: give target_modules that are linear layers, such as q_proj and v_proj"
+            )
+        return select(adapted.base, adapted.movable, keys.zo_parameters or (), keys.zo_exclude or (), keys.zo_layers)
+
+    @classmethod
+    @abstractmethod
+    def streams(cls, keys: Keys) -> dict[str, Stream]:
+        """The batches of one iteration."""
+
+    @classmethod
+    @abstractmethod
+    def work(cls, keys: Keys) -> Work:
+        """What a step consists of, on average over a run."""
+
+    @abstractmethod
+    def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        """Prepares iteration `number`, from 0, at `progress` in [0, 1) of the run; "loss" is among what it returns.
+
+        Raises:
+            NonFiniteLossError: if a loss is not finite.
+        """
+
+    @abstractmethod
+    def skip(self) -> None:
+        """Forgets what `step` prepared, so that the optimizer's next step changes nothing."""
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """Those to log beside the trainer's own, by name."""
+        return {}
+
+
+def batches(micro: Sequence[Bundle], stream: str, index: int = 0) -> list[Batch]:
+    """Batch `index` of a stream from every micro-step; none where the stream gives none."""
+    return [bundle[stream][index] for bundle in micro if bundle[stream]]

@@ -1,0 +1,108 @@
+"""What every method's class says of itself is what its steps do."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from plain import make_trainer, moved, weights
+from zofo import ZOFOConfig, ZofoError
+from zofo.methods import METHODS, levels
+from zofo.methods.method import Work
+from zofo.zo.optimizers import JointOptimizer, ZerothOrderOptimizer
+
+# A row for every method: the adapters that it is tried with.
+ADAPTERS = {
+    "bilevel": ("lora", "prompt"),
+    "zo": ("none", "lora"),
+    "fo": ("none", "lora"),
+    "two_stage": ("lora",),
+    "none": ("none",),
+}
+CASES = [(name, adapter) for name, adapters in ADAPTERS.items() for adapter in adapters]
+TRAINED = [case for case in CASES if METHODS[case[0]].trains()]
+
+
+def test_every_method_has_its_row_and_says_what_it_does():
+    assert ADAPTERS.keys() == METHODS.keys()
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.summary
+        assert method.adapters
+        assert method.trains() == (name != "none")
+
+
+@pytest.mark.parametrize(("name", "adapter"), TRAINED)
+def test_what_it_says_that_it_updates_is_updated(tmp_path, name, adapter):
+    trainer = make_trainer(tmp_path, method=name, adapter=adapter, max_steps=4)
+    method, adapted = METHODS[name], trainer.adapted
+    assert adapted.adapters == (() if adapter == "none" else method.adapters)
+    assert trainer._sizes.keys() == set(method.splits) == {s.split for s in method.streams(trainer.args).values()}
+    before = {part: weights(adapted, part) for part in ("backbone", *adapted.adapters)}
+    members = trainer.method.optimizer
+    members = members.members.values() if isinstance(members, JointOptimizer) else [members]
+    zeroth = [member for member in members if isinstance(member, ZerothOrderOptimizer)]
+    assert bool(zeroth) == method.zeroth_order
+    assert (len(members) > len(zeroth)) == method.backpropagates
+    written = {id(p) for member in zeroth for group in member.param_groups for p in group["params"]}
+    assert written == {id(p) for p in method.perturbed(adapted, trainer.args).values()}
+    trainer.train()
+    assert bool(moved(before["backbone"], weights(adapted, "backbone"))) == method.updates_backbone(adapter)
+    assert all(moved(before[part], weights(adapted, part)) for part in adapted.adapters)
+    assert (trainer.cost.backward_tokens > 0) == method.backpropagates
+
+
+@pytest.mark.parametrize("keys", [{}, {"num_perturbations": 3, "zo_estimator": "one_sided", "penalty": 0.0}])
+@pytest.mark.parametrize(("name", "adapter"), TRAINED)
+def test_its_work_is_what_its_steps_are_made_of(tmp_path, monkeypatch, name, adapter, keys):
+    done, in_levels = Counter(), {}
+    for level, kind in ((levels.Scorer, "loss"), (levels.Scorer, "losses")):
+        in_levels[kind] = vars(level)[kind]
+    monkeypatch.setattr(
+        levels.Scorer,
+        "loss",
+        lambda self, batch: done.update(backwards=torch.is_grad_enabled()) or in_levels["loss"](self, batch),
+    )
+    monkeypatch.setattr(
+        levels.Scorer,
+        "losses",
+        lambda self, batches, names: done.update(forwards=len(batches)) or in_levels["losses"](self, batches, names),
+    )
+    steps = 4
+    keys = {"gradient_accumulation_steps": 2, "two_stage_fraction": 0.5, **keys}
+    trainer = make_trainer(tmp_path, method=name, adapter=adapter, max_steps=steps, **keys)
+    members = trainer.method.optimizer
+    for member in members.members.values() if isinstance(members, JointOptimizer) else [members]:
+        zeroth = isinstance(member, ZerothOrderOptimizer)
+        member.register_step_pre_hook(
+            lambda it, *_, zeroth=zeroth: done.update(
+                zo_updates=zeroth and it.estimate is not None,
+                updates=not zeroth and any(p.grad is not None for g in it.param_groups for p in g["params"]),
+            )
+        )
+    trainer.train()
+    said = METHODS[name].work(trainer.args)
+    counted = Work(*(done[part] / steps for part in vars(said)))
+    if trainer.args.zo_estimator == "one_sided" and name == "bilevel":
+        # the losses at θ are those of p's backpropagation: one forward less than is said
+        counted = counted + Work(forwards=2)
+    assert vars(counted) == pytest.approx(vars(said))
+
+
+@pytest.mark.parametrize(("name", "adapter"), CASES)
+def test_a_run_of_it_can_be_configured_stored_and_varied(name, adapter):
+    config = ZOFOConfig(output_dir="run", use_cpu=True, method=name, adapter=adapter)
+    assert config.updates_backbone == METHODS[name].updates_backbone(adapter)
+    other = ZOFOConfig(output_dir="run", use_cpu=True, method="zo", adapter="none", zo_layers="0", zo_sparsity=0.5)
+    assert other.variant(name, adapter).method == name
+    longer = ZOFOConfig(output_dir="run", use_cpu=True, method=name, adapter=adapter, max_steps=9)
+    assert (longer.identity() == config.identity()) != METHODS[name].depends_on_length
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_that_needs_an_adapter_says_so(name):
+    if not METHODS[name].requires_adapter:
+        assert ZOFOConfig(output_dir="run", use_cpu=True, method=name, adapter="none").adapter == "none"
+        return
+    with pytest.raises(ZofoError, match=f"method {name} trains an adapter, but adapter is none"):
+        ZOFOConfig(output_dir="run", use_cpu=True, method=name, adapter="none")

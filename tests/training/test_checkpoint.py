@@ -1,0 +1,54 @@
+"""Checkpoints of older versions: what they do not know yet counts as its default; all else must be the same."""
+
+import json
+
+import pytest
+
+from plain import make_trainer, same, trained, weights
+from zofo import ZOFOConfig, ZofoError
+from zofo.config import own_keys
+from zofo.training.checkpoint import SEAL, require_same
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def older(folder, *unknown):
+    """Turns the first checkpoint of a run into one of a version that did not know some keys; returns its path."""
+    seal = folder / "checkpoint-2" / SEAL
+    content = json.loads(seal.read_text())
+    for key in unknown:
+        del content["config"][key]
+    if len(content["config"]["rows"]) == 1:  # methods without levels used to name their rows twice
+        content["config"]["rows"] *= 2
+    seal.write_text(json.dumps(content))
+    return str(folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"method": "zo", "adapter": "none"}, {"method": "fo"}, {"method": "two_stage"}], ids=str
+)
+def test_a_checkpoint_without_a_newer_key_goes_on_bit_for_bit(tmp_path, keys):
+    whole, _ = trained(tmp_path, **SAVING, **keys)
+    first = older(tmp_path, "zo_distribution", "zo_sparsity", "zo_optimizer")
+    again = make_trainer(tmp_path / "again", **SAVING, **keys)
+    again.train(resume_from_checkpoint=first)
+    for part, values in whole.items():
+        assert same(values, weights(again.adapted, part))
+
+
+def test_a_newer_key_that_is_not_at_its_default_is_refused(tmp_path):
+    trained(tmp_path, **SAVING)
+    first = older(tmp_path, "zo_distribution")
+    other = make_trainer(tmp_path / "other", **SAVING, zo_distribution="rademacher")
+    with pytest.raises(ZofoError, match=r"was written with zo_distribution = 'normal', but now it is 'rademacher'"):
+        other.train(resume_from_checkpoint=first)
+
+
+@pytest.mark.parametrize("key", [key for key in own_keys() if key not in ("overwrite_output_dir", "on_nonfinite")])
+def test_every_key_of_zofo_counts_as_its_default_where_it_is_missing(tmp_path, key):
+    current = ZOFOConfig(output_dir="run", use_cpu=True).identity()
+    if key == "upper_learning_rate":  # follows another key, so that its default says nothing
+        return
+    require_same({name: value for name, value in current.items() if name != key}, current, tmp_path)
+    with pytest.raises(ZofoError, match=f"was written with {key} = "):
+        require_same(current, {**current, key: "another"}, tmp_path)

@@ -1,0 +1,292 @@
+"""Zeroth-order rules: what every one of them must do, and what each promises by itself."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from test_estimators import Quadratic
+from test_optimizers import estimate, weights
+
+from plain import applied, make_trainer, trained
+from zofo import direction
+from zofo.zo.estimators import Estimate, Probes
+from zofo.zo.optimizers import ZerothOrderOptimizer
+from zofo.zo.rules import RULES, SGD, Automatic, Momentum, Rule, Sign
+
+# A row for every rule: the learning rate, given or found, with which it comes close to the minimum of a quadratic.
+RATES = {"sgd": (0.05, 0.02), "sign": (0.02, 0.02), "momentum": (0.05, 0.02)}
+CASES = [(name, automatic) for name in RULES for automatic in (False, True)]
+
+
+def no_more(scale, query):
+    raise AssertionError("this rule needs no further loss")
+
+
+def optimizer_of(name, automatic, parameters, **more):
+    given, eps = RATES[name]
+    rule = Automatic(RULES[name](), eps) if automatic else RULES[name]()
+    return ZerothOrderOptimizer(parameters, rule, 1.0 if automatic else given, **more)
+
+
+def walk(optimizer, x, goal, steps, first=0):
+    """Steps on |x - goal|^2 / 2, with exact projected gradients."""
+    for step in range(first, first + steps):
+        z = direction(x, 0, step)["x"]
+        projected = ((x["x"].float() - goal) * z).sum().item()
+        optimizer.propose(Estimate(0, step, (projected,)))
+        optimizer.step()
+
+
+def is_plain(state):
+    if isinstance(state, dict):
+        return all(isinstance(key, str) and is_plain(value) for key, value in state.items())
+    if isinstance(state, list | tuple):
+        return all(map(is_plain, state))
+    return state is None or isinstance(state, bool | int | float | str | torch.Tensor)
+
+
+def test_every_rule_has_its_row():
+    assert RATES.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "automatic"), CASES)
+def test_every_rule_converges_on_a_quadratic_and_keeps_dtype_and_plain_state(name, automatic, dtype):
+    x, goal = {"x": torch.zeros(4, 3, dtype=dtype)}, torch.linspace(0.5, 2.0, 12).view(4, 3)
+    optimizer, start = optimizer_of(name, automatic, x), goal.square().sum().item()
+    walk(optimizer, x, goal, 400)
+    assert is_plain(optimizer.param_groups[0]["rule_state"])
+    assert x["x"].dtype == dtype
+    assert (x["x"].float() - goal).square().sum().item() < 1e-2 * start
+
+
+@pytest.mark.parametrize(("name", "automatic"), CASES)
+def test_every_rule_goes_on_from_its_stored_state_bit_for_bit(name, automatic):
+    goal = torch.linspace(0.5, 2.0, 12).view(4, 3)
+    whole, parts = {"x": torch.zeros(4, 3)}, {"x": torch.zeros(4, 3)}
+    walk(optimizer_of(name, automatic, whole), whole, goal, 12)
+    first, second = (optimizer_of(name, automatic, parts) for _ in range(2))
+    walk(first, parts, goal, 7)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    walk(second, parts, goal, 5, first=7)
+    assert torch.equal(whole["x"], parts["x"])
+
+
+@pytest.mark.parametrize(("name", "automatic"), CASES)
+def test_a_proposal_of_any_rule_changes_nothing_until_the_step(name, automatic):
+    w = weights()
+    optimizer = optimizer_of(name, automatic, w)
+    optimizer.propose(estimate(1.0, -0.5))
+    optimizer.step()
+    before, state = copy.deepcopy(w), copy.deepcopy(optimizer.param_groups[0]["rule_state"])
+    optimizer.propose(estimate(2.0, 0.3, step=4))
+    assert optimizer.param_groups[0]["rule_state"] == state
+    optimizer.withdraw()
+    optimizer.step()
+    assert optimizer.param_groups[0]["rule_state"] == state
+    assert all(torch.equal(before[key], w[key]) for key in w)
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize(("name", "automatic"), CASES)
+def test_every_rule_keeps_large_weights_where_limits_say_so_and_adds_its_directions(name, automatic, distribution):
+    before, w, limit = weights(), weights(), 0.5
+    optimizer = optimizer_of(name, automatic, w, limits={"w": limit}, distribution=distribution)
+    scales = optimizer.propose(estimate(2.0, -0.7)).scales
+    optimizer.step()
+    added = {
+        key: sum(scale * direction(before, 1, *point, distribution)[key] for point, scale in scales.items())
+        for key in w
+    }
+    small = before["w"].abs() <= limit
+    assert torch.equal(w["w"][~small], before["w"][~small])
+    torch.testing.assert_close(w["w"][small], (before["w"] + added["w"])[small], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(w["b"], before["b"] + added["b"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "automatic"), CASES)
+def test_no_rule_moves_anything_where_the_loss_is_flat(name, automatic):
+    optimizer = optimizer_of(name, automatic, weights())
+    assert optimizer.propose(estimate(0.0, 0.0)).size == 0.0
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_key_chooses_the_rule_of_a_run(tmp_path, name):
+    found, trainer = trained(tmp_path, method="zo", adapter="none", zo_optimizer=name, zo_learning_rate=1e-3)
+    assert type(trainer.method.optimizer.rule) is RULES[name]
+    plain, _ = trained(tmp_path, method="zo", adapter="none", zo_learning_rate=1e-3)
+    assert all(torch.equal(found["backbone"][key], plain["backbone"][key]) for key in plain["backbone"]) == (
+        name == "sgd"
+    )
+
+
+# ---- what each promises
+
+
+def test_signs_are_descent_along_the_signs():
+    found, signs = weights(), weights()
+    applied(found, estimate(2.0, -0.7, 0.0), 0.01, rule=Sign())
+    applied(signs, estimate(1.0, -1.0, 0.0), 0.01)
+    assert all(torch.equal(found[key], signs[key]) for key in found)
+
+
+def test_momentum_is_that_of_torch_on_the_materialised_estimates():
+    """SGD of torch, fed with the gradients that the estimates stand for; the window holds all of them."""
+    rule, w = Momentum(decay=0.8, window=9), {"x": torch.zeros(5)}
+    mine = ZerothOrderOptimizer(w, rule, 0.1)
+    x = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    theirs = torch.optim.SGD([x], lr=0.1, momentum=0.8, dampening=0.8)
+    for step, projected in enumerate([(1.0, -2.0), (0.5, 0.1), (-3.0, 0.7), (0.2, 0.2)]):
+        mine.propose(Estimate(0, step, projected))
+        mine.step()
+        z = [direction(w, 0, step, query)["x"].double() for query in range(2)]
+        x.grad = sum(g * own for g, own in zip(projected, z, strict=True)) / 2
+        if step == 0:
+            x.grad *= 0.2  # torch starts its buffer with the whole first gradient
+        theirs.step()
+    torch.testing.assert_close(w["x"].double(), x.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_momentum_forgets_what_is_older_than_its_window():
+    rule = Momentum(decay=0.5, window=2)
+    state = rule.init()
+    for step in range(4):
+        update, state = rule.update(Estimate(0, step, (1.0,)), 1.0, state, no_more)
+    assert update.scales == {(3, 0): -0.5, (2, 0): -0.25}
+
+
+def test_an_automatic_learning_rate_moves_by_the_same_distance_under_every_rule():
+    """About 1.5 ε along each direction, summed over the steps in which the direction is added."""
+    eps, sums = 0.01, {}
+    for name, make in RULES.items():
+        rule, moved = Automatic(make(), eps), {}
+        state = rule.init()
+        for step in range(60):
+            update, state = rule.update(Estimate(0, step, (math.copysign(3.0, step % 2 - 0.5),)), 1.0, state, no_more)
+            for point, scale in update.scales.items():
+                moved[point] = moved.get(point, 0.0) + scale
+        sums[name] = abs(moved[30, 0])
+    assert sums == pytest.approx(dict.fromkeys(RULES, 1.5 * eps), rel=0.2)  # 0.9^16 is left out of momentum's
+
+
+class OnlyIfLower(SGD):
+    """Evaluates once more: takes the step only if it lowers the loss of this batch."""
+
+    def update(self, estimate, learning_rate, state, evaluate):
+        update, state = super().update(estimate, learning_rate, state, evaluate)
+        ((_, query),) = update.scales
+        lower = evaluate(update.scales[estimate.step, query], query) < evaluate(0.0, query)
+        return (update if lower else type(update)({})), state
+
+
+@pytest.mark.parametrize("rate", [0.01, 100.0])
+def test_a_rule_may_evaluate_once_more_before_it_decides(rate):
+    problem = Quadratic()
+    x = {"x": problem.theta.float()}
+    optimizer, before = ZerothOrderOptimizer(x, OnlyIfLower(), rate), x["x"].clone()
+
+    def evaluate(scale, query):
+        return problem(problem.theta + scale * problem.z(0, query))
+
+    optimizer.propose(Estimate(0, 0, Probes().project(evaluate)), evaluate)
+    optimizer.step()
+    assert torch.equal(x["x"], before) == (rate == 100.0)
+
+
+class ManySigns(Rule):
+    """Sets the estimator and the distribution: many one-sided differences along signs."""
+
+    def probes(self, asked):
+        return Probes("one_sided", asked.eps, 4, "rademacher")
+
+
+def test_a_rule_may_choose_which_losses_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(RULES, "sgd", ManySigns)
+    trainer = make_trainer(tmp_path, method="zo", adapter="none", max_steps=1)
+    before = {name: p.clone() for name, p in trainer.adapted.backbone.items()}
+    points, level = [], trainer.method._level
+    perturbed = level.perturbed
+    level.perturbed = lambda step, scale, query: points.append((scale > 0, query)) or perturbed(step, scale, query)
+    trainer.train()
+    assert points == [(False, 0), *((True, query) for query in range(4))]
+    name = next(iter(before))
+    z = torch.stack([direction(before, 42, 0, j, "rademacher")[name].flatten() for j in range(4)], dim=1)
+    moved = (trainer.adapted.backbone[name] - before[name]).flatten()
+    factors = torch.linalg.lstsq(z, moved[:, None]).solution[:, 0]
+    assert (z @ factors - moved).abs().max() < 1e-6
+
+
+# ---- the automatic learning rate
+
+
+def automatic_rates(projected, curvatures, q=1, learning_rate=1.0):
+    """The rates of `Automatic` after each estimate of a sequence, and by hand from its docstring."""
+    rule = Automatic(SGD(), eps=0.01)
+    state, found, expected = rule.init(), [], []
+    for step, h in enumerate(curvatures):
+        values = tuple(projected[step * q : step * q + q])
+        _, state = rule.update(Estimate(0, step, values, h), learning_rate, state, no_more)
+        found.append(state["rate"])
+        weights_ = [0.9**age for age in range(step, -1, -1)]
+        squares = [sum(g * g for g in projected[s * q : s * q + q]) / q for s in range(step + 1)]
+        bounds = [0.015 / math.sqrt(sum(a * b for a, b in zip(weights_, squares, strict=True)) / sum(weights_))]
+        known = sorted(abs(c) for c in curvatures[: step + 1] if c is not None)
+        if known:
+            bounds.append(0.15 / ((known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2))
+        expected.append(learning_rate * q * min(bounds))
+    return found, expected
+
+
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize(
+    "curvatures", [[None] * 6, [2.0, None, -3.0, None, None, 1.0], [900.0, 2.0, 800.0, None, 1.0, 1.0]]
+)
+def test_the_automatic_rate_is_that_of_its_formula(q, curvatures):
+    generator = torch.Generator().manual_seed(q)
+    projected = (10 * torch.randn(6 * q, generator=generator)).tolist()
+    found, expected = automatic_rates(projected, curvatures, q, learning_rate=0.5)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert len({round(math.log(rate), 6) for rate in found}) > 1
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_automatic_rate_does_not_depend_on_the_scale_of_the_loss(scale):
+    """Neither bound does: g and h both grow with the loss, and η g is what moves the weights."""
+    projected, curvatures = [3.0, -1.0, 0.2, 8.0], [50.0, 900.0, None, 10.0]
+    plain, _ = automatic_rates(projected, curvatures)
+    scaled, _ = automatic_rates([g * scale for g in projected], [h and h * scale for h in curvatures])
+    assert [rate * scale for rate in scaled] == pytest.approx(plain, rel=1e-9)
+
+
+def test_one_outlier_moves_the_weights_by_a_few_eps_only():
+    rates, _ = automatic_rates([1.0] * 50 + [1e6], [None] * 51)
+    assert rates[-2] * 1.0 == pytest.approx(0.015)
+    assert 0.045 < rates[-1] * 1e6 < 0.048
+
+
+def test_curvatures_are_forgotten_after_nine_more():
+    rates, _ = automatic_rates([1e-9] * 14, [1e6] * 5 + [1.0] * 9)
+    assert rates[0] == pytest.approx(0.15e-6)
+    assert rates[-1] == pytest.approx(0.15)
+
+
+def test_a_flat_loss_moves_nothing_and_raises_nothing():
+    rule = Automatic(SGD())
+    update, rates = rule.update(Estimate(0, 0, (0.0,)), 1.0, rule.init(), no_more)
+    assert update.size == 0.0
+    assert rates["rate"] == 0.0
+
+
+def test_curvature_is_wanted_at_first_and_then_now_and_again():
+    rule, asked = Automatic(SGD()), []
+    state = rule.init()
+    for step in range(3, 40):  # as if the first steps had been of another kind
+        wanted = rule.wants_curvature(step, state)
+        asked += [step] * wanted
+        _, state = rule.update(Estimate(0, step, (1.0,), 1.0 if wanted else None), 1.0, state, no_more)
+    assert asked == [3, 4, 5, 6, 7, 10, 20, 30]
