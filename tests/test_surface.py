@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
@@ -36,6 +38,31 @@ def test_the_command_is_installed():
 
 def test_version(capsys):
     assert said(capsys, "--version") == f"zofo {version('zofo')}\n" == f"zofo {zofo.__version__}\n"
+
+
+_QUICK = """
+import sys
+from zofo.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+print(status, sorted({"torch", "transformers", "datasets", "peft"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["--help"], 0), (["--version"], 0), ([], 0), (["trian"], 2), (["eval", "--help"], 0)]
+)
+def test_what_needs_no_library_imports_none(words, status):
+    found = subprocess.run([sys.executable, "-c", _QUICK, *words], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == f"{status} []"
+
+
+def test_public_names_are_there_in_a_fresh_process():
+    read = "import sys, zofo; assert 'torch' not in sys.modules; print(*(getattr(zofo, n) for n in zofo.__all__))"
+    found = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True)
+    assert "zofo.training.trainer.ZOFOTrainer" in found.stdout
 
 
 def test_tasks_lists_every_task_with_its_metric_and_source(capsys):
