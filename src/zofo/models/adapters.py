@@ -85,6 +85,15 @@ class AdaptedModel:
         if self._peft is not None and self._peft.active_adapter != adapter:
             self._peft.set_adapter(adapter)
 
+    @contextmanager
+    def deployed_after(self) -> Generator[None]:
+        """After the block, also after an exception in it, forwards go through the adapter that is deployed."""
+        try:
+            yield
+        finally:
+            for adapter in self.adapters[:1]:
+                self.use(adapter)
+
     @property
     def mixes(self) -> bool:
         """Whether the rows of one batch can use different adapters; the first call runs a tiny forward pass."""

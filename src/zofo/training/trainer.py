@@ -240,9 +240,10 @@ class ZOFOTrainer(Trainer):
     def score(self, rows: Sequence[Example]) -> dict[str, dict[str, float]]:
         """{adapter: {metric, loss, rows}}; a model without adapters counts as `upper`, which is what is deployed."""
         scores: dict[str, dict[str, float]] = {}
-        for adapter in self.adapted.adapters or (UPPER,):
-            self.adapted.use(adapter)
-            scores[adapter] = self._evaluate_rows(rows)
+        with self.adapted.deployed_after():
+            for adapter in self.adapted.adapters or (UPPER,):
+                self.adapted.use(adapter)
+                scores[adapter] = self._evaluate_rows(rows)
         return scores
 
     def score_backbone(self, rows: Sequence[Example]) -> dict[str, float]:
@@ -276,7 +277,8 @@ class ZOFOTrainer(Trainer):
                 logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
         if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with self.adapted.deployed_after():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _is_finished(self, folder: str) -> bool:
         """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
