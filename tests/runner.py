@@ -85,12 +85,37 @@ def _before_rotation(step):
     trainer.rotate_checkpoints = rotate
 
 
+def _in_final_save(step):
+    """With what was learned in the hidden folder, and no seal on it."""
+    whole = trainer.ZOFOTrainer.save_final
+
+    def save(self, folder, home):
+        whole(self, folder, home)
+        _die()
+
+    trainer.ZOFOTrainer.save_final = save
+
+
+def _between_renames(step):
+    """With some of the final parts in their places, and the others still in the hidden folder."""
+    whole = os.replace
+
+    def replace(source, target):
+        if ".zofo.new" in str(source) and str(target).endswith("/upper"):
+            _die()
+        whole(source, target)
+
+    os.replace = replace
+
+
 _MOMENTS = {
     "in_step": _in_step,
     "writing_weights": _writing_weights,
     "writing_optimizer": _writing_optimizer,
     "before_seal": _before_seal,
     "before_rotation": _before_rotation,
+    "in_final_save": _in_final_save,
+    "between_renames": _between_renames,
 }
 
 

@@ -1,5 +1,7 @@
 """The configuration itself: what it refuses in Python too, what it stores, and what a resumed run must share."""
 
+import dataclasses
+
 import pytest
 
 from zofo import ZOFOConfig
@@ -91,8 +93,10 @@ def test_the_command_line_wins_over_a_stored_configuration(tmp_path, stored, giv
     assert apart["upper_learning_rate"] == 3e-2
 
 
-def test_a_secret_is_not_stored():
-    assert "hf_secret" not in str(config(method="zo", hub_token="hf_secret").resolved())
+def test_a_secret_is_neither_taken_nor_told():
+    with pytest.raises(ZofoError, match=r"hub_token is given, but has no effect in zofo") as refusal:
+        config(method="zo", hub_token="hf_secret")
+    assert "hf_secret" not in str(refusal.value)
 
 
 def test_autocast_by_the_settings_of_accelerate_is_refused(monkeypatch):
@@ -123,3 +127,123 @@ def test_a_rate_that_is_neither_is_refused():
     for make in (lambda: config(zo_learning_rate="fast"), lambda: parse_config(None, ["--zo_learning_rate", "fast"])):
         with pytest.raises(ZofoError, match=r"zo_learning_rate.*fast"):
             make()
+
+
+WITHOUT_EFFECT = {
+    "label_smoothing_factor": 0.3, "train_sampling_strategy": "group_by_length", "dataloader_drop_last": True,
+    "auto_find_batch_size": True, "torch_compile": True, "optim_target_modules": "all-linear", "bf16_full_eval": True,
+    "fp16_full_eval": True, "do_train": True, "do_eval": True, "do_predict": True, "ignore_data_skip": True,
+    "use_liger_kernel": True, "fsdp": "full_shard", "push_to_hub": True, "hub_model_id": "a/b",
+    "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 3}}, "include_for_metrics": ["inputs"],
+    "eval_accumulation_steps": 2, "torch_empty_cache_steps": 2, "ddp_timeout": 5, "use_cache": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), WITHOUT_EFFECT.items())
+def test_a_key_that_nothing_reads_is_refused_by_name(key, value):
+    with pytest.raises(ZofoError, match=f"{key} is given, but has no effect in zofo: "):
+        config(method="fo", **{key: value})
+
+
+def test_the_defaults_of_transformers_pass_and_a_configuration_can_be_copied():
+    from transformers import TrainingArguments
+
+    plain = TrainingArguments(output_dir="run", use_cpu=True)
+    fields = {f.name: vars(plain)[f.name] for f in dataclasses.fields(plain) if f.init}
+    assert ZOFOConfig(**fields, method="fo").notices() == []
+    first = config(method="bilevel", eval_steps=5)
+    assert dataclasses.replace(first, seed=1).identity() == {**first.identity(), "seed": 1}
+
+
+def test_do_train_false_is_refused_where_somebody_wrote_it():
+    with pytest.raises(ZofoError, match="do_train is given, but has no effect in zofo: zofo train always trains"):
+        parse_config(None, ["--do_train", "false"])
+
+
+def test_keys_of_another_method_are_named_in_one_line():
+    words = ["--method", "fo", "--lower_steps", "2", "--zo_learning_rate", "auto", "--learning_rate", "1e-3"]
+    assert parse_config(None, words).notices() == ["not used by fo: zo_learning_rate, lower_steps"]
+    assert config(method="fo", lower_steps=2).notices() == ["not used by fo: lower_steps"]
+    assert config(method="bilevel", lower_steps=2).notices() == []
+
+
+def test_keys_that_wait_for_another_key_are_named():
+    assert "without chat_template" in config(method="fo", system_prompt="Be brief.").notices()[0]
+    assert "warmup_steps" in config(method="fo", warmup_steps=5).notices()[0]
+    assert config(method="fo", warmup_steps=5, lr_scheduler_type="linear").notices() == []
+
+
+def test_the_names_of_mezo_count_for_zo_on_the_backbone_alone():
+    taken = config(method="zo", adapter="none", learning_rate=1e-6, weight_decay=0.5)
+    plain = config(method="zo", adapter="none", zo_learning_rate=1e-6, zo_weight_decay=0.5)
+    assert taken.identity() == plain.identity()
+    assert taken.notices() == [
+        "learning_rate is taken as zo_learning_rate: 1e-06", "weight_decay is taken as zo_weight_decay: 0.5"
+    ]  # fmt: skip
+    both = config(method="zo", adapter="none", learning_rate=1e-6, zo_learning_rate="auto")
+    assert (both.zo_learning_rate, both.notices()) == ("auto", ["not used by zo: learning_rate"])
+    assert config(method="zo", adapter="none").zo_learning_rate == "auto"
+    assert config(method="zo", adapter="lora", learning_rate=1e-6).zo_learning_rate == "auto"
+    assert config(learning_rate=1e-2).variant("zo", "none").zo_learning_rate == "auto"
+    words = ["--method", "zo", "--adapter", "none", "--learning_rate", "1e-3"]
+    assert parse_config(None, words).zo_learning_rate == 1e-3  # also where it is the default of the other key
+
+
+def test_an_item_of_a_list_sets_no_other_key(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text('zo_parameters: [attention, "--seed", "3"]\nzo_exclude: ["--penalty", 7]\noutput_dir: run')
+    found = parse_config(file, [])
+    assert (found.zo_parameters, found.zo_exclude) == (["attention", "--seed", "3"], ["--penalty", "7"])
+    assert (found.seed, found.penalty) == (42, 1.0)
+
+
+def test_numbers_inside_of_mappings_are_numbers(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\nsave_strategy: no\n")
+    found = parse_config(file, [])
+    assert found.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert found.save_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs"),
+    [
+        ("cosine_with_min_lr", {"min_rl": 1e-5}),
+        ("cosine_with_min_lr", None),
+        ("cosine_with_min_lr", {"min_lr": "low"}),
+        ("warmup_stable_decay", None),
+        ("constant", {"min_lr": 1e-5}),
+        ("linear", "../.."),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_at_once(kind, kwargs):
+    with pytest.raises(ZofoError, match="lr_scheduler_kwargs"):
+        config(method="fo", lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, max_steps=10)
+
+
+@pytest.mark.parametrize("value", ["beta1=7", "nonsense"])
+def test_arguments_that_the_optimizer_does_not_read_are_refused(value):
+    with pytest.raises(ZofoError, match="optim_args"):
+        config(method="fo", optim="adamw_torch", optim_args=value)
+    assert config(method="fo", optim="sgd", optim_args="momentum=0.9").optim_args == "momentum=0.9"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1 << 32), ("data_seed", 1 << 32), ("seed", 10**400), ("lower_steps", 10**12), ("lower_steps", 10**7),
+        ("num_perturbations", 10**12), ("gradient_accumulation_steps", 10**8), ("dataloader_num_workers", 10**6),
+        ("max_steps", 10**400), ("lower_steps", "3"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_can_use_are_refused(key, value):
+    with pytest.raises(ZofoError, match=key):
+        config(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["adapter", "seed", "method"])
+def test_a_blank_key_is_not_guessed(tmp_path, key):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{key}:\ndata_seed:\n")
+    with pytest.raises(ZofoError, match=f"{key} is blank: "):
+        parse_config(file, [])

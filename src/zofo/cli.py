@@ -76,6 +76,8 @@ def _run(arguments: list[str]) -> int:
     report = vars(options).get("output") if options.takes_keys else None
     if report and report.exists():
         raise ZofoError(f"{report} exists already and is not overwritten: give a new file")
+    if report and not report.absolute().parent.is_dir():
+        raise ZofoError(f"output is {report}, but there is no folder {report.parent}: make it, or give another file")
     # before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -167,7 +169,7 @@ def _train(options: argparse.Namespace, keys: list[str]) -> None:
 
     config = parse_config(options.config, keys)
     _quiet_libraries()
-    train(config, _say)
+    train(config, _say, options.config)
     _say(f"run folder: {config.output_dir}")
 
 
@@ -185,8 +187,10 @@ def _estimate(options: argparse.Namespace, keys: list[str]) -> None:
 def _eval(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands.eval import Manner, eval_config, evaluate_model, settings_of
     from zofo.commands.harness import evaluate_with_harness
+    from zofo.training.folder import settle_parts
 
     _quiet_libraries()
+    settle_parts(options.model, options.adapter)
     manner = Manner(options.template, options.shots, options.scoring, options.split, options.batch_size)
     report: dict[str, Any] = {"model": options.model, "adapter": options.adapter}
     if options.harness:
@@ -242,7 +246,8 @@ def _note(line: str) -> None:
 
 def _write(report: Any, file: Path | None) -> None:
     if file:
-        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        with open(file, "x", encoding="utf-8") as new:  # what another process has written meanwhile stays
+            new.write(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

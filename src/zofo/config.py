@@ -1,37 +1,49 @@
 """`ZOFOConfig`: what goes together, what is stored, what a resumed run must share; and its parser."""
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
-from zofo.errors import ZofoError, did_you_mean
-from zofo.keys import AUTO, POSITIVE, Keys, field
+from zofo import parse
+from zofo.errors import ZofoError, did_you_mean, first_line
+from zofo.keys import AUTO, POSITIVE, Keys, field, numbers, require_honoured
 from zofo.methods import METHODS, Method
-from zofo.models.peft import KINDS
+from zofo.methods.settings import (
+    name_of,
+    require_few_batches,
+    require_optim_args,
+    require_schedule,
+    require_single_process,
+)
+from zofo.models.peft import KINDS, require_fresh, require_start
 
 _INHERITED_IDENTITY = (
     "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
-    "lr_scheduler_kwargs", "optim_args",
+    "lr_scheduler_kwargs", "optim_args", "neftune_noise_alpha",
 )  # fmt: skip
 _CHECKPOINTING = tuple(f"{name}_checkpointing{rest}" for name in ("activation", "gradient") for rest in ("", "_kwargs"))
 _TIMELESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
 _FREE = ("overwrite_output_dir", "on_nonfinite")
 _CHOOSING = ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity")
+_PATHS = ("model", "task", "adapter", "adapter_init", "source", "data")
 
 
 @dataclass
 class ZOFOConfig(Keys):
-    """Everything that decides a run. `max_steps` counts outer iterations; every key of `TrainingArguments` works too.
+    """Everything that decides a run. `max_steps` counts outer iterations; keys of `TrainingArguments` work too.
+
+    Args:
+        given: the names of the keys that somebody wrote; if not given, those that differ from their defaults.
 
     Raises:
         ZofoError: if a value cannot be used, before any work.
@@ -44,20 +56,30 @@ class ZOFOConfig(Keys):
     """
 
     method: str = field(
-        "bilevel", "update rule: bilevel, zo (MeZO), fo (PEFT or full), two_stage, none", choices=[*METHODS]
+        "bilevel", f"update rule: {', '.join(METHODS)}; zo is MeZO, fo PEFT or full", choices=[*METHODS]
     )
 
-    def __post_init__(self) -> None:
+    given: InitVar[Collection[str] | None] = None
+
+    def __post_init__(self, given: Collection[str] | None) -> None:
         """Checks the keys, then lets `TrainingArguments` check its own."""
         if self.method not in METHODS:
             raise ZofoError(f"method is {self.method!r}, but must be one of {', '.join(METHODS)}")
-        if self.upper_learning_rate is None:
-            self.upper_learning_rate = self.learning_rate
+        different = [f.name for f in dataclasses.fields(self) if f.init and not _is_default(f, vars(self)[f.name])]
+        self._given = frozenset(different if given is None else given)
+        self._notices: list[str] = []
+        require_honoured({key: vars(self)[key] for key in self._given}, stated=given is not None)
+        self._settle_learning_rates()
         self.require_bounds()
         if self.max_steps != -1:
             POSITIVE.require("max_steps", self.max_steps)
         if not self.method_class.trains():
             self.adapter = "none"  # an adapter that is never trained would only be in the way
+        elif self.adapter_init:
+            require_start(self.adapter_init, self.adapter if "adapter" in self._given else None)
+            self.adapter = self.adapter_init
+        elif not self.resume_from_checkpoint:  # which brings the weights
+            require_fresh(self.adapter)
         self._check_zo_learning_rate()
         self._check_selection()
         if str(self.eval_strategy) == "no" and self.eval_steps:
@@ -68,7 +90,20 @@ class ZOFOConfig(Keys):
             super().__post_init__()
         except (ValueError, TypeError) as error:
             raise ZofoError(" ".join(str(error).split())) from error
-        self._check_launch()
+        self.do_eval = False  # transformers sets it, and nothing reads it
+        require_single_process(self)
+        self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
+        require_few_batches(self, sum(stream.batches for stream in self.method_class.streams(self).values()))
+        self.activation_checkpointing_kwargs = numbers(self.activation_checkpointing_kwargs)
+        options: Any = self.activation_checkpointing_kwargs or {}
+        if self.activation_checkpointing and options.get("use_reentrant"):
+            raise ZofoError("use_reentrant: true loses the gradients of an adapter on a frozen backbone: leave it out")
+        self.lr_scheduler_kwargs = numbers(self.lr_scheduler_kwargs)
+        first_order = self.method_class.backpropagates
+        rate = self.learning_rate if first_order else self.zo_learning_rate
+        require_schedule(self, rate if isinstance(rate, float) else 1.0)
+        if first_order and self.optim_args:
+            require_optim_args(self)
 
     @property
     def method_class(self) -> type[Method]:
@@ -85,22 +120,34 @@ class ZOFOConfig(Keys):
         """Of the order of the rows: `data_seed`, or `seed` if it is not given."""
         return self.seed if self.data_seed is None else self.data_seed
 
-    def _check_launch(self) -> None:
-        """Refuses what launchers and accelerate's settings ask for beside the keys."""
-        if self.world_size > 1:
-            raise ZofoError(
-                f"this is one of {self.world_size} processes, but a run is a single one: start zofo without torchrun "
-                "or accelerate launch"
-            )
-        if self.mixed_precision != "no":
-            raise ZofoError(
-                f"accelerate's settings switch autocast on (mixed_precision: {self.mixed_precision}), which zofo does "
-                "not use: start zofo without accelerate launch, and set dtype"
-            )
-        self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
-        options: Any = self.activation_checkpointing_kwargs or {}
-        if self.activation_checkpointing and options.get("use_reentrant"):
-            raise ZofoError("use_reentrant: true loses the gradients of an adapter on a frozen backbone: leave it out")
+    def notices(self) -> list[str]:
+        """A line for each reason why a key that was given does nothing in this run, or another thing than it says."""
+        used = self.method_class.keys_used
+        idle = [name for name in _field_names() if name in self._given & (_method_keys() - used)]
+        notices = [*self._notices, f"not used by {self.method}: {', '.join(idle)}"] if idle else [*self._notices]
+        if self.warmup_steps and self.method_class.trains() and name_of(self.lr_scheduler_type) == "constant":
+            notices.append("not used by lr_scheduler_type constant: warmup_steps (constant_with_warmup has it)")
+        if self.system_prompt and not self.chat_template:
+            notices.append("not used without chat_template: system_prompt")
+        return notices
+
+    def _settle_learning_rates(self) -> None:
+        """What is not given follows another key; MeZO's own names count where nothing else could be meant."""
+        if self.zo_learning_rate is None:
+            self.zo_learning_rate = AUTO
+            alone = self.method_class.zeroth_order and not self.method_class.backpropagates and self.updates_backbone
+            if alone and "learning_rate" in self._given:
+                self._rename("learning_rate", "zo_learning_rate")
+                if "weight_decay" in self._given and not self.zo_weight_decay:
+                    self._rename("weight_decay", "zo_weight_decay")
+        if self.upper_learning_rate is None:
+            self.upper_learning_rate = self.learning_rate
+
+    def _rename(self, key: str, meant: str) -> None:
+        values, defaults = vars(self), {f.name: f.default for f in dataclasses.fields(self)}
+        values[meant], values[key] = values[key], defaults[key]
+        self._given = (self._given - {key}) | {meant}
+        self._notices.append(f"{key} is taken as {meant}: {values[meant]}")
 
     def _settle_checkpointing(self) -> None:
         """One meaning under both names; transformers would warn of the shorter one, which most people know."""
@@ -120,8 +167,8 @@ class ZOFOConfig(Keys):
                 )
             return
         try:
-            self.zo_learning_rate = float(self.zo_learning_rate)
-        except ValueError as error:
+            self.zo_learning_rate = float(cast(Any, self.zo_learning_rate))
+        except (ValueError, TypeError) as error:
             raise ZofoError(f"zo_learning_rate is {self.zo_learning_rate!r}, but must be a number or auto") from error
         POSITIVE.require("zo_learning_rate", self.zo_learning_rate)
 
@@ -156,6 +203,8 @@ class ZOFOConfig(Keys):
         """The same run by another method, without the keys that do not count for it."""
         if (method, adapter) != (self.method, self.adapter):
             more = {**dict.fromkeys(_CHOOSING[:3]), "zo_sparsity": 0.0, "zo_weight_decay": 0.0, **more}
+        if adapter != self.adapter:
+            more = {"adapter_init": None, **more}
         return dataclasses.replace(self, method=method, adapter=adapter, **more)
 
     def identity(self) -> dict[str, Any]:
@@ -175,9 +224,10 @@ class ZOFOConfig(Keys):
             value = value.value if isinstance(value, Enum) else value
             if own.name in (*_MANNER, *_CHECKPOINTING, *followed) or not own.init:
                 continue
-            if own.name.endswith("_token"):  # a secret
+            idle = own.name not in self.method_class.keys_used and own.name in _method_keys()
+            if _is_default(own, value) and (idle or own.name not in own_keys()):
                 continue
-            if (own.name in own_keys() or value != own.default) and _plain(value):
+            if _plain(value):
                 kept[own.name] = _anywhere(own.name, value)
         if self.activation_checkpointing:  # by the name that people give it: two would contradict each other
             kept["gradient_checkpointing"] = True
@@ -191,7 +241,18 @@ def identity_of_before(stored: Mapping[str, Any]) -> dict[str, Any]:
 
     So a key that is added later never makes an older run impossible to resume.
     """
-    return {**{f.name: _as_json(f.default) for f in dataclasses.fields(ZOFOConfig) if f.name in own_keys()}, **stored}
+    defaults = {f.name: _as_json(f.default) for f in dataclasses.fields(ZOFOConfig) if f.name in own_keys()}
+    return {**defaults, "zo_learning_rate": AUTO, **stored}
+
+
+def _is_default(key: dataclasses.Field[Any], value: Any) -> bool:
+    default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+    return value == default or (key.name, value) == ("zo_learning_rate", AUTO)
+
+
+def _method_keys() -> frozenset[str]:
+    """The keys that count for some methods only."""
+    return frozenset[str]().union(*(method.keys_used for method in METHODS.values()))
 
 
 def _as_json(value: Any) -> Any:
@@ -200,11 +261,15 @@ def _as_json(value: Any) -> Any:
 
 def _anywhere(key: str, value: Any) -> Any:
     """A path among the values as an absolute one, so that a run can be repeated from any folder."""
-    if key not in ("model", "task", "adapter", "source", "data") or not isinstance(value, str):
+    if key not in _PATHS or not isinstance(value, str):
         return value
     path = Path(value).expanduser()
     is_path = path.suffix in (".yaml", ".yml", ".json", ".gguf") or (key == "model" and path.is_dir())
-    is_path = is_path or key in ("source", "data") or (key == "adapter" and path.is_dir() and value not in KINDS)
+    is_path = (
+        is_path
+        or key in ("source", "data", "adapter_init")
+        or (key == "adapter" and path.is_dir() and value not in KINDS)
+    )
     return str(path.resolve()) if is_path and path.exists() else value
 
 
@@ -246,68 +311,80 @@ def parse_config(
     for name in (_key_name(word) for word in arguments if known and word.startswith("--")):
         if name not in known:
             raise ZofoError(f"unknown option --{name}: {did_you_mean(name, known, 'see --help')}")
-    tokens = [*(_tokens(stored) if stored else ()), *arguments]
-    config, rest = _Parser(ZOFOConfig, allow_abbrev=False, add_help=False).parse_args_into_dataclasses(  # pyright: ignore[reportArgumentType]
-        tokens, return_remaining_strings=True
-    )
-    if rest:
-        _refuse_unknown(_key_name(rest[0]), "", _field_names())
-    return config
+    parser = _Parser(cast(Any, ZOFOConfig), allow_abbrev=False, add_help=False)
+    values = {**(parser.stored(stored) if stored else {}), **parser.words(arguments)}
+    return ZOFOConfig(**values, given=frozenset(values))
 
 
 _ARGUMENT = re.compile(r"argument --(\w+)(?:/--[\w-]+)?: ")
+_NESTED = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 
 
 class _Parser(HfArgumentParser):
-    def _get_value(self, action: Any, arg_string: str) -> Any:
-        """As argparse, but one key may be a number or a word, which `ZOFOConfig` checks."""
-        return arg_string if action.dest == "zo_learning_rate" else super()._get_value(action, arg_string)
+    """Reads values from words of a command line, or from YAML; both are checked alike, and only what is given counts.
+
+    Values of YAML never become words: an item of a list may begin with `--`.
+    """
+
+    def words(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The keys on a command line."""
+        for action in self._actions:
+            action.default = SUPPRESS
+        found, rest = self.parse_known_args(list(arguments))
+        if rest:
+            _refuse_unknown(_key_name(rest[0]), "", _field_names())
+        return vars(found)
+
+    def stored(self, stored: Path | Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of a YAML file, or of its content, where a key without a value is like no key."""
+        where, content = (f"{stored}: ", _read_config(stored)) if isinstance(stored, Path) else ("", stored)
+        defaults = {f.name: f.default for f in dataclasses.fields(ZOFOConfig)}
+        values: dict[str, Any] = {}
+        for key, value in content.items():
+            if key not in _field_names():
+                _refuse_unknown(str(key), where, _field_names())
+            if value is not None:
+                values[key] = self._value(key, value, where)
+            elif where and key == "adapter":
+                values[key] = ""  # refused, with what can be written
+            elif where and defaults[key] is not None:
+                raise ZofoError(f"{where}{key} is blank: give a value, or leave it out for {defaults[key]}")
+        return values
+
+    def _value(self, key: str, value: Any, where: str) -> Any:
+        action = self._option_string_actions[f"--{key}"]
+        if isinstance(value, dict) and key in _NESTED:
+            return cast(Any, value)
+        listed: list[Any] = value if isinstance(value, list) else [value]
+        several = action.nargs == "+" or key == "report_to"
+        if (not several and len(listed) != 1) or any(isinstance(item, dict | list | None) for item in listed):
+            raise ZofoError(f"{where}{key} is {value}, but takes {'a list of words' if several else 'one value'}")
+        made = [self._one(action, item, where) for item in listed]
+        return made if several else made[0]
+
+    def _one(self, action: Any, value: Any, where: str) -> Any:
+        word = "no" if value is False and action.type is not string_to_bool else str(value)  # YAML reads no as false
+        try:
+            made = self._get_value(action, word)
+            self._check_value(action, made)
+        except ArgumentError as error:
+            raise ZofoError(where + _ARGUMENT.sub(r"\1: ", str(error))) from error
+        return made
 
     def error(self, message: str) -> Any:
         raise ZofoError(_ARGUMENT.sub(r"\1: ", message))
 
 
-def _tokens(stored: Path | Mapping[str, Any]) -> list[str]:
-    """A YAML file or its content as command-line tokens, so that all are checked by the same parser."""
-    where, content = (f"{stored}: ", read_yaml(stored)) if isinstance(stored, Path) else ("", stored)
-    tokens: list[str] = []
-    for key, value in content.items():
-        if key not in _field_names():
-            _refuse_unknown(str(key), where, _field_names())
-        if value is None:
-            continue
-        if isinstance(value, list) and len(value) != 1 and not _takes_lists(key):
-            raise ZofoError(f"{where}{key} is {value}, but takes one value")
-        tokens += [f"--{key}", *_words(value)]
-    return tokens
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The content of a config file."""
+def _read_config(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = parse.read_yaml(file, str(file))
     except FileNotFoundError as error:
         raise ZofoError(f"there is no config file {file}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ZofoError(f"cannot read the config file {file}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ZofoError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ZofoError(f"cannot read the config file {file}: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ZofoError(f"{file} is no config: it must hold lines like `learning_rate: 1e-3`")
-    return content
-
-
-def _words(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [json.dumps(value)]
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [str(value)]
-
-
-def _takes_lists(key: str) -> bool:
-    declared = next(str(f.type) for f in dataclasses.fields(ZOFOConfig) if f.name == key)
-    return "list" in declared or "Any" in declared
+    return cast("dict[str, Any]", content)
 
 
 def _field_names() -> list[str]:

@@ -6,10 +6,13 @@ resumed run must share. What goes together is checked in `config.py`.
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from zofo.errors import ZofoError
 from zofo.models.load import DType
@@ -30,7 +33,7 @@ class Bounds:
         >>> Bounds(above=0, below=1).require("zo_sparsity", 1.0)
         Traceback (most recent call last):
         ...
-        zofo.errors.ZofoError: zo_sparsity is 1.0, but must be greater than 0 and less than 1
+        zofo.errors.ZofoError: zo_sparsity is 1.0, but must be less than 1
     """
 
     above: float | None = None
@@ -41,19 +44,24 @@ class Bounds:
         """Refuses a value outside, or one that is not finite."""
         if value is None:
             return
-        if not math.isfinite(value):
+        if isinstance(value, bool | str):
+            raise ZofoError(f"{key} is {value!r}, but must be a number")
+        if isinstance(value, float) and not math.isfinite(value):
             raise ZofoError(f"{key} is {value}, but must be a finite number")
         limits = {
             f"greater than {self.above}": self.above is None or value > self.above,
             f"at least {self.at_least}": self.at_least is None or value >= self.at_least,
             f"less than {self.below}": self.below is None or value < self.below,
         }
-        if not all(limits.values()):
-            words = " and ".join(limit for limit in limits if "None" not in limit)
-            raise ZofoError(f"{key} is {value}, but must be {words}")
+        for limit, kept in limits.items():
+            if not kept:
+                raise ZofoError(f"{key} is {value}, but must be {limit}")
 
 
-POSITIVE, NOT_NEGATIVE, FRACTION = Bounds(above=0), Bounds(at_least=0), Bounds(above=0, below=1)
+_MOST = 1 << 31  # what counters of the libraries hold, and more than any run uses
+POSITIVE, NOT_NEGATIVE = Bounds(above=0, below=_MOST), Bounds(at_least=0, below=_MOST)
+FRACTION = Bounds(above=0, below=1)
+_SEED = Bounds(at_least=0, below=1 << 32)  # of NumPy's generators
 Rate = Annotated[float, NOT_NEGATIVE]
 Count = Annotated[int, POSITIVE]
 
@@ -64,8 +72,89 @@ _INHERITED = {
          "eval_steps", "num_train_epochs"),
         POSITIVE,
     ),
-    **dict.fromkeys(("weight_decay", "seed", "data_seed", "max_grad_norm"), NOT_NEGATIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay"), NOT_NEGATIVE),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    "dataloader_num_workers": Bounds(at_least=0, below=257),  # each one is a process
 }  # fmt: skip
+
+# Which keys count for whom; every method's class puts its own together.
+STEP_KEYS = frozenset((
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init",
+))  # fmt: skip
+FIRST_ORDER_KEYS = frozenset((
+    "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "neftune_noise_alpha",
+))  # fmt: skip
+ZEROTH_ORDER_KEYS = frozenset((
+    "zo_learning_rate", "zo_eps", "num_perturbations", "zo_estimator", "zo_optimizer", "zo_weight_decay",
+    "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity", "zo_distribution",
+))  # fmt: skip
+COUPLING_KEYS = frozenset((
+    "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_fraction",
+))  # fmt: skip
+STAGE_KEYS = frozenset(("two_stage_fraction",))
+
+# What zofo honours of `TrainingArguments` beside the keys above; nothing reads the others.
+_HONOURED = STEP_KEYS | FIRST_ORDER_KEYS | frozenset((
+    "output_dir", "resume_from_checkpoint", "seed", "data_seed", "full_determinism", "use_cpu", "tf32",
+    "dataloader_num_workers", "dataloader_pin_memory", "bf16", "fp16",  # the last two have an error of their own
+    "logging_strategy", "logging_steps", "logging_first_step", "log_level", "disable_tqdm", "report_to", "run_name",
+    "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint",
+))  # fmt: skip
+_DONE_ANYWAY = ("do_train", "do_eval", "do_predict")  # whatever their value
+_SETTLED: dict[str, Any] = {"debug": [], "accelerator_config": AcceleratorConfig()}  # defaults after __post_init__
+_INSTEAD = {
+    "do_train": "zofo train always trains; method: none does not",
+    "do_eval": "give eval_steps to evaluate during a run",
+    "do_predict": "zofo train always scores the test rows at the end",
+    "bf16_full_eval": "set dtype: bfloat16",
+    "fp16_full_eval": "set dtype: float16",
+    "auto_find_batch_size": "see zofo estimate, and set per_device_train_batch_size and gradient_accumulation_steps",
+    "accelerator_config": "set gradient_accumulation_steps",
+    "ignore_data_skip": "a run that is resumed goes on with the rows that are next",
+    "push_to_hub": "upload the run folder with hf upload",
+}
+
+
+def require_honoured(given: Mapping[str, Any], stated: bool) -> None:
+    """Refuses keys of `TrainingArguments` that nothing in zofo reads, unless they are at their defaults.
+
+    `stated`: whether all of `given` was written by somebody, so that a default among it is no silence.
+    """
+    own = {f.name: f.default for f in dataclasses.fields(Keys)}
+    for inherited in dataclasses.fields(TrainingArguments):
+        name = inherited.name
+        if name in _HONOURED or name not in given:
+            continue
+        default = inherited.default
+        if inherited.default_factory is not dataclasses.MISSING:
+            default = inherited.default_factory()
+        if given[name] in (default, own[name], _SETTLED.get(name, default)) and not (stated and name in _DONE_ANYWAY):
+            continue
+        instead = _INSTEAD.get("push_to_hub" if name.startswith("hub_") else name, "leave it out")
+        raise ZofoError(f"{name} is given, but has no effect in zofo: {instead}")
+
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def numbers(value: Any) -> Any:
+    """Nested values with numbers for texts that are numbers: YAML 1.1 reads 1e-5 as a text.
+
+    Examples:
+        >>> numbers({"min_lr": "1e-5", "decay_type": "linear"})
+        {'min_lr': 1e-05, 'decay_type': 'linear'}
+    """
+    if isinstance(value, dict):
+        return {key: numbers(inner) for key, inner in cast("dict[str, Any]", value).items()}
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value) if not value.lstrip("+-").isdigit() else int(value)
+    return value
 
 
 def field(default: Any, help: str, **more: Any) -> Any:
@@ -89,13 +178,16 @@ class Keys(TrainingArguments):
     chat_template: bool = field(False, "put prompts into the model's chat format")
     system_prompt: str | None = field(None, "with chat_template: what the system says")
     adapter: str = field("lora", "adapter: lora, prefix, prompt, none, or the path of a PEFT config JSON")
+    adapter_init: str | None = field(None, "a PEFT folder: adapters of its kind, which start with its trained weights")
     learning_rate: Rate = field(1e-3, "of the lower adapter s, and of the only adapter of fo")
     upper_learning_rate: Rate | None = field(None, "of the upper adapter p; learning_rate if not given")
-    zo_learning_rate: float | str = field("auto", "of the zeroth-order level: auto, or a number")
+    zo_learning_rate: float | str | None = field(
+        None, "of the zeroth-order level: auto, or a number; auto if not given (zo with adapter none: learning_rate)"
+    )
     zo_eps: Annotated[float, POSITIVE] = field(1e-3, "ε, the scale of the perturbation; 3e-3 for bfloat16")
-    num_perturbations: Count = field(1, "q, directions per zeroth-order step")
+    num_perturbations: Annotated[int, Bounds(above=0, below=10**6)] = field(1, "q, directions per zeroth-order step")
     zo_estimator: EstimatorName = field("two_sided", "two_sided or one_sided differences")
-    zo_optimizer: RuleName = field("sgd", "rule of the zeroth-order level: sgd, sign, momentum")
+    zo_optimizer: RuleName = field("sgd", f"rule of the zeroth-order level: {', '.join(get_args(RuleName))}")
     zo_weight_decay: Rate = field(
         0.0, "decoupled weight decay of the zeroth-order level, at a given learning rate; not on biases and norms"
     )
@@ -108,7 +200,7 @@ class Keys(TrainingArguments):
     zo_sparsity: Annotated[float, Bounds(at_least=0, below=1)] = field(
         0.0, "fraction of each matrix that stays fixed: its largest weights (Sparse MeZO)"
     )
-    zo_distribution: Distribution = field("normal", "of the directions: normal or rademacher")
+    zo_distribution: Distribution = field("normal", f"of the directions: {', '.join(get_args(Distribution))}")
     penalty: Rate = field(1.0, "λ, how strongly the upper level is held to the lower level's optimum")
     penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
     normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")

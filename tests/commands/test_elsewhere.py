@@ -66,6 +66,7 @@ def as_rows(records):
 def test_a_tiny_model_scores_the_same_elsewhere(tmp_path, adapter):
     folder = write_task(tmp_path)
     keys = {"max_steps": 3, "train_size": 18, "dev_size": 6, "test_size": 10, "zo_learning_rate": 1e-2}
+    keys["per_device_train_batch_size"] = 6
     method = {"method": "bilevel", "lower_steps": 2} if adapter == "lora" else {"method": "zo"}
     config = write_config(folder, "run", **{**keys, **method, "adapter": adapter})
     assert main(["train", "--config", str(config), "--output_dir", str(folder / "run")]) == 0

@@ -60,7 +60,7 @@ def test_harness_and_own_task_agree_with_an_adapter(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(theirs))
     config = write_config(
-        tmp_path, "run", task=None, data=str(tmp_path / "rows.jsonl"), text="text", label="label", method="fo",
+        tmp_path, "run", task=None, data=str(tmp_path / "train.jsonl"), text="text", label="label", method="fo",
         adapter="lora", max_steps=3, learning_rate=0.05,
     )  # fmt: skip
     assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "run")]) == 0

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import resource
 import shutil
 import signal
@@ -91,6 +92,43 @@ def test_a_run_does_not_remove_what_it_reads(capsys, tmp_path, keys):
     for key, value in inside.items():
         line = refused(capsys, arguments(**{**keys, "overwrite_output_dir": "true", key: value}), tmp_path)
         assert f"{key} is {value}, which overwrite_output_dir would remove" in line
+
+
+BEFORE_WORK = {
+    "an unknown argument of the schedule": {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"nosuch": 1}'},
+    "a schedule without what it needs": {"lr_scheduler_type": "cosine_with_min_lr"},
+    "a number of workers that is none": {"dataloader_num_workers": -1},
+}
+
+
+@pytest.mark.parametrize("wrong", BEFORE_WORK.values(), ids=BEFORE_WORK)
+def test_what_the_libraries_cannot_make_is_one_line_and_the_old_run_stays(capsys, tmp_path, keys, wrong):
+    refused(capsys, arguments(**{**keys, "overwrite_output_dir": "true", **wrong}), tmp_path)
+
+
+def test_a_run_that_breaks_before_its_first_checkpoint_puts_back_the_old_one(tmp_path, keys, monkeypatch):
+    before = snapshot(tmp_path)
+
+    def broken(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ZOFOTrainer, "training_step", broken)
+    with pytest.raises(MemoryError):
+        main(arguments(**{**keys, "overwrite_output_dir": "true"}))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_refused_resume_changes_nothing(capsys, tmp_path, keys):
+    file = keys["output_dir"] / "checkpoint-2" / "backbone" / "config.json"
+    file.write_bytes(bytes(file.stat().st_size))
+    more = {**keys, "max_steps": 3, "resume_from_checkpoint": keys["output_dir"] / "checkpoint-2"}
+    assert "backbone/config.json is not what was written" in refused(capsys, arguments(**more), tmp_path)
+
+
+def test_the_file_given_as_config_is_not_removed(capsys, tmp_path, keys):
+    words = arguments(config=keys["output_dir"] / "config.yaml", output_dir=keys["output_dir"])
+    line = refused(capsys, [*words, "--overwrite_output_dir", "true"], tmp_path)
+    assert "config.yaml, which overwrite_output_dir would remove with the run" in line
 
 
 def test_going_on_from_elsewhere_does_not_write_over_a_run(capsys, tmp_path, keys):
@@ -334,9 +372,47 @@ def test_a_loss_that_is_not_finite_names_step_term_and_what_to_lower(
 
 @pytest.mark.parametrize("changes", [{"method": "fo", "adapter": "none"}, {"method": "fo"}], ids=["full", "lora"])
 def test_a_learning_rate_that_is_far_too_large_is_told_to_be_lowered(capsys, keys, changes):
-    line = failed(capsys, arguments(**{**without_run(keys), **changes, "learning_rate": 1e38, "max_steps": 5}))
+    line = failed(
+        capsys,
+        arguments(
+            **{
+                **without_run(keys),
+                **changes,
+                "learning_rate": 2e9,
+                "weight_decay": 1e6,
+                "save_strategy": "no",
+                "max_steps": 5,
+            }
+        ),
+    )
     assert "the training loss" in line
     assert "lower learning_rate" in line
+
+
+def test_weights_that_the_last_step_makes_infinite_are_refused_and_what_was_there_stays(
+    capsys, tmp_path, keys, monkeypatch
+):
+    whole = ZOFOTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        loss = whole(self, *args, **kwargs)
+        with torch.no_grad():
+            next(iter(self.adapted.adapter_parameters("upper").values())).fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(ZOFOTrainer, "training_step", step)
+    given = {**keys, "overwrite_output_dir": "true", "max_steps": 1}
+    for strategy in ("no", "steps"):
+        line = refused(capsys, arguments(**{**given, "save_strategy": strategy}), tmp_path)
+        assert "of upper is not finite, and is not saved: lower upper_learning_rate" in line
+
+
+def test_results_are_strict_json(keys, monkeypatch):
+    from zofo.commands.train import _strict
+
+    assert json.dumps(_strict({"a": {"loss": float("inf"), "rows": 3}, "b": float("nan")}), allow_nan=False) == (
+        '{"a": {"loss": null, "rows": 3}, "b": null}'
+    )
 
 
 def rows(text, count=8):

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from plain import make_trainer, moved, weights
+from plain import make_trainer, moved, same, trained, weights
 from zofo import ZOFOConfig, ZofoError
 from zofo.methods import METHODS, levels
 from zofo.methods.method import Work
@@ -89,6 +89,16 @@ def test_its_work_is_what_its_steps_are_made_of(tmp_path, monkeypatch, name, ada
     assert vars(counted) == pytest.approx(vars(said))
 
 
+@pytest.mark.parametrize(("name", "adapter"), TRAINED)
+def test_a_stopped_and_resumed_run_of_it_is_one_that_never_stopped_bit_for_bit(tmp_path, name, adapter):
+    keys = {"method": name, "adapter": adapter, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, _ = trained(tmp_path / "whole", **keys)
+    again = make_trainer(tmp_path / "again", **keys)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for part, values in whole.items():
+        assert same(values, weights(again.adapted, part))
+
+
 @pytest.mark.parametrize(("name", "adapter"), CASES)
 def test_a_run_of_it_can_be_configured_stored_and_varied(name, adapter):
     config = ZOFOConfig(output_dir="run", use_cpu=True, method=name, adapter=adapter)
@@ -106,3 +116,36 @@ def test_one_that_needs_an_adapter_says_so(name):
         return
     with pytest.raises(ZofoError, match=f"method {name} trains an adapter, but adapter is none"):
         ZOFOConfig(output_dir="run", use_cpu=True, method=name, adapter="none")
+
+
+OTHER = {
+    "learning_rate": 0.03, "optim": "sgd", "weight_decay": 0.3, "adam_beta1": 0.5, "max_grad_norm": 0.01,
+    "neftune_noise_alpha": 5.0, "zo_learning_rate": 0.03, "zo_eps": 0.01, "num_perturbations": 2,
+    "zo_estimator": "one_sided", "zo_optimizer": "sign", "zo_weight_decay": 0.3, "zo_distribution": "rademacher",
+    "upper_learning_rate": 0.03, "penalty": 3.0, "normalize_penalty": False, "lower_steps": 1, "lower_fraction": 0.5,
+    "two_stage_fraction": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "adapter"), TRAINED)
+def test_keys_that_it_does_not_use_change_nothing(tmp_path, name, adapter):
+    def run(**keys):
+        trainer = make_trainer(tmp_path, method=name, adapter=adapter, **keys)
+        trainer.train()
+        return {part: weights(trainer.adapted, part) for part in ("backbone", *trainer.adapted.adapters)}
+
+    unused = {key: value for key, value in OTHER.items() if key not in METHODS[name].keys_used}
+    plain, other = run(), run(**unused)
+    assert not any(moved(values, other[part]) for part, values in plain.items())
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_key_that_a_method_uses_changes_its_weights(tmp_path, key):
+    name = "two_stage" if key == "two_stage_fraction" else "bilevel"
+    assert key in METHODS[name].keys_used
+    found = []
+    for keys in ({}, {key: OTHER[key]}):
+        trainer = make_trainer(tmp_path, method=name, **keys)
+        trainer.train()
+        found.append({part: weights(trainer.adapted, part) for part in ("backbone", *trainer.adapted.adapters)})
+    assert any(moved(values, found[1][part]) for part, values in found[0].items())

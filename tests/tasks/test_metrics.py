@@ -1,5 +1,8 @@
 """The metrics follow their published definitions."""
 
+import re
+import string
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -119,3 +122,130 @@ def test_a_group_is_right_if_all_of_its_rows_are(rows):
     whole = [all(s == r for s, r, g in rows if g == group) for group in set(groups)]
     found = score("group_exact_match", said, [[r] for r in right], groups=groups)
     assert found == pytest.approx(sum(whole) / len(whole))
+
+
+def squad(text):
+    """`normalize_answer` of SQuAD v1.1's evaluate-v1.1.py."""
+    bare = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def drop(text):
+    """`_normalize_answer` of DROP's drop_eval.py."""
+
+    def number(token):
+        try:
+            return float(token)
+        except ValueError:
+            return None
+
+    parts = []
+    for token in re.split(" |-", text):
+        part = token.lower()
+        if number(part) is None:
+            part = "".join(c for c in part if c not in set(string.punctuation))
+        part = part if number(part) is None else str(number(part))
+        parts.append(" ".join(re.sub(r"\b(a|an|the)\b", " ", part).split()))
+    return " ".join(part for part in parts if part)
+
+
+def plain_f1(one, other):
+    one, other = one.split(), other.split()
+    same = sum(min(one.count(word), other.count(word)) for word in {*one, *other})
+    return 2 * same / (len(one) + len(other)) if same else 0.0
+
+
+WORDS = [
+    "The",
+    "a",
+    "an",
+    "theatre",
+    "Zoë's",
+    "(big)",
+    "well-known",
+    "R&B",
+    '"no"',
+    "U.S.",
+    "and/or",
+    "cat,",
+    "end.",
+    "&",
+    "—",
+]
+SAID = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
+
+
+@given(SAID, SAID.filter(squad))
+def test_words_are_compared_as_squad_compares_them(said, right):
+    assert normalise(said) == squad(said)
+    assert score("exact_match", [said], [[right]]) == float(squad(said) == squad(right))
+    assert score("token_f1", [said], [[right]]) == pytest.approx(plain_f1(squad(said), squad(right)))
+
+
+NUMBERS = [
+    "5",
+    "5.0",
+    "05",
+    "15",
+    "1.5",
+    "1.50",
+    "15.0",
+    "0.5",
+    ".5",
+    "1,000",
+    "1000",
+    "1000.0",
+    "1e3",
+    "100%",
+    "$5",
+    "$100",
+]
+NUMBERED = st.lists(st.sampled_from([*NUMBERS, "yards", "the", "5th", "Yards,"]), min_size=1, max_size=4).map(" ".join)
+
+
+@given(NUMBERED, NUMBERED.filter(drop))
+def test_numbers_are_compared_as_drop_compares_them(said, right):
+    assert score("exact_match", [said], [[right]]) == float(drop(said) == drop(right))
+    assert score("token_f1", [said], [[right]]) == pytest.approx(plain_f1(drop(said), drop(right)))
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("7", "-7"), ("7", "- 7"), ("7", "\N{MINUS SIGN}7"), ("$7", "-$7"), ("7 °C", "-7 °C"), ("x = 7", "x = -7"),
+        ("25", "2.5"), ("$25", "$2.5"), ("25kg", "2.5kg"), ("v25", "v2.5"), ("25", "2,5"), ("10", "1,0"),
+        ("34", "3/4"), ("3 4", "3 / 4"), ("34", "(3)/(4)"), ("935", "9:35"), ("24", "2-4"), ("24", "2\N{EN DASH}4"),
+        ("2 + 4", "2 - 4"), ("2 * 4", "2 / 4"), ("210", "2^10"), ("12", "1;2"), ("12", "1_2"), ("12", "1é2"),
+        ("1e5", "1e\N{EN DASH}5"), ("62", "6'2\""),
+        ("127001", "127.0.0.1"), ("1.10.0", "1.1.0"), ("1e5", "1e-5"), ("20240105", "2024-01-05"), ("123", "1,2,3"),
+        ("12345678901234567890", "12345678901234567891"), ("C", "C++"), ("C#", "C++"), ("F", "F#"), ("A+", "A-"),
+        ("B", "B-"), ("AB", "AB-"), ("x", "-x"), ("inf", "-inf"), ("x < y", "x > y"), ("x", "x = y"), ("5+", "5"),
+        ("", "A"), ("the", "A"), ("", "+"), ("-", "+"), ("?", "!"), ("B", "A"), ("A big cat", "A"),
+    ],
+)  # fmt: skip
+def test_what_makes_a_number_or_a_name_another_is_kept(said, right):
+    assert score("exact_match", [said], [[right]]) == 0.0
+    assert score("token_f1", [said], [[right]]) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("1.0", "1"), ("7.", "7"), ("(7)", "7"), ("+7", "7"), ("-7.0", "\N{MINUS SIGN}7"), ("- 7", "-7"), ("-0.0", "0"),
+        ("0.50", ".5"), ("-0.", "0"),
+        ("1,234,567.80", "1234567.8"), ("$1,000", "1000"), ("1e3", "1000"), ("2.5e-3", "0.0025"), ("007", "7"),
+        ("0.0", "0"), ("1.0/2", "1/2"), ("2\N{EN DASH}4", "2-4"), ("-7 degrees.", "-7 degrees"), ("5%", "5 %"),
+        ("9:05", "9:05."), ("A.", "a"), ("The A", "the a"), ("C++.", "c++"), ('"F#"', "F#"), ("1990's", "1990s"),
+        ("COVID-19", "covid19"), ("F-16", "F16"), ("in 1990. 5 men", "in 1990 5 men"),
+    ],
+)  # fmt: skip
+def test_one_number_in_two_forms_is_one_answer(said, right):
+    assert score("exact_match", [said], [[right]]) == score("token_f1", [said], [[right]]) == 1.0
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-(10**9), max_value=10**9))
+def test_a_number_is_the_same_however_it_is_written(number):
+    forms = [f"{number}", f"{number:,}", f"{number:.7f}", f"{number:.12e}"]
+    assert len({normalise(form) for form in forms}) == 1
+    other = number + 1
+    assert normalise(f"{number}") != normalise(f"{other}")

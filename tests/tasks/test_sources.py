@@ -34,14 +34,23 @@ def write(path, suffix):
         path.write_text(json.dumps(ROWS, ensure_ascii=False, indent=1), encoding="utf-8")
     elif suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif suffix == ".csv":
+        write_delimited(path, ",")
     else:
-        write_delimited(path, "," if suffix == ".csv" else "\t")
+        path.write_text(
+            "".join(f"{a}\t{b}\n" for a, b in [("text", "label"), *map(dict.values, ROWS)]), encoding="utf-8"
+        )
+
+
+def rows_in(suffix):
+    """What a file holds: JSON and Parquet know numbers, tables of text hold texts alone."""
+    return [{**row, "label": str(row["label"])} for row in ROWS] if suffix in (".csv", ".tsv") else ROWS
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
     write(tmp_path / f"rows{suffix}", suffix)
-    assert read_rows(f"rows{suffix}", tmp_path) == {"all": ROWS}
+    assert read_rows(f"rows{suffix}", tmp_path) == {"all": rows_in(suffix)}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
@@ -49,7 +58,7 @@ def test_gzip_gives_the_same_rows(tmp_path, suffix):
     write(tmp_path / f"rows{suffix}", suffix)
     packed = tmp_path / f"packed{suffix}.gz"
     packed.write_bytes(gzip.compress((tmp_path / f"rows{suffix}").read_bytes()))
-    assert read_rows(packed.name, tmp_path) == {"all": ROWS}
+    assert read_rows(packed.name, tmp_path) == {"all": rows_in(suffix)}
 
 
 def test_text_gives_one_row_a_line_and_skips_empty_lines(tmp_path):
@@ -60,8 +69,8 @@ def test_text_gives_one_row_a_line_and_skips_empty_lines(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\nx,1\n")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x", "label": 1}\n')
-    for name in ("a.csv", "a.jsonl"):
-        assert read_rows(name, tmp_path) == {"all": [{"text": "x", "label": 1}]}
+    for name, label in (("a.csv", "1"), ("a.jsonl", 1)):
+        assert read_rows(name, tmp_path) == {"all": [{"text": "x", "label": label}]}
 
 
 def test_csv_keeps_line_breaks_in_quotes_and_the_words_null_and_na(tmp_path):
@@ -92,7 +101,7 @@ def test_a_package_file_is_read_without_importing_the_package(tmp_path, monkeypa
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     write(package / "data" / "rows.csv", ".csv")
     monkeypatch.syspath_prepend(tmp_path)
-    assert read_rows("pkg://zofo_test_package/data/rows.csv", tmp_path / "elsewhere") == {"all": ROWS}
+    assert read_rows("pkg://zofo_test_package/data/rows.csv", tmp_path / "elsewhere") == {"all": rows_in(".csv")}
     assert "zofo_test_package" not in sys.modules
     with pytest.raises(ZofoError, match=r"has no file 'data/none\.csv'"):
         read_rows("pkg://zofo_test_package/data/none.csv", tmp_path)
@@ -179,4 +188,135 @@ def test_a_hub_error_without_a_message_is_told_by_its_type(tmp_path, monkeypatch
 
     monkeypatch.setattr(sources, "load_dataset", load_dataset)
     with pytest.raises(ZofoError, match=r"cannot load the data set 'owner/set' \(TimeoutError\)"):
+        read_rows("owner/set", tmp_path)
+
+
+def folder_of(path, **files):
+    """A folder with files by name; `_` stands for the point before the suffix."""
+    path.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (path / name.replace("__", ".").replace("_of_", "-of-").replace("_n", "-")).write_text(content)
+    return path
+
+
+ROW_A, ROW_B = '{"text": "a"}\n', '{"text": "b"}\n'
+
+
+@pytest.mark.parametrize("name", ["dev", "val", "valid", "validation", "eval", "Validation", "VAL"])
+def test_every_name_of_the_dev_split_is_known(tmp_path, name):
+    folder_of(tmp_path / "d", train__jsonl=ROW_A)
+    (tmp_path / "d" / f"{name}.jsonl").write_text(ROW_B)
+    assert read_rows("d", tmp_path) == {"train": [{"text": "a"}], "dev": [{"text": "b"}]}
+    assert read_rows("d#validation", tmp_path) == {"all": [{"text": "b"}]}
+
+
+def test_two_files_for_a_split_are_refused(tmp_path):
+    folder_of(tmp_path / "d", train__jsonl=ROW_A, val__jsonl=ROW_A, validation__jsonl=ROW_B)
+    with pytest.raises(ZofoError, match=r"has both val\.jsonl and validation\.jsonl: keep one"):
+        read_rows("d", tmp_path)
+
+
+def test_suffixes_may_have_capitals(tmp_path):
+    folder_of(tmp_path / "d", train__CSV="text\na\n")
+    (tmp_path / "d" / "test.JSON.GZ").write_bytes(gzip.compress(b'[{"text": "b"}]'))
+    assert read_rows("d", tmp_path) == {"test": [{"text": "b"}], "train": [{"text": "a"}]}
+    assert read_rows("d/train.CSV", tmp_path) == {"all": [{"text": "a"}]}
+
+
+def test_shards_are_joined_in_their_order(tmp_path):
+    (tmp_path / "d").mkdir()
+    for number in range(12):
+        (tmp_path / "d" / f"train-{number:05}-of-00012.jsonl").write_text(f'{{"n": {number}}}\n')
+    (tmp_path / "d" / "val-00000-of-00001.jsonl").write_text('{"n": 99}\n')
+    rows = read_rows("d", tmp_path)
+    assert [row["n"] for row in rows["train"]] == list(range(12))
+    assert rows["dev"] == [{"n": 99}]
+    (tmp_path / "d" / "train-00003-of-00012.jsonl").unlink()
+    with pytest.raises(ZofoError, match="numbered from 0 to 11, and 3 is missing"):
+        read_rows("d", tmp_path)
+    (tmp_path / "d" / "train.jsonl").write_text(ROW_A)
+    with pytest.raises(ZofoError, match="has both"):
+        read_rows("d", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data.train.jsonl", "held_out.csv", "test.csv.zip", "dev.xlsx", "test.ndjson", "val-1.jsonl", "test/x.json"],
+)
+def test_a_data_file_that_would_be_passed_over_is_refused(tmp_path, name):
+    folder_of(tmp_path / "d", train__jsonl=ROW_A)
+    (tmp_path / "d" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "d" / name).write_text(ROW_A)
+    with pytest.raises(ZofoError, match=f"holds {name.partition('/')[0]}, which would not be read"):
+        read_rows("d", tmp_path)
+    assert read_rows("d#train", tmp_path) == {"all": [{"text": "a"}]}
+
+
+def test_files_that_hold_no_rows_may_lie_beside_data(tmp_path):
+    folder_of(
+        tmp_path / "d", train__jsonl=ROW_A, README__txt="about", dataset_info__json="{}", train__py="", task__yaml=""
+    )
+    (tmp_path / "d" / ".hidden.csv").write_text("text\na\n")
+    assert read_rows("d", tmp_path) == {"train": [{"text": "a"}]}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_is_read_as_lines_or_as_a_list_whatever_its_name(tmp_path, name):
+    for content in (ROW_A + ROW_B, '\n [\n{"text": "a"},\n{"text": "b"}]\n'):
+        (tmp_path / name).write_text(content)
+        assert read_rows(name, tmp_path) == {"all": [{"text": "a"}, {"text": "b"}]}
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_no_finite_number_is_missing(tmp_path, word):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": {word}, "inner": [1, {word}]}}\n')
+    (tmp_path / "a.json").write_text(f'[{{"text": {word}, "inner": [1, {word}]}}]')
+    for name in ("a.jsonl", "a.json"):
+        assert read_rows(name, tmp_path) == {"all": [{"text": None, "inner": [1, None]}]}
+
+
+def test_nan_in_parquet_is_missing_and_bytes_are_text_where_they_are_utf8(tmp_path):
+    rows = [{"text": "Größe".encode(), "label": 1.5}, {"text": b"\xff\xfe", "label": float("nan")}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_rows("a.parquet", tmp_path) == {
+        "all": [{"text": "Größe", "label": 1.5}, {"text": b"\xff\xfe", "label": None}]
+    }
+
+
+def test_a_repeated_column_of_parquet_is_refused(tmp_path):
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ZofoError, match=r"a\.parquet has two columns named 'text'"):
+        read_rows("a.parquet", tmp_path)
+
+
+BROKEN_ROWS = {
+    "a repeated key": (b'{"text": "a"}\n{"text": "a", "text": "b"}\n', "line 2: the key 'text' occurs twice"),
+    "a repeated key within": (b'[{"a": 1},\n{"text": {"x": 1, "x": 2}}]', "row 2: the key 'x' occurs twice"),
+    "half a character": (b'{"text": "a"}\n{"text": "\\ud83d"}\n', "line 2: a text holds half of a character"),
+    "deep nesting": (b'{"text": ' + b"[" * 60 + b"]" * 60 + b"}", "line 1: it is nested more than 50 deep"),
+    "nesting beyond Python": (b'{"text": "a"}\n' + b"[" * 100_000, "nested too deep"),
+    "a list beyond Python": (b'[{"text": ' + b"[" * 100_000, "nested too deep"),
+    "a number of 5000 digits": (b'{"text": "a"}\n{"label": ' + b"1" * 5000 + b"}\n", "line 2: broken JSON"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN_ROWS.values(), ids=BROKEN_ROWS)
+def test_rows_that_say_two_things_or_none_are_refused(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ZofoError, match=message) as caught:
+        read_rows("a.jsonl", tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_splits_of_a_hub_data_set_have_names_that_are_known(tmp_path, monkeypatch):
+    splits = {"train": [{"text": "a"}], "val": [{"text": float("nan")}]}
+    monkeypatch.setattr(sources, "load_dataset", lambda *_, **__: splits)
+    assert read_rows("owner/set", tmp_path) == {"train": [{"text": "a"}], "dev": [{"text": None}]}
+    splits["unsupervised"] = []
+    with pytest.raises(ZofoError, match=r"unsupervised is none of train, dev and test.*\{train: owner/set#train"):
+        read_rows("owner/set", tmp_path)
+    splits["dev"] = splits.pop("unsupervised")
+    with pytest.raises(ZofoError, match="dev is a second dev"):
         read_rows("owner/set", tmp_path)

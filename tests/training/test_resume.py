@@ -18,7 +18,7 @@ from plain import Watch, make_rows, make_trainer, moved, same, weights, write_co
 from zofo import ZofoError
 from zofo.cli import main
 from zofo.models.adapters import AdaptedModel
-from zofo.training.checkpoint import last_sealed, read_seal
+from zofo.training.checkpoint import last_sealed, read_seal, require_whole
 
 STEPS = 6
 COMMON = {
@@ -54,6 +54,7 @@ RUNS = {
     "bfloat16": {"method": "bilevel", "dtype": "bfloat16", "zo_eps": 0.1, "per_device_train_batch_size": 1},
 }
 MOMENTS = ("writing_weights", "writing_optimizer", "before_seal", "before_rotation")
+AT_THE_END = ("in_final_save", "between_renames")
 
 
 def environment():
@@ -72,6 +73,7 @@ def runs(tmp_path_factory):
         jobs += [(config, name, None, 0), (config, f"{name}-in_step", "in_step", 5)]
     config = write_config(folder, "limited", **{**COMMON, **RUNS["fo"]}, save_total_limit=1)
     jobs += [(config, f"fo-{moment}", moment, 4) for moment in MOMENTS]
+    jobs += [(folder / "fo.yaml", f"fo-{moment}", moment, STEPS) for moment in AT_THE_END]
     wanted = [
         {"config": str(config), "output": str(folder / output), "kill": kill, "step": step}
         for config, output, kill, step in jobs
@@ -108,8 +110,11 @@ def assert_same(first, second, where):
         assert first == second, where
 
 
-def assert_same_run(first, second):
-    """Weights, optimizers, schedules, metrics, logs and costs of two run folders are equal."""
+def assert_same_run(first, second, summary=True):
+    """Weights, optimizers, schedules, metrics, logs and costs of two run folders are equal.
+
+    Without the summary that Trainer logs behind the last step, where a run went on behind it and took none.
+    """
     last = f"checkpoint-{STEPS}"
     files = sorted(f.relative_to(first) for f in first.glob("*/*.safetensors") if "checkpoint" not in str(f))
     files += sorted(f.relative_to(first) for f in first.glob(f"{last}/*.safetensors"))
@@ -127,6 +132,7 @@ def assert_same_run(first, second):
     assert_same(*results, "results.json")
     logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (first, second)]
     timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+    logs = [[log for log in history if summary or "train_runtime" not in log] for history in logs]
     cleaned = [[{k: v for k, v in log.items() if k not in timed} for log in history] for history in logs]
     assert_same(*cleaned, "log_history")
 
@@ -149,6 +155,15 @@ def test_killed_while_saving_and_resumed_equals_never_stopped(runs, moment):
     run = folder / f"fo-{moment}"
     assert [f.name for f in run.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
     assert_same_run(folder / "fo", run)
+
+
+@pytest.mark.parametrize("moment", AT_THE_END)
+def test_killed_in_the_final_save_and_resumed_equals_never_stopped(runs, moment):
+    folder, reports = runs
+    assert reports[f"fo-{moment}"]["whole"] == f"checkpoint-{STEPS}"
+    run = folder / f"fo-{moment}"
+    assert_same_run(folder / "fo", run, summary=False)
+    assert [f.name for f in run.glob(".zofo*")] == [".zofo.json"]
 
 
 def test_what_is_compared_has_moved(runs):
@@ -311,3 +326,70 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert main(["train", "--config", str(config), "--resume_from_checkpoint", "true"]) == 0
     assert {f: f.read_bytes() for f in (folder / "run").rglob("*.safetensors")} == files
     assert json.loads((folder / "run" / "results.json").read_text()) == results
+
+
+def damage_one_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) * 3 // 4] ^= 64
+    file.write_bytes(content)
+
+
+def test_a_changed_byte_in_any_file_of_a_checkpoint_is_found(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
+    last = tmp_path / "checkpoint-2"
+    files = sorted(f for f in last.rglob("*") if f.is_file() and f.name != "seal.json")
+    assert len(files) > 10
+    for file in files:
+        whole = file.read_bytes()
+        damage_one_byte(file)
+        with pytest.raises(ZofoError, match="is not what was written; resume from an earlier checkpoint"):
+            require_whole(last)
+        assert last_sealed(tmp_path) == tmp_path / "checkpoint-1"
+        file.write_bytes(whole)
+    assert last_sealed(tmp_path) == last
+
+
+def without_digests(checkpoint):
+    """Turns a seal into one of a version that stored sizes only."""
+    content = json.loads((checkpoint / "seal.json").read_text())
+    content.pop("sha256")
+    (checkpoint / "seal.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "backbone/config.json",
+     "backbone/model.safetensors", "adapters.safetensors"],
+)  # fmt: skip
+def test_a_file_of_zeros_under_a_seal_of_sizes_is_one_error_too(tmp_path, name):
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    make_trainer(tmp_path, **{**keys, "max_steps": 2}).train()
+    last = tmp_path / "checkpoint-2"
+    without_digests(last)
+    require_whole(last)
+    (last / name).write_bytes(bytes((last / name).stat().st_size))
+    with pytest.raises(ZofoError, match=r"checkpoint-2.* (is damaged|is no complete safetensors file)"):
+        make_trainer(tmp_path, **keys).train(resume_from_checkpoint=str(last))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "null", "3", '"x"', "[" * 10**5, '{"files": []}', '{"files": {}}', '{"files": {}, "config": [], "cost": {}}',
+     '{"files": {"a": "b"}, "config": {}, "cost": {}}', '{"files": {"a": 1}, "config": {"rows": 3}, "cost": {}}',
+     '{"files": {"a": 1}, "config": {}}', '{"files": {"a": 1}, "sha256": [], "config": {}, "cost": {}}'],
+)  # fmt: skip
+def test_a_seal_of_another_form_is_damage(tmp_path, text):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "seal.json").write_text(text)
+    with pytest.raises(ZofoError, match=r"is damaged: seal\.json cannot be read; resume from an earlier checkpoint"):
+        read_seal(tmp_path / "checkpoint-1")
+    with pytest.raises(ZofoError, match="holds no complete checkpoint"):
+        last_sealed(tmp_path)
+
+
+def test_only_checkpoints_of_this_run_are_removed(tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    make_trainer(tmp_path, **{**keys, "save_total_limit": 5}, max_steps=6).train()
+    (tmp_path / "checkpoint-77").mkdir()
+    make_trainer(tmp_path, **keys, max_steps=4, seed=1).train()
+    assert {f.name for f in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (4, 5, 6, 77)}

@@ -15,7 +15,9 @@ from zofo.config import ZOFOConfig, parse_config
 from zofo.errors import ZofoError, first_line
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model, on_device
+from zofo.scoring.batch import Layout
 from zofo.scoring.evaluation import Evaluator, Scoring
+from zofo.scoring.padding import probe
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.metrics import OPTION_METRICS
@@ -25,6 +27,7 @@ from zofo.tasks.splits import Splits
 from zofo.tasks.table import TASK_FILE
 from zofo.tasks.task import Task
 from zofo.training.rows import run_splits, run_task
+from zofo.training.trained_rows import trained_rows_of, was_trained_on
 
 ALL = "all"
 # Which rows are read, and how; then those that are the same for any task.
@@ -104,16 +107,20 @@ def evaluate_model(
     Of all templates: {task: {"templates": [those of each], metric: {"mean", "std", "worst"}, ...}}. What is wrong with
     a task or a template is said before the model is loaded.
     """
-    sets = [_EvalSet.of(config, manner) for config in configs]
+    known = trained_rows_of(model, adapter)
+    sets = [_EvalSet.of(config, manner, known) for config in configs]
     names = [rows.task.name for rows in sets]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ZofoError(f"two of the tasks are called {twice}: evaluate them one after the other")
     loaded, tokenizer = load_model(model, configs[0].dtype)
     base = AdaptedModel(on_device(loaded), stored=adapter)
+    layout = probe(base, tokenizer)
     results: dict[str, Any] = {}
     for rows in sets:
-        scores = [rows.score(base, tokenizer, template, say) for template in rows.templates]
+        scores = [rows.score(base, layout, tokenizer, template, say) for template in rows.templates]
+        if rows.note:
+            say(f"{rows.task.name}: {rows.note}")
         results[rows.task.name] = {"templates": scores, **spread(scores)} if manner.template == ALL else scores[0]
     return results
 
@@ -142,25 +149,31 @@ class _EvalSet:
     task: Task
     splits: Splits
     rows: list[Record]
+    note: str  # what to say of these rows
     templates: list[int]
     config: ZOFOConfig
     manner: Manner
 
     @classmethod
-    def of(cls, config: ZOFOConfig, manner: Manner) -> Self:
+    def of(cls, config: ZOFOConfig, manner: Manner, known: frozenset[bytes] | None) -> Self:
         task, _ = run_task(config)
         splits = run_splits(task, config)
-        rows: list[Record] = vars(splits)[manner.split]
-        if not rows:
+        if not vars(splits)[manner.split]:
             split = manner.split
             raise ZofoError(f"task {task.name} has no row left for {split}: give more rows, or {split}_size")
+        rows, note = _honest_rows(task, splits, manner.split, known)
         templates = _templates(task, config, manner)
         for template in templates:
             task.reworded(rows, template)
-        return cls(task, splits, rows, templates, config, manner)
+        return cls(task, splits, rows, note, templates, config, manner)
 
     def score(
-        self, base: AdaptedModel, tokenizer: PreTrainedTokenizerBase, template: int, say: Callable[[str], None]
+        self,
+        base: AdaptedModel,
+        layout: Layout,
+        tokenizer: PreTrainedTokenizerBase,
+        template: int,
+        say: Callable[[str], None],
     ) -> dict[str, float]:
         """The scores of the rows, rendered by one template."""
         task, config, manner = self.task, self.config, self.manner
@@ -177,7 +190,7 @@ class _EvalSet:
             say(f"{words}: {truncated} rows are longer than {width} tokens: they were truncated from the left")
         premises = pose([behind_premise(record) for record in records])[0] if manner.scoring == "pmi" else []
         evaluator = Evaluator(
-            Scorer(base, Tokens()),
+            Scorer(base, Tokens(), layout),
             tokenizer,
             task.metrics,
             config.loss if task.metrics[0] in OPTION_METRICS else "lm",
@@ -190,6 +203,24 @@ class _EvalSet:
             return scores
         say(f"{words}: {min(used)} to {max(used)} of {manner.shots} examples fit in front of a row")
         return {**scores, "shots_least": min(used), "shots_mean": statistics.mean(used)}
+
+
+def _honest_rows(task: Task, splits: Splits, split: str, known: frozenset[bytes] | None) -> tuple[list[Record], str]:
+    """The rows of a split without those that the model was trained on (of train, exactly those), and what to say."""
+    rows: list[Record] = vars(splits)[split]
+    if known is None:
+        return rows, "this model says nothing of the rows that it was trained on: some of these may be among them"
+    if split == "train":
+        every = [*splits.train, *splits.dev, *splits.test]
+        rows = [row for row in every if was_trained_on(row, known)]
+        if not rows:
+            raise ZofoError(f"this model was trained on no row of task {task.name}: leave out --split train")
+        return rows, f"{len(rows)} rows that this model was trained on"
+    honest = [row for row in rows if not was_trained_on(row, known)]
+    if not honest:
+        raise ZofoError(f"this model was trained on all rows of {split} of task {task.name}: give other rows")
+    left_out = len(rows) - len(honest)
+    return honest, f"{left_out} of {len(rows)} rows were trained on, and are left out" if left_out else ""
 
 
 def _templates(task: Task, config: ZOFOConfig, manner: Manner) -> list[int]:
@@ -221,7 +252,8 @@ def _posed(
     around = 0
     if config.chat_template:  # the system's words and the marks of turns take their tokens as well
         plain, framed = records[0], as_chat(records[0], tokenizer, config.system_prompt)
-        around = len(tokenizer(framed.prompt)["input_ids"]) - len(tokenizer(plain.prompt)["input_ids"])
+        whole = tokenizer(framed.prompt, add_special_tokens=False)["input_ids"]
+        around = len(whole) - len(tokenizer(plain.prompt)["input_ids"])
     records, used = in_context(records, shown, tokenizer, width - around)
     if config.chat_template:
         records = [as_chat(r, tokenizer, config.system_prompt) for r in records]

@@ -1,13 +1,19 @@
 """`zofo merge`: the backbone of a run with an adapter, as one plain Hugging Face folder."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from zofo.errors import ZofoError
+from zofo.models.export import save_model, save_tokenizer
 from zofo.models.load import DType, load_tokenizer, load_weights, stored_dtype
 from zofo.models.peft import UPPER, is_prompt, merged
 from zofo.training.checkpoint import writing
+from zofo.training.folder import reading
+from zofo.training.trained_rows import trained_rows_of, write_trained_rows
 
 Say = Callable[[str], None]
 
@@ -20,16 +26,28 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
     Raises:
         ZofoError: if there is no such run or adapter, it cannot be merged, or `output` exists.
     """
+    with _new_folder(output) as half:
+        with reading(run):
+            model, tokenizer, beside = _loaded(run, adapter, output, dtype, say)
+        with writing(output):
+            save_model(model, half)
+            save_tokenizer(tokenizer, half)
+            known = trained_rows_of(str(run / "backbone"), str(run / adapter) if (run / adapter).is_dir() else None)
+            if known is not None:
+                write_trained_rows(half, known)
+            if beside:
+                shutil.copytree(run / beside, half / beside)
+
+
+def _loaded(
+    run: Path, adapter: str, output: Path, dtype: DType | None, say: Say
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    """The merged model, its tokenizer, and the adapter that stays beside it."""
     if not (run / "backbone").is_dir():
         raise ZofoError(
             f"{run} is no finished run: it holds no backbone/ (a quantised one is not stored, and cannot take up an "
             "adapter); give the output_dir of zofo train"
         )
-    if output.exists():
-        raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
-    half = output.with_name(output.name + ".half")
-    if half.exists():
-        raise ZofoError(f"{half} is in the way, perhaps of a merge that was cut off: remove it, or give another folder")
     backbone, beside = str(run / "backbone"), None
     dtype = dtype or stored_dtype(backbone)
     if (run / adapter).is_dir() and is_prompt(run / adapter):
@@ -43,10 +61,31 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) 
     else:
         say(f"{run} has no adapters: its backbone is the whole model")
         model = load_weights(backbone, dtype)
-    tokenizer = load_tokenizer(backbone, model)
+    return model, load_tokenizer(backbone, model), beside
+
+
+@contextmanager
+def _new_folder(output: Path) -> Generator[Path]:
+    """A folder beside `output` that becomes it when the block ends, and is gone if it raises.
+
+    Raises:
+        ZofoError: if either exists already; making the one beside keeps any other merge away.
+    """
+    if output.exists():
+        raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
+    half = output.with_name(output.name + ".half")
     with writing(output):
-        model.save_pretrained(half)
-        tokenizer.save_pretrained(half)
-        if beside:
-            shutil.copytree(run / beside, half / beside)
-        half.rename(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            half.mkdir()
+        except FileExistsError as error:
+            raise ZofoError(
+                f"{half} is in the way, of a merge that is running or was cut off: remove it, or give another folder"
+            ) from error
+    try:
+        yield half
+        with writing(output):
+            half.rename(output)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise

@@ -1,8 +1,9 @@
 """What the verbs of the command line do, as functions."""
 
 import json
-import shutil
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from zofo.config import ZOFOConfig
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, first_line
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import DType, load_model, load_weights, require_movable
 from zofo.models.peft import UPPER
@@ -21,19 +22,24 @@ from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits, two_levels
 from zofo.tasks.table import TASK_FILE, introduction, task_text
 from zofo.tasks.task import Task
-from zofo.training.checkpoint import checkpoints, last_sealed, read_seal, require_same, writing
+from zofo.training.checkpoint import is_of, last_sealed, read_seal, require_same, seal, writing
+from zofo.training.folder import claim, final_parts, owned, replacing, require_free, require_own, written
 from zofo.training.rows import run_splits, run_task
 from zofo.training.trainer import ZOFOTrainer
 
 Say = Callable[[str], None]
 
 _PART = 1 << 24  # numbers in double precision at a time
-_RUN = ("config.yaml", "results.json", "backbone", "upper", "lower", "trainer_state.json")  # nobody else has these
-_BESIDE = (TASK_FILE, "README.md", "curves.png", "tokenizer")
+_READ = ("model", "task", "data", "source", "adapter")
 
 
-def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
+def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict[str, Any]:
     """One run: loads, trains, evaluates, and writes the run folder. Returns what `results.json` holds.
+
+    Args:
+        config: of the run.
+        say: told what the run does, line by line.
+        config_file: where `config` was read from; a run never removes it.
 
     Raises:
         ZofoError: if anything that was given cannot work; nothing has been overwritten then.
@@ -41,7 +47,13 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     if not config.model:
         raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
     run = Path(str(config.output_dir))
-    resume = _resume_point(config, run)
+    with owned(run):
+        return _train(config, run, say, _resume_point(config, run, config_file))
+
+
+def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict[str, Any]:
+    for notice in config.notices():
+        say(notice)
     task, spec = run_task(config)
     splits = _splits(task, config, say)
     parts = _training_parts(splits, config)
@@ -51,8 +63,8 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
     for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
         say(line)
     if config.updates_backbone:
-        require_movable(config.model, f"method {config.method}")
-    model, tokenizer = load_model(config.model, config.dtype)
+        require_movable(str(config.model), f"method {config.method}")
+    model, tokenizer = load_model(str(config.model), config.dtype)
     trainer = ZOFOTrainer(
         model, config, *parts, eval_dataset=splits.dev, processing_class=tokenizer, metrics=task.metrics
     )
@@ -61,37 +73,55 @@ def train(config: ZOFOConfig, say: Say) -> dict[str, Any]:
         longer = f"{trainer.truncated} rows are longer than {config.max_length} tokens"
         say(f"{longer}: their prompts were truncated from the left")
     trainer.require_scorable(test)
+    texts = _texts(config, spec)
+    if config.method_class.trains():
+        trainer.require_trainable()
     if resume:
         trainer.require_resumable(resume)
-    _prepare_folder(run, config, resume)
-    if spec:
-        (run / TASK_FILE).write_text(task_text(spec), encoding="utf-8")
-    zero_shot = trainer.score_backbone(test)
-    say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
-    trained = config.method_class.trains()
-    if trained:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    metrics = trainer.score(test) if trained else {UPPER: zero_shot}
-    trainer.save_model()
-    trainer.save_state()
+    with _begun(run, resume, texts):
+        zero_shot = trainer.score_backbone(test)
+        say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
+        if config.method_class.trains():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.require_finite()
+            metrics = trainer.score(test)
+        else:
+            metrics = {UPPER: zero_shot}
+        with final_parts(run) as new:
+            results = _write_final(trainer, task, {"metrics": metrics, "zero_shot": zero_shot}, new, texts)
+    for adapter, scores in metrics.items():
+        say(f"{adapter} on test: {_words(scores)}")
+    return results
+
+
+def _write_final(
+    trainer: ZOFOTrainer, task: Task, scores: dict[str, Any], new: Path, texts: Mapping[str, str]
+) -> dict[str, Any]:
+    """Writes and seals what the run ends with: first what was learned, so that it stays whatever happens later."""
+    config = trainer.args
+    with writing(Path(str(config.output_dir))):
+        trainer.save_final(new, home=new.parent)
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        seal(new, {})
     results: dict[str, Any] = {
         "method": config.method,
         "seed": config.seed,
         "model": config.model,
         "task": task.name,
-        "metrics": metrics,
-        "zero_shot": zero_shot,
+        **scores,
         "cost": asdict(trainer.cost),
-        "backbone_change": backbone_change(trainer.adapted, config.model, config.dtype),
+        "backbone_change": backbone_change(trainer.adapted, str(config.model), config.dtype),
     }
-    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    plot_curves(trainer.state.log_history, f"{config.method} ({config.adapter}) on {task.name}", run / "curves.png")
-    backbone = config.model if trainer.adapted.quantised else "backbone"
-    summary = config.method_class.summary
-    card = model_card(config, results, task, trainer.state.global_step, backbone, summary)
-    (run / "README.md").write_text(card, encoding="utf-8")
-    for adapter, scores in metrics.items():
-        say(f"{adapter} on test: {_words(scores)}")
+    backbone = str(config.model) if trainer.adapted.quantised else "backbone"
+    card = model_card(config, results, task, trainer.state.global_step, backbone, config.method_class.summary)
+    title = f"{config.method} ({config.adapter}) on {task.name}"
+    with writing(Path(str(config.output_dir))):
+        text = json.dumps(_strict(results), indent=2, allow_nan=False)
+        (new / "results.json").write_text(text + "\n", encoding="utf-8")
+        plot_curves(trainer.state.log_history, title, new / "curves.png")
+        (new / "README.md").write_text(card, encoding="utf-8")
+        seal(new, {})
     return results
 
 
@@ -130,57 +160,49 @@ def _require_rows(splits: Splits, config: ZOFOConfig) -> None:
             raise ZofoError(f"no row is left for {name}: give more rows, or {name}_size")
 
 
-def _resume_point(config: ZOFOConfig, run: Path) -> Path | None:
+def _resume_point(config: ZOFOConfig, run: Path, config_file: Path | None) -> Path | None:
     """The checkpoint to resume from; refuses to write over what `run` holds, unless it goes on from there."""
     wanted, folder = config.resume_from_checkpoint, None
     if wanted and str(wanted).lower() not in ("false", "none"):
         folder = last_sealed(run) if str(wanted).lower() == "true" else Path(str(wanted)).expanduser()
         require_same(read_seal(folder)["config"], config.identity(), folder)
-    if folder is None or not _is_of(folder, run):
-        _require_free(run, config)
+    if folder is not None and is_of(folder, run):
+        require_own(run)
+        return folder
+    read = {key: Path(str(value)) for key in _READ if (value := vars(config)[key])}
+    read |= {"config": config_file} if config_file else {}
+    read |= {"resume_from_checkpoint": folder} if folder else {}
+    require_free(run, bool(config.overwrite_output_dir), read)
     return folder
 
 
-def _is_of(checkpoint: Path, run: Path) -> bool:
-    return checkpoint.absolute().parent.resolve() == run.resolve()  # which may be a link to a larger disk
-
-
-def _held(run: Path) -> list[Path]:
-    """What a folder holds of a run."""
-    return [run / name for name in (*_RUN, *_BESIDE) if (run / name).exists()] + checkpoints(run)
-
-
-def _require_free(run: Path, config: ZOFOConfig) -> None:
-    held = _held(run)
-    if not held:
-        return
-    if all(target.name in _BESIDE for target in held):
-        raise ZofoError(f"{run} holds {held[0].name}, but no run that could be removed: choose another output_dir")
-    if not config.overwrite_output_dir:
+def _texts(config: ZOFOConfig, spec: dict[str, Any] | None) -> dict[str, str]:
+    """The files that say what a run is, by name."""
+    try:
+        texts = {"config.yaml": yaml.safe_dump(config.resolved(), sort_keys=False)}
+    except yaml.YAMLError as error:
         raise ZofoError(
-            f"{run} already holds a run ({held[0].name}): choose another output_dir, resume_from_checkpoint: true to "
-            "go on, or overwrite_output_dir: true to remove it"
-        )
-    for key in ("model", "task", "data", "source", "adapter"):
-        given = Path(str(vars(config)[key])).expanduser().resolve()
-        if any(target.resolve() in (given, *given.parents) for target in held):
-            raise ZofoError(
-                f"{key} is {given}, which overwrite_output_dir would remove with the run in {run}: choose another "
-                "output_dir"
-            )
+            f"config.yaml cannot hold the keys of this run ({first_line(error)}): leave out what is no plain value"
+        ) from error
+    return texts | ({TASK_FILE: task_text(spec)} if spec else {})
 
 
-def _prepare_folder(run: Path, config: ZOFOConfig, resume: Path | None) -> None:
-    if config.overwrite_output_dir and (resume is None or not _is_of(resume, run)):
-        for target in _held(run):
-            if target.is_dir() and not target.is_symlink():
-                shutil.rmtree(target)
-            else:
-                target.unlink()
-    with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "README.md").unlink(missing_ok=True)  # of the run that goes on: peft would add to it
-        (run / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
+@contextmanager
+def _begun(run: Path, resume: Path | None, texts: Mapping[str, str]) -> Generator[None]:
+    """A run that goes on leaves everything as it is until its next checkpoint; a new one replaces what was there."""
+    if resume is None or not is_of(resume, run):
+        with replacing(run, texts):
+            yield
+        return
+    claim(run, *written(run))  # an older version has left no marker
+    yield
+
+
+def _strict(value: Any) -> Any:
+    """The same with null for a number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _words(scores: dict[str, float]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zofo.keys import Keys
+from zofo.keys import COUPLING_KEYS, FIRST_ORDER_KEYS, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.levels import (
     FirstOrderLevel,
     ZerothOrderLevel,
@@ -37,6 +37,7 @@ class Bilevel(Method):
     updates_both = True
     backpropagates = True
     zeroth_order = True
+    keys_used = STEP_KEYS | FIRST_ORDER_KEYS | ZEROTH_ORDER_KEYS | COUPLING_KEYS
 
     def __post_init__(self) -> None:
         keys, model = self.keys, (self.adapted, self.scorer)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from zofo.keys import Keys
+from zofo.keys import FIRST_ORDER_KEYS, STEP_KEYS, Keys
 from zofo.methods.levels import FirstOrderLevel
 from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
 
@@ -13,6 +13,7 @@ class FirstOrder(Method):
     name = "fo"
     summary = "first-order fine-tuning (backpropagation)"
     backpropagates = True
+    keys_used = STEP_KEYS | FIRST_ORDER_KEYS
 
     def __post_init__(self) -> None:
         self._level = FirstOrderLevel(self.adapted, self.scorer, self.adapters[0], self.keys.learning_rate, self.keys)

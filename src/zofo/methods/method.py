@@ -29,7 +29,8 @@ class Stream:
     Args:
         split: the training rows that it runs through.
         batches: how many an iteration reads.
-        order: which of the seeded orders of the rows; two streams of one split read different ones.
+        order: which of the seeded orders of the rows: 0 for backpropagation, 1 for the penalty, 2 for forward passes;
+            so the limits of bilevel read the batches of the plain methods.
         counts: whether a pass over its rows counts for the length of an epoch.
     """
 
@@ -82,10 +83,11 @@ class Method(ABC):
         splits: the parts of the training rows that it reads apart.
         requires_adapter: whether it is pointless without.
         updates_both: whether it updates the backbone beside an adapter as well.
-        backpropagates: whether `optim`, learning rates and gradient checkpointing count.
-        zeroth_order: whether the keys zo_* count.
+        backpropagates: whether it takes first-order steps.
+        zeroth_order: whether it takes zeroth-order steps.
         depends_on_length: whether a step depends on how many there will be.
         stages: points of a run, in [0, 1], between which the steps differ.
+        keys_used: the keys that count for it, of those that do not count for every method.
         optimizer: what the trainer steps, schedules and stores.
     """
 
@@ -99,6 +101,7 @@ class Method(ABC):
     zeroth_order: ClassVar[bool] = False
     depends_on_length: ClassVar[bool] = False
     stages: ClassVar[tuple[float, ...]] = (0.0,)
+    keys_used: ClassVar[frozenset[str]] = frozenset()
 
     adapted: AdaptedModel
     scorer: Scorer

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from zofo.keys import Keys
+from zofo.keys import FIRST_ORDER_KEYS, STAGE_KEYS, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.first_order import FirstOrder
 from zofo.methods.method import Bundle, Logs, Method, Stream, Work
 from zofo.methods.zeroth_order import ZerothOrder
@@ -24,6 +24,7 @@ class TwoStage(Method):
     updates_both = True
     backpropagates = True
     zeroth_order = True
+    keys_used = STEP_KEYS | FIRST_ORDER_KEYS | ZEROTH_ORDER_KEYS | STAGE_KEYS
     depends_on_length = True
     stages = (0.0, 1.0)
 

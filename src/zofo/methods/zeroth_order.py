@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from zofo.keys import Keys
+from zofo.keys import STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.levels import ZerothOrderLevel, evaluations, mean_losses, root_mean_square
 from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
 
@@ -13,6 +13,7 @@ class ZerothOrder(Method):
     name = "zo"
     summary = "zeroth-order fine-tuning (MeZO): forward passes only"
     zeroth_order = True
+    keys_used = STEP_KEYS | ZEROTH_ORDER_KEYS
 
     def __post_init__(self) -> None:
         self._level = ZerothOrderLevel(self.adapted, self.perturbed(self.adapted, self.keys), self.keys)

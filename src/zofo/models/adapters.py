@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zofo.errors import ZofoError
+from zofo.models.export import save_model
 from zofo.models.load import load_weights
 from zofo.models.peft import UPPER, attach, mixing_layers, real_keys_and_values, with_adapters
 
@@ -32,6 +33,7 @@ class AdaptedModel:
         names: of the adapters; forward passes use the first one at first, and the others start with its values.
         stored: instead of `config`, a PEFT folder, whose adapter gets the first name.
         real_prefix: start a prefix from the keys and values of real tokens, and not from peft's random numbers.
+        start: a PEFT folder with the trained weights that all adapters start from.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class AdaptedModel:
         names: Sequence[str] = (UPPER,),
         stored: str | None = None,
         real_prefix: bool = False,
+        start: str | None = None,
     ) -> None:
         self.base = base
         self.backbone: dict[str, Tensor] = dict(base.named_parameters())
@@ -53,8 +56,8 @@ class AdaptedModel:
         if stored:
             self._peft = attach(base, stored, names[0])
         elif config is not None:
-            start = real_keys_and_values(base, config) if real_prefix else None
-            self._peft = with_adapters(base, config, names, start)
+            values = real_keys_and_values(base, config) if real_prefix else start
+            self._peft = with_adapters(base, config, names, values)
         self.movable = self._without_replaced()
 
     @property
@@ -184,22 +187,24 @@ class AdaptedModel:
             name: p for name, p in self.model.named_parameters() if adapter in name.split(".") and id(p) not in backbone
         }
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, home: Path | None = None) -> Path:
         """Writes `backbone/` (a plain Hugging Face folder) and a PEFT folder for each adapter.
 
         A quantised backbone is not written: it has not changed, and transformers cannot write every kind. Returns the
-        folder that the tokenizer belongs to.
+        folder that the tokenizer belongs to. `home` is where the folder's content will be in the end, if elsewhere.
         """
         backbone = folder / "backbone"
         if self._peft is None:
-            self.base.save_pretrained(backbone, max_shard_size="5GB")
+            save_model(self.base, backbone)
             return backbone
         if not self.quantised:
             state = get_base_model_state_dict(self._peft)
-            self.base.save_pretrained(backbone, state_dict=state, max_shard_size="5GB")
+            save_model(self.base, backbone, state)
         for config in self._peft.peft_config.values():
             # an adapter belongs to the updated backbone: on the original one it would be silently wrong
-            config.base_model_name_or_path = self.base.name_or_path if self.quantised else str(backbone.resolve())
+            config.base_model_name_or_path = (
+                self.base.name_or_path if self.quantised else str((home or folder).resolve() / backbone.name)
+            )
         card = folder / "README.md"
         if card.is_file() and not card.read_bytes().strip():
             card.unlink()  # left by a save that was killed; peft would add to it

@@ -1,6 +1,5 @@
 """Loads the backbone, with its tokenizer, and models without values."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,15 +10,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from zofo.errors import ZofoError, first_line
-from zofo.models.source import NO_CODE, local_source, pickle_hint, require_dense, require_plausible
+from zofo.models.source import (
+    NO_CODE,
+    empty_model,
+    local_source,
+    pickle_hint,
+    require_all_placed,
+    require_dense,
+    require_plausible,
+    stored_tensors,
+)
 
 DType = Literal["float32", "bfloat16", "float16"]
 
 DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Parts that a checkpoint may hold beside the text model, and buffers that models used to store.
-_OTHER_PARTS = re.compile(
-    r"vision|visual|audio|image|multi_modal|v_head|mtp|inv_freq|masked_bias|attention\.bias$|attn\.bias$|position_ids"
-)
 
 
 def load_model(name: str, dtype: DType = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -51,7 +55,7 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     source = local_source(name)
     config = _causal_config(source, name)
     if Path(source).is_dir():
-        require_plausible(config, Path(source), lambda: _without_values(config, dtype))
+        require_plausible(config, Path(source) / "config.json", stored_tensors(Path(source)))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **NO_CODE
@@ -59,18 +63,7 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     except Exception as error:  # a hostile config fails in any way
         raise ZofoError(f"cannot load the weights of {name}: {_explained(error)}{pickle_hint(source)}") from error
     model, report = loaded
-    lost = [*report["missing_keys"], *report["mismatched_keys"]]
-    if lost:
-        raise ZofoError(
-            f"the weights of {name} do not fit its config.json: {lost[0]} is missing or has another shape "
-            f"({len(lost)} such tensors); use the complete checkpoint"
-        )
-    extra = sorted(key for key in report["unexpected_keys"] if not _OTHER_PARTS.search(key))
-    if extra:
-        raise ZofoError(
-            f"the weights of {name} do not fit its config.json: there is no place for {extra[0]} ({len(extra)} such "
-            "tensors); use the config.json that they were saved with"
-        )
+    require_all_placed(report, f"{name} do not fit its config.json")
     return model.eval()
 
 
@@ -94,14 +87,9 @@ def require_movable(name: str, purpose: str) -> None:
 
 def load_hollow(name: str, dtype: DType = "float32") -> PreTrainedModel:
     """The model of `load_weights` in next to no memory: each weight has its shape and dtype, but is one zero."""
-    model = _without_values(_causal_config(local_source(name), name), dtype)
+    model = empty_model(_causal_config(local_source(name), name), DTYPES[dtype])
     replace_tensors(model, lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     return model
-
-
-def _without_values(config: Any, dtype: DType) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], **NO_CODE).eval()
 
 
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:

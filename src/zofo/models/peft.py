@@ -99,6 +99,39 @@ def _read_config(path: Path) -> PeftConfig:
     return config
 
 
+def require_fresh(adapter: str) -> None:
+    """Refuses an `adapter` that is blank, or a folder with trained weights, as what to do with these is not said."""
+    if not adapter:
+        raise ZofoError(
+            "adapter is blank: write none for no adapter, lora, prefix, prompt or the path of a PEFT config JSON, or "
+            "adapter_init: FOLDER to start from a trained one"
+        )
+    if _holds_weights(Path(adapter).expanduser()):
+        raise ZofoError(
+            f"adapter is {adapter}, a folder with trained weights, which would not be read: set adapter_init: "
+            f"{adapter} to start from them, or adapter: {adapter}/adapter_config.json for a fresh one of its kind"
+        )
+
+
+def require_start(folder: str, adapter: str | None) -> None:
+    """Refuses an `adapter_init` that is no trained adapter, or an `adapter` beside it that says something else."""
+    if adapter not in (None, folder):
+        raise ZofoError(
+            f"adapter is {adapter!r}, but adapter_init ({folder}) says what kind of adapter it is: leave one of them "
+            "out"
+        )
+    if not _holds_weights(Path(folder).expanduser()):
+        raise ZofoError(
+            f"adapter_init is {folder}, but that is no folder with adapter_config.json and adapter_model.safetensors: "
+            "give one that zofo or peft has written, such as RUN/upper"
+        )
+
+
+def _holds_weights(folder: Path) -> bool:
+    config, weights = folder / "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+    return config.is_file() and any((folder / name).is_file() for name in weights)
+
+
 def described(config: PeftConfig | None) -> str | None:
     """All values of a PEFT config that define its adapter, in one line that can be compared."""
     if config is None:
@@ -113,20 +146,24 @@ def _plain(value: Any) -> Any:
 
 
 def with_adapters(
-    base: PreTrainedModel, config: PeftConfig, names: Sequence[str], start: Tensor | None = None
+    base: PreTrainedModel, config: PeftConfig, names: Sequence[str], start: Tensor | str | None = None
 ) -> PeftModel:
-    """Puts one fresh adapter for each of `names` on a backbone; all have the values of the first one, which is active.
+    """Puts one adapter for each of `names` on a backbone; all have the values of the first one, which is active.
 
-    `start` is the initial keys and values of a prefix, (2 x layers, heads, tokens, size).
+    `start` is the initial keys and values of a prefix, (2 x layers, heads, tokens, size), or the folder of a trained
+    adapter of that config; without it, the adapters are fresh.
     """
     _require_separate(config)
     first, *others = names
+    if isinstance(start, str):
+        _require_all_stored(config, start)
+    stored = attach(base, start, first, config) if isinstance(start, str) else None
     try:
-        if start is not None:
+        if isinstance(start, Tensor):
             config = _with_sizes(cast(PrefixTuningConfig, config), start)
-        model = get_peft_model(base, config, adapter_name=first)
+        model = stored or get_peft_model(base, config, adapter_name=first)
         assert isinstance(model, PeftModel)
-        if start is not None:
+        if isinstance(start, Tensor):
             encoders: Any = model.prompt_encoder
             with torch.no_grad():
                 encoders[first].embedding.weight.copy_(start.permute(2, 0, 1, 3).flatten(1))
@@ -142,6 +179,33 @@ def with_adapters(
             f"model: {' '.join(str(error).split())}"
         ) from error
     return model
+
+
+def _require_all_stored(config: PeftConfig, folder: str) -> None:
+    """Refuses to go on from virtual tokens that a network makes, of which peft stores the tokens alone."""
+    if config.peft_type == PeftType.P_TUNING or config.to_dict().get("prefix_projection"):
+        raise ZofoError(
+            f"{folder} holds virtual tokens, and not the network that made them, which would have to be trained "
+            "further: start from a prefix without prefix_projection, from a prompt, or from LoRA"
+        )
+
+
+def taken_off(model: PeftModel, folder: str) -> PreTrainedModel:
+    """The backbone of a model with one adapter, which is stored in a folder."""
+    if len(model.peft_config) != 1:
+        raise ZofoError(
+            f"model is a PeftModel with {len(model.peft_config)} adapters ({', '.join(model.peft_config)}): delete all "
+            "but the one to start from (model.delete_adapter)"
+        )
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        raise ZofoError("the adapter of model is merged into its weights: call model.unmerge_adapter() first")
+    name, config = next(iter(model.peft_config.items()))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    if name != "default":
+        for file in (Path(folder) / name).iterdir():
+            file.rename(Path(folder) / file.name)
+    inner: Any = model.base_model  # the backbone, or peft's wrapper of its layers
+    return inner if config.is_prompt_learning else inner.unload()
 
 
 def _require_separate(config: PeftConfig) -> None:
@@ -234,8 +298,8 @@ def mixing_layers(model: PeftModel) -> list[nn.Module]:
     return layers if input_shapes == {(layer, ids.shape) for layer in layers} else []
 
 
-def attach(model: PreTrainedModel, adapter: str, name: str = UPPER) -> PeftModel:
-    """Puts the stored adapter of a PEFT folder on a model, under a name."""
+def attach(model: PreTrainedModel, adapter: str, name: str = UPPER, config: PeftConfig | None = None) -> PeftModel:
+    """Puts the stored adapter of a PEFT folder on a model, under a name; it can be trained if `config` is given."""
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise ZofoError(f"{folder} is no adapter: give a folder with adapter_config.json, such as RUN/upper")
@@ -247,7 +311,13 @@ def attach(model: PreTrainedModel, adapter: str, name: str = UPPER) -> PeftModel
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            attached = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            trainable = config is not None and not config.is_prompt_learning
+            attached = PeftModel.from_pretrained(
+                model, str(folder), adapter_name=name, is_trainable=trainable, config=copy.deepcopy(config)
+            )
+            if config is not None and not trainable:  # peft loads virtual tokens for inference only
+                attached.peft_config[name].inference_mode = False
+                attached.prompt_encoder.requires_grad_(True)
         stored = load_peft_weights(str(folder), device="cpu").keys()
     except (*_PEFT_ERRORS, RuntimeError, OSError, SafetensorError) as error:
         raise ZofoError(f"the adapter {folder} does not fit this model: {' '.join(str(error).split())}") from error

@@ -2,25 +2,33 @@
 
 import hashlib
 import importlib.util
+import io
 import json
 import math
+import re
 import shutil
-from collections.abc import Callable
+from contextlib import redirect_stderr
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from zofo.cache import cache_folder
 from zofo.errors import ZofoError, first_line
 
 PACKAGE_SCHEME = "pkg://"
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # without it, transformers asks on standard input
+# Parts that a checkpoint may hold beside the text model, and buffers that models used to store.
+_OTHER_PARTS = re.compile(
+    r"vision|visual|audio|image|multi_modal|v_head|mtp|inv_freq|masked_bias|attention\.bias$|attn\.bias$|position_ids"
+)
+_OTHER_GGUF = re.compile(r"^rope_(freqs|factors)|\.nextn\.")  # rotations, and layers that predict a second token
 
 
 def local_source(name: str) -> str:
@@ -62,7 +70,7 @@ def _converted(file: Path) -> Path:
     its name only when it is complete.
     """
     stat = file.stat()
-    version = hashlib.sha256(f"1/{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    version = hashlib.sha256(f"2/{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{file.stem}-{version}"
     if folder.is_dir():
         return folder
@@ -79,12 +87,23 @@ def _converted(file: Path) -> Path:
 def _convert(file: Path, folder: Path) -> None:
     location: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
+        reader = gguf.GGUFReader(file)
+        require_plausible(AutoConfig.from_pretrained(**location, **NO_CODE), file, _tensors(reader))
         tokenizer = AutoTokenizer.from_pretrained(**location, **NO_CODE)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            **location, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **NO_CODE
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, SafetensorError) as error:
+        with redirect_stderr(io.StringIO()):  # there is no other way to turn its progress bar off
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **location, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True, **NO_CODE,
+            )  # fmt: skip
+    except ZofoError:
+        raise
+    except Exception as error:  # a damaged file fails in any way
         raise ZofoError(f"cannot read {file}: {first_line(error)}; is it a complete GGUF of a causal model?") from error
+    model, report = loaded
+    needed = dict(model.named_parameters(remove_duplicate=False))  # buffers are made anew
+    missing = [name for name in report["missing_keys"] if name in needed]
+    extra = _without_place(reader, model)  # transformers does not report these
+    require_all_placed({**report, "missing_keys": missing, "unexpected_keys": extra}, f"{file} do not fit its header")
     # a dequantised model is an ordinary one; with these attributes, transformers would refuse to save or train it
     model.is_quantized = False
     model.hf_quantizer = None
@@ -92,6 +111,26 @@ def _convert(file: Path, folder: Path) -> None:
         del model.config.quantization_config
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def _tensors(reader: gguf.GGUFReader) -> Tensors:
+    return {tensor.name: ("GGUF", tuple(int(size) for size in tensor.shape)) for tensor in reader.tensors}
+
+
+def _without_place(reader: gguf.GGUFReader, model: PreTrainedModel) -> list[str]:
+    """Tensors of a GGUF file that are not in the model which was made of it, as the number of values shows."""
+    stored = {name: math.prod(shape) for name, (_, shape) in _tensors(reader).items() if not _OTHER_GGUF.search(name)}
+    if model.config.tie_word_embeddings:
+        stored.pop("output.weight", None)  # some files repeat the embeddings
+    placed = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}  # once, where it is tied
+    if sum(stored.values()) <= sum(placed.values()):
+        return []
+    architecture = reader.fields["general.architecture"]
+    kind = bytes(architecture.parts[architecture.data[0]]).decode()
+    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), gguf.MODEL_ARCH.LLAMA)
+    names = gguf.get_tensor_name_map(arch, model.config.get_text_config().num_hidden_layers)
+    known = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    return [name for name in stored if name not in known]
 
 
 def _require_model_folder(path: Path) -> None:
@@ -137,9 +176,9 @@ def pickle_hint(source: str) -> str:
     )
 
 
-def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def stored_tensors(folder: Path) -> Tensors:
     """Dtype and shape of every tensor in the safetensors files of a folder, from their headers."""
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tensors: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
@@ -150,13 +189,34 @@ def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
-def require_plausible(config: Any, folder: Path, empty_model: Callable[[], nn.Module]) -> None:
-    """Refuses a config that does not match the weights in its folder, before memory is allocated for it.
+def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config, in eval mode, without values."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
+
+
+def require_all_placed(report: Any, what: str) -> None:
+    """Refuses weights of which transformers reports that some have no place, or that some places have no weights."""
+    lost = sorted([*report["missing_keys"], *report["mismatched_keys"]])
+    if lost:
+        raise ZofoError(
+            f"the weights of {what}: {lost[0]} is missing or has another shape ({len(lost)} such tensors); use the "
+            "complete checkpoint"
+        )
+    extra = sorted(key for key in report["unexpected_keys"] if not _OTHER_PARTS.search(key))
+    if extra:
+        raise ZofoError(
+            f"the weights of {what}: there is no place for {extra[0]} ({len(extra)} such tensors); use the file that "
+            "they were saved with"
+        )
+
+
+def require_plausible(config: Any, source: Path, tensors: Tensors) -> None:
+    """Refuses a config that does not match the stored weights, before memory is allocated for it.
 
     That is: impossible sizes, more than twice as many weights as are stored, or weights that are stored as integers
-    without a quantisation method. `empty_model` makes the model of the config without values.
+    without a quantisation method. `source` is the file that the config is from.
     """
-    tensors = stored_tensors(folder)
     stored = sum(math.prod(shape) for _, shape in tensors.values())
     text = config.get_text_config()
     limits = {
@@ -166,25 +226,22 @@ def require_plausible(config: Any, folder: Path, empty_model: Callable[[], nn.Mo
         value = text.to_dict().get(key, text.attribute_map.get(key) and text.to_dict().get(text.attribute_map[key]))
         if isinstance(value, int) and not 0 < value <= limit:
             raise ZofoError(
-                f"{folder / 'config.json'} says {key} = {value}, but {len(tensors)} tensors of {stored:,} numbers "
+                f"{source} says {key} = {value}, but {len(tensors)} tensors of {stored:,} numbers "
                 "in all cannot be that: config and weights do not belong together"
             )
     if config.to_dict().get("quantization_config"):
         return
     try:
-        needed = sum(p.numel() for p in empty_model().parameters())
+        needed = sum(p.numel() for p in empty_model(config, torch.float32).parameters())
     except Exception as error:  # a hostile config fails in any way
-        raise ZofoError(f"{folder / 'config.json'} makes no model: {' '.join(str(error).split())[:200]}") from error
+        raise ZofoError(f"{source} makes no model: {' '.join(str(error).split())[:200]}") from error
     if needed > 2 * stored:
-        raise ZofoError(
-            f"{folder / 'config.json'} asks for {needed:,} weights, but {stored:,} are stored: they do not belong "
-            "together"
-        )
+        raise ZofoError(f"{source} asks for {needed:,} weights, but {stored:,} are stored: they do not belong together")
     for name, (dtype, shape) in tensors.items():
         if dtype[0] in "IU" and name.endswith(".weight") and len(shape) > 1:
             raise ZofoError(
-                f"{folder}: {name} of shape {shape} holds integers ({dtype}), but config.json does not say how they "
-                "are quantised: use the original weights"
+                f"{name} of shape {shape} holds integers ({dtype}), but {source} does not say how they are quantised: "
+                "use the original weights"
             )
 
 

@@ -1,6 +1,6 @@
 """Examples to one batch: as few tokens as the options allow, logits only where they are needed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NotRequired, Self, TypedDict
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 from zofo.errors import ZofoError
 from zofo.scoring.tokens import Example, LossKind
 
+UNLIMITED = 1 << 30  # tokens of a row
 PROMPT = 1  # the segment of the tokens that all options of a row read
 # comparing so many pairs of positions costs less than one token in the rest of a model of 200 or more hidden units
 _PAIRS_PER_TOKEN = 1000
@@ -37,7 +38,7 @@ class Batch(TypedDict):
 class Layout:
     """How the rows of a model's batches are laid out."""
 
-    side: Literal["left", "right"] = "left"  # of the padding: "left" keeps answers together, "right" virtual tokens
+    side: Literal["left", "right"] = "left"  # of the padding: "left" keeps answers together, "right" suits any model
     max_width: int = 0  # the most tokens of a row with several longer options; 0: a row for each option
 
 
@@ -126,6 +127,19 @@ def stack(batches: Sequence[Batch], side: Literal["left", "right"]) -> Batch:
     if any("segments" in batch for batch in batches):
         stacked["segments"] = widened([batch.get("segments", batch["attention_mask"]) for batch in batches])
     return stacked
+
+
+def apart(batch: Batch) -> Iterator[Batch]:
+    """Each row of a batch as a batch of its own, without padding, `gold` and `slots`; `scored` is ordered by rows."""
+    for number, mask in enumerate(batch["attention_mask"]):
+        used = mask.nonzero()[:, 0]
+        start, end = int(used[0]), int(used[-1]) + 1
+        scored = batch["scored"][:, batch["scored"][0] == number]
+        yield {
+            "input_ids": batch["input_ids"][number : number + 1, start:end],
+            "attention_mask": batch["attention_mask"][number : number + 1, start:end],
+            "scored": scored - scored.new_tensor((number, start, 0))[:, None],
+        }
 
 
 def _pays(examples: Sequence[Example], layout: Layout) -> bool:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
@@ -20,12 +20,16 @@ from zofo.tasks.metrics import OPTION_METRICS, TEXT_METRICS, score
 Scoring = Literal["mean", "sum", "pmi", "channel"]
 Place = Callable[[Any], Any]
 
-_NEW_TOKENS = 50
+_NEW_TOKENS = 50  # of a generated text, unless a right answer is longer
+_MARGIN = 10  # tokens more than the longest right answer: a model may divide the same text into more of them
 _ANSWER_TOKENS = 512  # in one forward pass, about: each has logits over the whole vocabulary
 
 
 def require_scorable(adapted: AdaptedModel, metrics: Sequence[str], examples: Sequence[Example]) -> None:
-    """Refuses to compare options where an example has fewer than two, and to generate text after virtual tokens."""
+    """Refuses to compare options where an example has fewer than two, and to generate what cannot be generated.
+
+    That is text after virtual tokens, and an answer for which the model has no positions after its prompt.
+    """
     metric = metrics[0]
     alone = next((e for e in examples if len(e.answers) < 2), None) if metric in OPTION_METRICS else None
     if alone is not None:
@@ -39,6 +43,59 @@ def require_scorable(adapted: AdaptedModel, metrics: Sequence[str], examples: Se
             f"{text_metric} needs generated text, which peft gets wrong after virtual tokens on several models: "
             "choose lora, or give options"
         )
+    wide = next((e for e in examples if _room_wanted(e) > adapted.positions - len(e.prompt)), None)
+    if text_metric and wide is not None:
+        raise ZofoError(
+            f"{text_metric} needs generated text, but a prompt of {len(wide.prompt)} tokens and its answer of "
+            f"{_room_wanted(wide)} do not fit into the {adapted.positions} positions of the model: lower max_length, "
+            "or shorten the answers"
+        )
+
+
+@dataclass(frozen=True)
+class AnswerSpan:
+    """How much generated text is an answer, which follows from the right answers.
+
+    Args:
+        leading: line breaks before the first word that are skipped: as many as a right answer begins with.
+        breaks: line breaks inside an answer.
+        tokens: the most that are generated.
+    """
+
+    leading: int = 0
+    breaks: int = 0
+    tokens: int = _NEW_TOKENS
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The span that holds each right answer of these examples."""
+        texts = {text for e in examples for text in (e.texts[e.gold], *e.right)}
+        lengths = [len(e.answers[e.gold]) - 1 for e in examples]  # without the end
+        long = [text for text in texts if len(text.encode()) >= _NEW_TOKENS]  # no token is shorter than a byte
+        if long:
+            behind_a_prompt = [f" {text.strip()}" for text in long]
+            lengths += [len(ids) for ids in tokenizer(behind_a_prompt, add_special_tokens=False)["input_ids"]]
+        longest = max(lengths)
+        return cls(
+            leading=max(text[: len(text) - len(text.lstrip())].count("\n") for text in texts),
+            breaks=max(text.strip().count("\n") for text in texts),
+            tokens=longest + _MARGIN if longest > _NEW_TOKENS else _NEW_TOKENS,
+        )
+
+    def cut(self, text: str) -> str:
+        """The answer at the start of a generated text."""
+        return "\n".join(self._lines(text)[: self.breaks + 1]).strip()
+
+    def is_full(self, text: str) -> bool:
+        """Whether no more text can become a part of the answer."""
+        return len(self._lines(text)) > self.breaks + 1
+
+    def _lines(self, text: str) -> list[str]:
+        lines = text.split("\n")
+        skipped = 0
+        while skipped < min(self.leading, len(lines) - 1) and not lines[skipped].strip():
+            skipped += 1
+        return lines[skipped:]
 
 
 @dataclass(frozen=True)
@@ -55,6 +112,7 @@ class Evaluator:
         scoring: of an option y after a prompt x, in its n tokens: "mean" is log P(y|x) / n, "sum" is log P(y|x), and
             "pmi" is log P(y|x) - log P(y|premise), the calibrated score; "channel" is log P(x|y), for examples of
             records that `as_channel` turned around.
+        trained: the examples of training, whose answers a generated text must have room for as well.
 
     References:
         A. Holtzman et al., "Surface Form Competition" (2021) for "pmi"; S. Min et al., "Noisy Channel Language Model
@@ -68,6 +126,7 @@ class Evaluator:
     batch_size: int
     place: Place = lambda batch: batch
     scoring: Scoring = "mean"
+    trained: Sequence[Example] = ()
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], premises: Sequence[Example] = ()) -> dict[str, float]:
@@ -125,16 +184,17 @@ class Evaluator:
         return total / parts
 
     def _generated(self, examples: Sequence[Example]) -> list[str]:
-        """The greedy text of each example, up to a line break or the end."""
+        """The greedy text of each example, as far as it can be an answer."""
         adapted, tokenizer = self.scorer.adapted, self.tokenizer
         model: Any = adapted.model
         texts: dict[int, str] = {}
-        line_break = _line_break(tokenizer)
-        for indices in by_length(examples, self.batch_size, "lm"):
+        span = AnswerSpan.of([*examples, *self.trained], tokenizer)
+        size = 1 if self.scorer.generates_alone else self.batch_size
+        for indices in _with_room(examples, by_length(examples, size, "lm"), adapted.positions):
             batch = self.place(collate_prompts([examples[i] for i in indices], _pad_id(tokenizer)))
             ids = batch["input_ids"]
             config = GenerationConfig(
-                max_new_tokens=max(1, min(_NEW_TOKENS, adapted.positions - ids.shape[1])),
+                max_new_tokens=max(1, min(span.tokens, adapted.positions - ids.shape[1])),
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -142,10 +202,10 @@ class Evaluator:
             with _plain_generation(adapted):
                 output = model.generate(
                     input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config,
-                    stopping_criteria=line_break,
+                    stopping_criteria=StoppingCriteriaList([_AnswerEnds(tokenizer, span, ids.shape[1])]),
                 )  # fmt: skip
             answers: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-            texts.update({i: text.split("\n")[0].strip() for i, text in zip(indices, answers, strict=True)})
+            texts.update({i: span.cut(text) for i, text in zip(indices, answers, strict=True)})
         return [texts[i] for i in range(len(examples))]
 
 
@@ -181,12 +241,32 @@ def _options_loss(examples: Sequence[Example], scores: Sequence[Tensor]) -> floa
     return float(torch.stack(losses).double().mean())
 
 
-def _line_break(tokenizer: PreTrainedTokenizerBase) -> StoppingCriteriaList:
-    """Ends the generation of a text at its first line break, where the tokenizer has a token for one."""
-    try:
-        return StoppingCriteriaList([StopStringCriteria(tokenizer, ["\n"])])
-    except ValueError:  # such as BERT's: its texts have no line breaks
-        return StoppingCriteriaList()
+def _room_wanted(example: Example) -> int:
+    """The positions that an answer takes after its prompt: its last token is generated, but not read."""
+    return len(example.answers[example.gold]) - 1
+
+
+def _with_room(examples: Sequence[Example], batches: Sequence[list[int]], positions: int) -> Generator[list[int]]:
+    """The batches; an example for whose answer the padding of its batch leaves no room goes alone."""
+    for batch in batches:
+        room = positions - max(len(examples[i].prompt) for i in batch)
+        alone = [i for i in batch if _room_wanted(examples[i]) > room]
+        together = [i for i in batch if i not in alone]
+        yield from [together] if together else []
+        yield from ([i] for i in alone)
+
+
+class _AnswerEnds(StoppingCriteria):
+    """Ends the generation of each text of which no more can become a part of an answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, span: AnswerSpan, start: int) -> None:
+        self._tokenizer, self._span, self._start = tokenizer, span, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        texts: list[str] = self._tokenizer.batch_decode(input_ids[:, -1:])
+        if any("\n" in text for text in texts):  # only a line break can end a text
+            texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
+        return torch.tensor([self._span.is_full(text) for text in texts], device=input_ids.device)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Losses and scores of batches."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zofo.models.adapters import AdaptedModel
-from zofo.scoring.batch import PROMPT, Batch, Layout, stack
+from zofo.scoring.batch import PROMPT, UNLIMITED, Batch, Layout, apart, stack
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,33 @@ class Tokens:
 
 
 class Scorer:
-    """Runs batches through a model with the adapter in use, and counts `tokens` up with every forward pass."""
+    """Runs batches through a model with the adapter in use, and counts `tokens` up with every forward pass.
 
-    def __init__(self, adapted: AdaptedModel, tokens: Tokens) -> None:
+    `layout` is that of rows without virtual tokens, as `padding.probe` finds it; by default the one with the fewest
+    tokens, which is not exact for every model.
+    """
+
+    def __init__(self, adapted: AdaptedModel, tokens: Tokens, layout: Layout | None = None) -> None:
         self.adapted = adapted
         self.tokens = tokens
-        accepted = inspect.signature(adapted.base.forward).parameters
-        self._selects_logits = "logits_to_keep" in accepted
-        # peft shifts positions by its virtual tokens itself; with right padding the model's own positions are right
-        model_counts = adapted.prompt_learning or _counts_from_padding(adapted.base)
-        self._passes_positions = "position_ids" in accepted and not model_counts
-        max_width = min(adapted.positions, _max_masked_width(adapted.base)) if self._passes_positions else 0
-        self.layout = Layout("right" if adapted.prompt_learning else "left", max_width)
+        self.layout = Layout("right") if adapted.prompt_learning else layout or widest_layout(adapted)
+        self._selects_logits = "logits_to_keep" in _arguments(adapted)
+        # with right padding the model's own positions are right, and peft shifts them by its virtual tokens itself
+        self._passes_positions = self.layout.side == "left" and _takes_positions(adapted)
+        self._max_shared = max_shared_width(adapted)
+
+    @property
+    def generates_alone(self) -> bool:
+        """Whether text is generated row by row: `generate` pads on the left, and may cross `max_shared_width`."""
+        return self.layout.side == "right" or self._max_shared < UNLIMITED
 
     def log_probabilities(self, batch: Batch) -> Tensor:
         """(N,) float32 log-probability of each scored token."""
+        if batch["input_ids"].shape[1] > self._max_shared:
+            return torch.cat([self._log_probabilities(row) for row in apart(batch)])
+        return self._log_probabilities(batch)
+
+    def _log_probabilities(self, batch: Batch) -> Tensor:
         rows, positions, tokens = batch["scored"]
         start = int(positions.min())
         keep = batch["input_ids"].shape[1] - start
@@ -73,9 +85,10 @@ class Scorer:
 
         The adapters may differ only if the model `mixes`.
         """
-        wide = max(batch["input_ids"].shape[1] for batch in batches) > self.layout.max_width
-        if len(batches) > 1 and wide and any("segments" in batch for batch in batches):
-            # one mask serves all rows, and the wider ones need that of a sliding window
+        width = max(batch["input_ids"].shape[1] for batch in batches)
+        # one mask serves all rows, and the wider ones need that of a sliding window
+        mask_fits = width <= self.layout.max_width or all("segments" not in batch for batch in batches)
+        if len(batches) > 1 and (not mask_fits or width > self._max_shared):
             return [self.losses([batch], [name])[0] for batch, name in zip(batches, adapters, strict=True)]
         rows = [len(batch["input_ids"]) for batch in batches]
         with self.adapted.through([name for name, count in zip(adapters, rows, strict=True) for _ in range(count)]):
@@ -136,6 +149,32 @@ def _readable(segments: Tensor) -> Tensor:
     return earlier & ((there == PROMPT) | (there == here) & (here > 0)) | itself
 
 
+def widest_layout(adapted: AdaptedModel) -> Layout:
+    """Padding on the left, and options side by side where a mask of any form keeps them apart."""
+    if not _takes_positions(adapted):
+        return Layout("left")
+    return Layout("left", min(adapted.positions, max_shared_width(adapted), _max_masked_width(adapted.base)))
+
+
+def max_shared_width(adapted: AdaptedModel) -> int:
+    """The most tokens of rows that may be in one forward pass: LongRoPE rotates all rows by the longest of them."""
+    config = adapted.base.config.to_dict()
+    own = config.get("rope_parameters") or {}
+    kinds = [own, *(value for value in own.values() if isinstance(value, dict))]  # one, or one for each kind of layer
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    if limits and adapted.prompt_learning:
+        return 0  # virtual tokens count as well
+    return min(limits, default=UNLIMITED)
+
+
+def _arguments(adapted: AdaptedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(adapted.base.forward).parameters
+
+
+def _takes_positions(adapted: AdaptedModel) -> bool:
+    return "position_ids" in _arguments(adapted) and not _counts_from_padding(adapted.base)
+
+
 def _max_masked_width(model: PreTrainedModel) -> int:
     """The most tokens of a row that the model reads correctly with a mask of any form and positions in any order."""
     # the flag says that transformers makes the mask itself: it leaves a mask of four dimensions unchanged
@@ -146,7 +185,8 @@ def _max_masked_width(model: PreTrainedModel) -> int:
     layers = DynamicCache(config=model.config).layers
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return 0  # recurrent or convolutional states, which masks do not affect
-    return min([layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)] or [1 << 30])
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return min(windows, default=UNLIMITED)
 
 
 def _counts_from_padding(model: PreTrainedModel) -> bool:

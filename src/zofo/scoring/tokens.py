@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
+from zofo.tasks.prompts import Chat
 from zofo.tasks.records import Record
 
 logger = logging.getLogger(__name__)
@@ -50,15 +52,60 @@ def tokenize(
     truncated from the left, except for special tokens at their start; answers are never truncated. An empty prompt
     becomes the token that starts a text, or that ends one if the tokenizer has no other.
 
+    The prompt of a chat has exactly the tokens of `apply_chat_template(..., tokenize=True)`; a long one loses the
+    beginning of the user's words, and keeps its other turns and the marks of all turns.
+
     Returns the examples, with at most `max_length` tokens each, and how many of them were truncated.
     """
-    texts = [(r, answer) for r in records for answer in (r.options or (r.completion,))]
+    chats = [record for record in records if isinstance(record, Chat)]
+    assert len(chats) in (0, len(records)), "the records of a set are put to the model in one way"
+    whole = _chat_examples(chats, tokenizer) if chats else _plain_examples(records, tokenizer)
+    _warn_of_prefixes(whole)
+    if chats:
+        pairs = zip(chats, whole, strict=True)
+        truncated = [_truncate_chat(chat, example, max_length, tokenizer) for chat, example in pairs]
+    else:
+        truncated = [_truncate(example, max_length, tokenizer) for example in whole]
+    return truncated, sum(a is not b for a, b in zip(whole, truncated, strict=True))
+
+
+def _answered(records: Sequence[Record]) -> list[tuple[Record, str]]:
+    """Every record with each of its answers."""
+    return [(record, answer) for record in records for answer in record.options or (record.completion,)]
+
+
+def _grouped(records: Sequence[Record], pieces: Iterable["_Piece"]) -> list[Example]:
+    one = iter(pieces)
+    return [_join(record, [next(one) for _ in record.options or (record.completion,)]) for record in records]
+
+
+def _plain_examples(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    texts = _answered(records)
     encodings: Any = tokenizer([r.prompt + answer + r.suffix for r, answer in texts]).encodings
     pieces = (_cut(r, text, encoding, tokenizer) for (r, text), encoding in zip(texts, encodings, strict=True))
-    examples = [_join(record, [next(pieces) for _ in record.options or (record.completion,)]) for record in records]
-    _warn_of_prefixes(examples)
-    truncated = [_truncate(example, max_length, tokenizer) for example in examples]
-    return truncated, sum(a.prompt != b.prompt for a, b in zip(examples, truncated, strict=True))
+    return _grouped(records, pieces)
+
+
+def _chat_examples(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The prompts as they are tokenised alone; then the tokens by which an answer continues them."""
+
+    def encoded(texts: list[str]) -> Any:
+        return tokenizer(texts, add_special_tokens=False).encodings
+
+    texts = _answered(chats)
+    prompts = dict(zip([chat.prompt for chat in chats], encoded([chat.prompt for chat in chats]), strict=True))
+    wholes = encoded([chat.prompt + answer + chat.suffix for chat, answer in texts])
+    pieces: list[_Piece] = []
+    for (chat, answer), whole in zip(texts, wholes, strict=True):
+        prompt: list[int] = prompts[chat.prompt].ids
+        before = len(chat.prompt)
+        if whole.ids[: len(prompt)] != prompt:  # a token lies across the boundary; the model reads the prompt as it is
+            (whole,) = encoded([answer + chat.suffix])
+            before = 0
+        answered = whole.ids[len(prompt) if before else 0 :]
+        unscored = _first_after(whole, before + len(answer)) - (len(whole.ids) - len(answered)) if chat.partial else 0
+        pieces.append(_Piece(prompt, answered + _end(chat, tokenizer), unscored))
+    return _grouped(chats, pieces)
 
 
 @dataclass(frozen=True)
@@ -75,19 +122,28 @@ def _cut(record: Record, answer: str, encoding: Encoding, tokenizer: PreTrainedT
     while encoding.special_tokens_mask[len(ids) - 1]:  # special tokens at the end of a text are no part of an answer
         ids = ids[:-1]
 
-    def first_after(boundary: int) -> int:
-        return next(i for i, (_, end) in enumerate(encoding.offsets[: len(ids)]) if end > boundary)
+    start = _first_after(encoding, len(record.prompt))
+    unscored = _first_after(encoding, len(record.prompt + answer)) - start if record.partial else 0
+    # models of the GPT-2 family separate texts by the token that ends them
+    first: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return _Piece(ids[:start] or ([] if record.prompt else [first]), ids[start:] + _end(record, tokenizer), unscored)
 
-    start = first_after(len(record.prompt))
-    unscored = first_after(len(record.prompt + answer)) - start if record.partial else 0
-    end: list[Any] = [] if record.options else [tokenizer.eos_token_id]  # generation learns to end; options need not
-    if None in end:
+
+def _first_after(encoding: Encoding, boundary: int) -> int:
+    """The index of the first token that contains a character behind the boundary."""
+    return next(i for i, (_, end) in enumerate(encoding.offsets) if end > boundary)
+
+
+def _end(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What follows an answer: generation learns to end; options need not."""
+    if record.options:
+        return []
+    end: Any = tokenizer.eos_token_id
+    if end is None:
         raise ZofoError(
             "the tokenizer has no eos_token, by which a generated answer ends: give it one, or give options"
         )
-    # models of the GPT-2 family separate texts by the token that ends them
-    first: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return _Piece(ids[:start] or ([] if record.prompt else [first]), ids[start:] + end, unscored)
+    return [end]
 
 
 def _join(record: Record, pieces: list[_Piece]) -> Example:
@@ -145,3 +201,30 @@ def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerB
             f"{max_length}: raise max_length, or shorten the answers"
         )
     return dataclasses.replace(example, prompt=example.prompt[:special] + example.prompt[special + excess :])
+
+
+def _truncate_chat(chat: Chat, example: Example, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """The chat with as much of the end of the user's words as fits."""
+    if example.length <= max_length:
+        return example
+
+    def fits(start: int) -> bool:
+        return made(start).length <= max_length
+
+    def made(start: int) -> Example:
+        return _chat_examples([chat.saying(chat.said[start:])], tokenizer)[0]
+
+    encodings: Any = tokenizer(chat.said, add_special_tokens=False).encodings
+    starts = [*sorted({start for start, _ in encodings[0].offsets} | {0}), len(chat.said)]
+    first = bisect_left(starts, True, key=fits)  # as if every token of the words were a token of the chat
+    if first == len(starts):
+        raise ZofoError(
+            f"max_length {max_length} is too short for the chat even without the user's words (the longest answer has "
+            f"{example.length - len(example.prompt)} tokens): raise max_length, or shorten system_prompt or the answers"
+        )
+    shortest = made(starts[first])
+    if shortest.length == max_length:
+        return shortest
+    nearest = range(starts[max(0, first - 2)], starts[first])  # within a token: a part can have fewer tokens
+    fitting = [example for start in nearest if (example := made(start)).length <= max_length]
+    return max([*fitting, shortest], key=lambda example: example.length)

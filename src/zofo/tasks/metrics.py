@@ -4,12 +4,30 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 OPTION_METRICS = ("accuracy", "macro_f1", "f1", "group_exact_match")
 TEXT_METRICS = ("exact_match", "token_f1")
 METRICS = (*OPTION_METRICS, *TEXT_METRICS)
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_MARKS = re.escape(string.punctuation)
+_ARTICLES = re.compile(rf"\b(?<![{_MARKS}])(a|an|the)\b(?![{_MARKS}])")
+_MINUS = "\\-\N{MINUS SIGN}\N{EN DASH}"  # in brackets, where a plain hyphen would make a range
+# What SQuAD's scorer deletes, and what is more than punctuation there; the text is in lower case, with single spaces.
+_PARTS = re.compile(
+    rf"""
+    (?P<number> (?<![\w.]) (?: \d{{1,3}}(?:,\d{{3}})+(?!,?\d) | \d+ | (?=\.\d) )
+                (?:\.\d+)? (?:e[+{_MINUS}]?\d{{1,9}}(?!\w))? (?!\.?\d) )
+    | (?P<between> (?<=\d) (?: [{_MARKS}{_MINUS}]+ | [ ][/*^{_MINUS}][ ] ) (?=\d) )
+    | (?P<sign> (?: (?<![\w)\]}}]) [{_MINUS}] (?=[^\w\s]?\.?\d) (?!\$?(?:0+\.?0*|\.0+)(?![\w.]))  # -5 and -$5, not -0
+                  | (?: ^ | (?<=[=<>+*/^][ ]) ) [{_MINUS}][ ] (?=\$?\.?\d)      # - 5, x = - 5
+                  | (?<!\w) [{_MINUS}] (?=[a-z]\b|inf|∞) ) )                  # -x
+    | (?P<plus> (?<![\w)\]}}]) \+ (?=[^\w\s]?\.?\d) )                      # +5 is 5
+    | (?P<symbol> [+<=>] | (?<=[^\W\d_])\# | (?<=\b[a-z])-(?!\w) | (?<=\b[a-z][a-z])-(?!\w) )  # C++, F#, A-
+    | (?P<mark> [{_MARKS}] )
+    """,
+    re.VERBOSE,
+)
 
 References = Sequence[Sequence[str]]
 
@@ -31,6 +49,8 @@ def score(
         exact_match         fraction of texts that equal one of the right ones after `normalise`
         token_f1            F1 over words after `normalise`, best over the right texts, as SQuAD defines it
 
+    A right answer of which `normalise` leaves nothing (`A`, `+`) is compared with its article or with its punctuation.
+
     Args:
         metric: one of `METRICS`.
         predictions: the chosen options or generated texts.
@@ -43,9 +63,12 @@ def score(
         1.0
         >>> score("token_f1", ["the big cat"], [["dog", "A cat!"]])
         0.6666666666666666
+        >>> score("exact_match", ["5", "1,000.0"], [["-5"], ["1000"]])
+        0.5
 
     References:
-        P. Rajpurkar et al., "SQuAD" (2016); D. Khashabi et al., "Looking Beyond the Surface" (2018) for MultiRC.
+        P. Rajpurkar et al., "SQuAD" (2016); D. Dua et al., "DROP" (2019) for numbers; D. Khashabi et al., "Looking
+        Beyond the Surface" (2018) for MultiRC.
     """
     assert len(predictions) == len(references) > 0
     if metric == "macro_f1":
@@ -62,7 +85,7 @@ def score(
 _ROWS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "accuracy": lambda prediction, right: float(prediction in right),
     "group_exact_match": lambda prediction, right: float(prediction in right),
-    "exact_match": lambda prediction, right: float(normalise(prediction) in map(normalise, right)),
+    "exact_match": lambda prediction, right: float(any(_exact(prediction, answer) for answer in right)),
     "token_f1": lambda prediction, right: max(_token_f1(prediction, reference) for reference in right),
 }
 
@@ -84,15 +107,78 @@ def _f1(predictions: Sequence[str], answers: Sequence[str], positive: Sequence[s
     return 2 * hits / size if size else 0.0
 
 
+def _exact(prediction: str, answer: str) -> bool:
+    normal = _form_for(answer)
+    return normal(prediction) == normal(answer)
+
+
 def _token_f1(prediction: str, answer: str) -> float:
-    left, right = normalise(prediction).split(), normalise(answer).split()
+    normal = _form_for(answer)
+    left, right = normal(prediction).split(), normal(answer).split()
     if not left or not right:
         return float(left == right)
     shared = sum((Counter(left) & Counter(right)).values())
     return 2 * shared / (len(left) + len(right))
 
 
+def _form_for(answer: str) -> Callable[[str], str]:
+    """The strongest normalisation that leaves something of a right answer."""
+    return next((form for form in (normalise, _without_marks, _lower) if form(answer)), normalise)
+
+
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces, as in SQuAD's scorer."""
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(_ARTICLES.sub(" ", kept).split())
+    """Lower case, without punctuation, articles and extra spaces, as in SQuAD's scorer; but numbers are numbers.
+
+    A number keeps its sign, point, exponent, slash, colon and hyphen, loses the commas of its thousands, and has one
+    form only, as in DROP's scorer: 1,000.0 is 1000. Nor are `+`, `<`, `=`, `>`, the `#` of F# and the `-` of A-
+    deleted.
+
+    Examples:
+        >>> normalise("The cat, a dog & an owl."), normalise("-1,500.0 m"), normalise("C++")
+        ('cat dog owl', '-1500 m', 'c++')
+    """
+    return " ".join(_ARTICLES.sub(" ", _without_marks(text)).split())
+
+
+def _without_marks(text: str) -> str:
+    return " ".join(_PARTS.sub(_kept, _lower(text)).split())
+
+
+def _lower(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _kept(part: re.Match[str]) -> str:
+    """What stays of a number, of punctuation between two digits, or of any other punctuation."""
+    match part.lastgroup:
+        case "number":
+            return _number(part[0])
+        case "between":  # never nothing: 1;2 is not 12
+            return re.sub(r"[^ /:*^.+<=>-]", "", re.sub("[,;]", " ", _ascii_minus(part[0]))) or " "
+        case "sign":
+            return "-"
+        case "symbol":
+            return part[0]
+        case _:
+            return ""
+
+
+def _ascii_minus(text: str) -> str:
+    return re.sub(f"[{_MINUS}]", "-", text)
+
+
+def _number(text: str) -> str:
+    """The one form of a number without a sign; exact, as floats of many digits are not."""
+    _, digits, exponent = Decimal(_ascii_minus(text.replace(",", ""))).as_tuple()
+    assert isinstance(exponent, int), "the pattern knows neither infinity nor nan"
+    whole = "".join(map(str, digits)).lstrip("0")
+    significant = whole.rstrip("0")
+    exponent += len(whole) - len(significant)
+    if not significant:
+        return "0"
+    if 0 <= exponent <= 30:
+        return significant + "0" * exponent
+    if -30 <= exponent < 0:
+        padded = significant.rjust(1 - exponent, "0")
+        return f"{padded[:exponent]}.{padded[exponent:]}"
+    return f"{significant}e{exponent}"

@@ -1,8 +1,11 @@
 """Changes to a record before a model reads it: examples in context, the order of channel scoring, a chat format."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 from jinja2 import TemplateError
@@ -71,26 +74,64 @@ def as_channel(record: Record) -> Record:
     )  # fmt: skip
 
 
-def as_chat(record: Record, tokenizer: PreTrainedTokenizerBase, system: str | None) -> Record:
+@dataclass(frozen=True)
+class Chat(Record):
+    """A record whose prompt is a whole chat, with its special tokens, around `said`, the words of the user's turn."""
+
+    said: str = ""
+    rendered: Callable[[str], str] = field(default=str, compare=False, repr=False)  # the chat around other words
+
+    def saying(self, said: str) -> Self:
+        """The same chat with other words in the user's turn."""
+        return dataclasses.replace(self, prompt=self.rendered(said), said=said)
+
+
+def as_chat(record: Record, tokenizer: PreTrainedTokenizerBase, system: str | None) -> Chat:
     """The prompt as a user's turn in the model's own chat format, after a system turn if one is given."""
     if not tokenizer.chat_template:
         raise ZofoError(
             "chat_template is true, but this model's tokenizer has none: leave it out, or take a chat model"
         )
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    turns.append({"role": "user", "content": record.prompt.rstrip()})
-    try:
-        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ZofoError(
-            f"the model's chat template refuses this ({error}): leave out system_prompt, or chat_template"
-        ) from error
-    start = tokenizer.bos_token
-    adds_start = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    said, rendered = record.prompt.rstrip(), partial(_rendered, tokenizer, system)
+    made = Chat(**vars(record), said=said, rendered=rendered)
     return dataclasses.replace(
-        record,
-        prompt=text.removeprefix(start) if start and adds_start else text,
+        made,
+        prompt=rendered(said),
         completion=record.completion.lstrip(),
         options=tuple(option.lstrip() for option in record.options),
         references=tuple(reference.lstrip() for reference in record.references),
     )
+
+
+def chat_identity(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A short hash of the chat template; None without one."""
+    if not tokenizer.chat_template:
+        return None
+    return hashlib.sha256(_template(tokenizer).encode()).hexdigest()[:16]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template by which `apply_chat_template` writes a chat without tools."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ZofoError(
+            "this model's tokenizer has several chat templates, but none that is called default: rename one of them, "
+            "or leave chat_template out"
+        ) from error
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, system: str | None, said: str) -> str:
+    """A chat in which the user says this and the model is to answer."""
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    turns.append({"role": "user", "content": said})
+    template = _template(tokenizer)
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise ZofoError(
+            f"the model's chat template refuses this ({error}): leave out system_prompt, or chat_template"
+        ) from error
+    return text

@@ -1,17 +1,21 @@
 """A task from a table: `zofo train --data reviews.csv --text text --label label`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zofo.errors import ZofoError, did_you_mean
+from zofo.parse import Cell
 from zofo.tasks.records import Record, Row
 from zofo.tasks.sources import read_rows
 from zofo.tasks.task import Task, parse_task
 
 TASK_FILE = "task.yaml"
 _MOST_LABELS = 20
+_MOST_NAMED = 30  # columns in a message
+_NUMBER = re.compile(r"[+-]?\d*\.?\d+")
 
 
 def table_task(file: str, text: str | None, label: str | None) -> dict[str, Any]:
@@ -70,7 +74,8 @@ def task_text(spec: dict[str, Any]) -> str:
 def _require_column(rows: list[Row], column: str, file: str) -> None:
     known = list(dict.fromkeys(key for row in rows for key in row))
     if column not in known:
-        hint = did_you_mean(column, known, f"it has {', '.join(map(repr, known))}")
+        first = ", ".join(map(repr, known[:_MOST_NAMED])) + ", ..." * (len(known) > _MOST_NAMED)
+        hint = did_you_mean(column, known, f"it has {first}")
         raise ZofoError(f"{file} has no column {column!r}: {hint}")
     empty = [number for number, row in enumerate(rows, start=1) if not _cell_text(row.get(column))]
     if empty:
@@ -80,29 +85,38 @@ def _require_column(rows: list[Row], column: str, file: str) -> None:
             f"{file}: {len(empty)} of {len(rows)} rows have nothing in the column {column!r} (rows {first}{more}): "
             "fill them in or remove them"
         )
+    if any(isinstance(row[column], bytes) for row in rows):
+        raise ZofoError(f"{file}: the column {column!r} is binary (bytes that are no UTF-8): give a column of texts")
     nested = next((row[column] for row in rows if isinstance(row[column], dict | list)), None)
     if nested is not None:
         raise ZofoError(
-            f"{file}: the column {column!r} holds {nested!r}, but must hold texts: write a task file instead"
+            f"{file}: the column {column!r} holds {nested!r:.80}, but must hold texts: write a task file instead"
         )
 
 
 def _require_classes(labels: list[str], values: list[Any], column: str, file: str) -> None:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    numbers = [number for number in map(_number, values) if number is not None]
     if len(labels) == 1:
         raise ZofoError(f"{file}: every row has the label {labels[0]!r}: there is nothing to learn; check the column")
-    if any(isinstance(value, float) and not value.is_integer() for value in numbers) or (
+    if any(not float(number).is_integer() for number in numbers) or (
         len(numbers) == len(values) and len(labels) > _MOST_LABELS
     ):
         raise ZofoError(
-            f"{file}: the column {column!r} holds numbers such as {numbers[0]}, and numbers are not predicted: make a "
-            "few classes of them"
+            f"{file}: the column {column!r} holds numbers such as {numbers[0]:g}, and numbers are not predicted: make "
+            "a few classes of them"
         )
     if len(labels) > _MOST_LABELS:
         raise ZofoError(
             f"{file}: the column {column!r} has {len(labels)} labels, and at most {_MOST_LABELS} can be options: "
             "write a task file that generates the answer, or give another column"
         )
+
+
+def _number(value: Any) -> float | None:
+    """A label as a number, if it is one: in JSON a number, in a table of text a text of digits."""
+    if isinstance(value, Cell):
+        return float(value) if _NUMBER.fullmatch(value.strip()) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _cell_text(value: Any) -> str:

@@ -6,18 +6,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
 from zofo.errors import ZofoError, did_you_mean
+from zofo.parse import read_yaml
 from zofo.tasks.metrics import METRICS, OPTION_METRICS
 from zofo.tasks.records import Record, Row, checked
-from zofo.tasks.sources import read_rows
-from zofo.tasks.templates import Render, expression, text_template
+from zofo.tasks.sources import read_rows, split_name
+from zofo.tasks.templates import Render, condition, expression, text_template
 
 TEMPLATE_KEYS = ("prompt", "answer", "options", "references", "suffix", "score", "premise")
 KEYS = ("name", "description", "licence", "source", "where", *TEMPLATE_KEYS, "group", "templates", "metric", "format")
-SPLIT_NAMES = ("train", "dev", "test")
-_SPLIT_ALIASES = {"validation": "dev"}
 _SCORES = ("answer", "suffix")
 
 ToRecord = Callable[[Row], Record]
@@ -56,22 +53,29 @@ class Task:
         """Every row as a record, by the first template and by split: {"all": ...}, or the splits of the source.
 
         Raises:
-            ZofoError: with the first three bad rows, if any row cannot be rendered.
+            ZofoError: with the first three bad rows, if any row cannot be rendered; or if no row of a split is left.
         """
         splits: dict[str, list[Row]] = {}
         for name, source in self.source.items():
-            available = {_SPLIT_ALIASES.get(key, key): rows for key, rows in read_rows(source, self.folder).items()}
+            available = read_rows(source, self.folder)
             if name == "all":
                 splits.update(available)
             elif "all" in available or name in available:
                 splits[name] = available.get("all", available.get(name, []))
             else:
                 raise ZofoError(f"the source {source} of {self.name} has no {name}: it has {', '.join(available)}")
-        return {
+        records = {
             name: self._render(rows, 0, "" if name == "all" else f", {name}", self.keep)
             for name, rows in splits.items()
-            if name in ("all", *SPLIT_NAMES)
         }
+        for name, kept in records.items():
+            if not kept:  # it would be replaced by a part of the training rows
+                read = f"`where` keeps none of its {len(splits[name])} rows" if splits[name] else "it has no rows"
+                raise ZofoError(
+                    f"task {self.name}: nothing is left of {name}: {read}; correct `where`, or name in `source` "
+                    "the splits to use"
+                )
+        return records
 
     def reworded(self, records: Sequence[Record], template: int) -> list[Record]:
         """The same rows by another template, with its index from 0.
@@ -165,17 +169,12 @@ def parse_task(spec: dict[str, Any], path: Path) -> Task:
         metrics=_metrics(spec, path),
         folder=path.parent,
         templates=_templates(spec, path),
-        keep=expression(str(spec["where"]), f"{path}, where") if "where" in spec else None,
+        keep=condition(str(spec["where"]), f"{path}, where") if "where" in spec else None,
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ZofoError(f"{path} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
-    except yaml.YAMLError as error:
-        raise ZofoError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    spec = read_yaml(path, str(path))
     if not isinstance(spec, dict):
         raise ZofoError(f"{path} is no task file: it must name {', '.join(KEYS)}")
     return spec
@@ -208,10 +207,10 @@ def _sources(source: Any, path: Path) -> dict[str, str]:
     if isinstance(source, str):
         return {"all": source}
     if isinstance(source, dict):
-        named: dict[str, str] = {_SPLIT_ALIASES.get(str(key), str(key)): str(value) for key, value in source.items()}
-        if "train" in named and named.keys() <= set(SPLIT_NAMES):
-            return named
-    raise ZofoError(f"{path}: source must be a path, or {{train: PATH, test: PATH}} (and dev), but is {source!r}")
+        named = {split_name(str(key)): str(value) for key, value in source.items()}
+        if "train" in named and None not in named and len(named) == len(source):
+            return {name: value for name, value in named.items() if name}
+    raise ZofoError(f"{path}: source must be a path, or {{train: PATH, test: PATH}} (and dev), but is {source!r:.200}")
 
 
 def _metrics(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
@@ -221,7 +220,7 @@ def _metrics(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
     for metric in metrics:
         if metric not in METRICS:
             hint = did_you_mean(metric, METRICS, f"there are {', '.join(METRICS)}")
-            raise ZofoError(f"{path}: unknown metric {metric!r}; {hint}")
+            raise ZofoError(f"{path}: unknown metric {metric!r:.200}; {hint}")
         if not _is_metaicl(spec) and (metric in OPTION_METRICS) != has_options:
             options = "options" if has_options else "no options"
             fitting = [m for m in METRICS if (m in OPTION_METRICS) == has_options]
@@ -254,7 +253,7 @@ def _template(spec: dict[str, Any], where: str) -> ToRecord:
     for key in ("prompt", "answer", "suffix", "premise", "group"):
         if key in spec:
             if not isinstance(spec[key], str):
-                raise ZofoError(f"{where}: {key} must be text, but is {spec[key]!r}")
+                raise ZofoError(f"{where}: {key} must be text, but is {spec[key]!r:.200}")
             texts[key] = text_template(spec[key], f"{where}, {key}")
     options = _list_template(spec, "options", where)
     references = _list_template(spec, "references", where)
@@ -282,7 +281,9 @@ def _template(spec: dict[str, Any], where: str) -> ToRecord:
 def _is_partial(spec: dict[str, Any], where: str) -> bool:
     score = spec.get("score", _SCORES[0])
     if score not in _SCORES:
-        raise ZofoError(f"{where}: score is {score!r}, but must be {' or '.join(_SCORES)}: what is scored of an option")
+        raise ZofoError(
+            f"{where}: score is {score!r:.200}, but must be {' or '.join(_SCORES)}: what is scored of an option"
+        )
     if (score == "suffix" or "suffix" in spec) and "options" not in spec:
         raise ZofoError(f"{where}: a suffix follows the options, but there are none: leave suffix and score out")
     if score == "suffix" and "suffix" not in spec:
@@ -296,14 +297,14 @@ def _list_template(spec: dict[str, Any], key: str, where: str) -> Render:
     if value is None or (value and _is_list_of_texts(value)):
         return lambda row: value or ()
     if not isinstance(value, str):
-        raise ZofoError(f"{where}: {key} must be a list of texts, or a template that gives one, but is {value!r}")
+        raise ZofoError(f"{where}: {key} must be a list of texts, or a template that gives one, but is {value!r:.200}")
     render = expression(value, f"{where}, {key}")
 
     def texts(row: Row) -> list[str]:
         rendered = render(row)
         if not _is_list_of_texts(rendered):
-            raise ZofoError(f"{where}: {key} must give a list of texts, but gave {rendered!r}")
-        return rendered
+            raise ZofoError(f"{where}: {key} must give a list of texts, but gave {rendered!r:.200}")
+        return [str(text) for text in rendered]  # plain texts, of the cells of a table too
 
     return texts
 
@@ -319,5 +320,5 @@ def _metaicl_record(row: Row) -> Record:
         raise ZofoError(f"rows of format metaicl need the text fields input and output: {missing[0]} is missing")
     options = row.get("options") or []
     if not _is_list_of_texts(options):
-        raise ZofoError(f"options of a metaicl row must be a list of texts, but are {options!r}")
-    return checked(Record(row["input"] + "\n", row["output"], tuple(options), row=row))
+        raise ZofoError(f"options of a metaicl row must be a list of texts, but are {options!r:.200}")
+    return checked(Record(row["input"] + "\n", str(row["output"]), tuple(options), row=row))

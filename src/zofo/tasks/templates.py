@@ -5,12 +5,16 @@ filters and methods named here are allowed, with one loop at most; products, rep
 largest size. So no template can run or grow without end.
 """
 
+import functools
+import math
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, Undefined, UndefinedError, meta, nodes
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined, UndefinedError, meta, nodes, pass_eval_context
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
+from jinja2.filters import do_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zofo.errors import ZofoError, first_line
@@ -35,6 +39,7 @@ _FILTERS = (
     "max", "min", "replace", "reverse", "round", "sort", "string", "sum", "title", "trim", "unique", "upper",
     "wordcount",
 )  # fmt: skip
+_OF_TEXT = ("capitalize", "lower", "string", "title", "trim", "upper", "wordcount")  # which make texts of anything
 _METHODS = (
     "capitalize", "count", "endswith", "find", "get", "index", "isdigit", "items", "join", "keys", "lower", "lstrip",
     "partition", "removeprefix", "removesuffix", "replace", "rfind", "rpartition", "rsplit", "rstrip", "split",
@@ -43,20 +48,44 @@ _METHODS = (
 _LOOP = ("first", "index", "index0", "last", "length")
 
 
+class _CodeGenerator(CodeGenerator):
+    """Compiles `a ~ b` so that its parts may be what a text may be."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
+        self.write("str_join((")
+        for part in node.nodes:
+            self.write("environment.finalize(")
+            self.visit(part, frame)
+            self.write("), ")
+        self.write("))")
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "%", "**"])
+    code_generator_class = _CodeGenerator
 
     def __init__(self) -> None:
         super().__init__(
             undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_plain, optimized=False
         )
         known: dict[str, Any] = self.filters
-        self.filters: dict[str, Any] = {**{name: known[name] for name in _FILTERS}, "replace": _replace}
+        self.filters: dict[str, Any] = {
+            **{name: known[name] for name in _FILTERS},
+            **{name: _of_text(known[name]) for name in _OF_TEXT},
+            **{name: _to_number(known[name]) for name in ("int", "float")},
+            "join": _join,
+            "replace": _replace,
+        }
         self.globals: dict[str, Any] = {"range": _short_range}
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         allowed = _LOOP if type(obj).__name__ == "LoopContext" else _METHODS
         return attr in allowed and super().is_safe_attribute(obj, attr, value)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, str) and (isinstance(obj, list | tuple) or _numbered_without(obj, argument)):
+            raise TypeError(f"the text {str(argument)!r} is no position in {type(obj).__name__}")
+        return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if not all(isinstance(value, int | float) for value in (left, right)):
@@ -95,6 +124,12 @@ def expression(source: str, where: str) -> Render:
     return lambda row: _guarded(lambda: value_of(row), where, names - row.keys())
 
 
+def condition(source: str, where: str) -> Render:
+    """An expression of which only counts whether it holds for a row."""
+    value_of = expression(source, where)
+    return lambda row: _guarded(lambda: bool(value_of(row)), where)
+
+
 def _check(source: str, where: str) -> Set[str]:
     """The columns that a template names; refuses a template that could run without end."""
     tree: nodes.Template = _guarded(lambda: _ENVIRONMENT.parse(source), where)
@@ -123,26 +158,73 @@ def _guarded(render: Callable[[], Any], where: str, missing: Set[str] = frozense
     lacks = f"; the row has no column {', '.join(map(repr, sorted(missing)))}" if missing else ""
     try:
         return render()
+    except ZofoError:
+        raise
     except (SecurityError, MemoryError) as error:
         raise ZofoError(f"{where} tries what templates may not do: {error}") from error
     except UndefinedError as error:
         raise ZofoError(f"{where}: {error}{lacks}") from error
     except TemplateError as error:
         raise ZofoError(f"{where} is no valid template: {first_line(error)}") from error
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+    except TypeError as error:
+        mend = "`| int` and `| float` make numbers of texts, such as the cells of CSV files"
+        raise ZofoError(f"{where}: {error} (TypeError){lacks}; {mend}") from error
+    except (ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ZofoError(f"{where}: {error} ({type(error).__name__}){lacks}") from error
 
 
 def _plain(value: Any) -> Any:
-    """Refuses an empty or nested field in a text, where it would become Python's repr."""
-    if value is None or isinstance(value, dict | list | tuple):
-        kind = "empty (null)" if value is None else f"a nested {type(value).__name__}"
-        raise ValueError(f"a field is {kind}, and cannot be put into text")
-    return value
+    """Refuses a field that is empty, nested, binary or no number in a text, where it would become Python's repr."""
+    if value is None:
+        kind = "empty (null)"
+    elif isinstance(value, dict | list | tuple):
+        kind = f"a nested {type(value).__name__}"  # pyright: ignore[reportUnknownArgumentType]
+    elif isinstance(value, bytes):
+        kind = "binary (bytes that are no UTF-8)"
+    elif isinstance(value, float) and not math.isfinite(value):
+        kind = f"no finite number ({value})"
+    else:
+        return value
+    raise ValueError(f"a field is {kind}, and cannot be put into text")
+
+
+def _of_text(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that makes a text of what a text may be, and of nothing else."""
+
+    @functools.wraps(convert)
+    def checked(value: Any, *args: Any, **kwargs: Any) -> Any:
+        return convert(_plain(value), *args, **kwargs)
+
+    return checked
+
+
+def _to_number(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """Jinja2's filter without its default of 0: a missing label would be the first class."""
+
+    @functools.wraps(convert)
+    def checked(value: Any, default: Any = None, *args: Any, **kwargs: Any) -> Any:
+        number = convert(value, default, *args, **kwargs)
+        if number is None:
+            raise ValueError(f"{value!r:.80} is no number")
+        return number
+
+    return checked
+
+
+@pass_eval_context
+def _join(context: nodes.EvalContext, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    parts = list(values) if attribute is not None else [_plain(value) for value in values]
+    joined: Any = do_join(context, parts, str(_plain(d)), attribute)
+    return joined
+
+
+def _numbered_without(obj: Any, key: str) -> bool:
+    """Whether something is a mapping of numbers, which a text cannot select from."""
+    return isinstance(obj, dict) and key not in obj and any(isinstance(known, int) for known in obj)  # pyright: ignore[reportUnknownVariableType]
 
 
 def _replace(text: Any, old: Any, new: Any) -> str:
-    text, old, new = str(text), str(old), str(new)
+    text, old, new = (str(_plain(part)) for part in (text, old, new))
     if len(text) + (text.count(old) if old else len(text) + 1) * len(new) > _LONGEST:
         raise SecurityError(f"a replacement makes more than {_LONGEST} characters")
     return text.replace(old, new)

@@ -1,39 +1,57 @@
 """Checkpoints that are whole or not there: sealed when complete, checked before use."""
 
+import hashlib
 import json
 import os
+import pickle
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Collection, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from zofo.config import identity_of_before
 from zofo.errors import ZofoError, first_line
 
 SEAL = "seal.json"
+_HALF = f"{SEAL}.half"
+_DIGESTS = "sha256"  # as fast as blake2b where the processor has instructions for it
 _NAME = re.compile(r"checkpoint-(\d+)")
+_PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError, EOFError,
+    SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
-    """Declares a checkpoint complete: writes the size of each of its files, and `content`, in one atomic step.
+    """Declares a folder complete: writes size and digest of each of its files, and `content`, in one atomic step.
 
     A process that is killed earlier leaves a folder without a seal, which `last_sealed` passes over.
     """
-    sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    for name in sizes:
-        with open(folder / name, "rb+") as file:  # Windows flushes only what may be written
-            os.fsync(file.fileno())
-    half = folder / f"{SEAL}.half"
-    half.write_text(json.dumps({"files": sizes, **content}, indent=1))
-    half.rename(folder / SEAL)
+    unseal(folder)
+    names = [f.relative_to(folder).as_posix() for f in sorted(folder.rglob("*")) if f.is_file()]
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    digests = {name: _digest(folder / name) for name in names}
+    for name in names:
+        _to_disk(folder / name)
+    half = folder / _HALF
+    half.write_text(json.dumps({"files": sizes, _DIGESTS: digests, **content}, indent=1))
+    _to_disk(half)
+    half.replace(folder / SEAL)
 
 
 def unseal(folder: Path) -> None:
     """Marks a checkpoint that is about to be written over as incomplete."""
-    (folder / SEAL).unlink(missing_ok=True)
+    for name in (SEAL, _HALF):
+        (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -50,25 +68,71 @@ def writing(folder: Path) -> Generator[None]:
         ) from error
 
 
+@contextmanager
+def loading(folder: Path) -> Generator[None]:
+    """Turns what the libraries raise for a file that they cannot read into one line."""
+    try:
+        yield
+    except ZofoError:
+        raise
+    except _UNREADABLE as error:
+        raise _damaged(folder, f"it cannot be loaded ({first_line(error)[:200]})") from error
+
+
+def sealed_files(folder: Path) -> dict[str, int] | None:
+    """The files that a seal names, with their sizes; None without a seal that can be read."""
+    try:
+        return _content(folder)["files"]
+    except (OSError, ZofoError):
+        return None
+
+
 def read_seal(folder: Path) -> dict[str, Any]:
-    """What `seal` wrote; refuses a folder that is no checkpoint, half written, or damaged."""
+    """What `seal` wrote; refuses a folder that is no checkpoint, half written, or with files of other sizes."""
     if not folder.is_dir():
         raise ZofoError(
             f"there is no checkpoint {folder}: give the path of a checkpoint-N folder, or true for the last"
         )
     if not (folder / SEAL).is_file():
         raise ZofoError(f"{folder} is no complete checkpoint: it was only half written; resume from an earlier one")
-    try:
-        content: dict[str, Any] = json.loads((folder / SEAL).read_text())
-        files: dict[str, int] = content["files"]
-    except (ValueError, KeyError) as error:
-        raise ZofoError(f"{folder} is damaged: {SEAL} cannot be read; resume from an earlier checkpoint") from error
-    for name, size in files.items():
+    content = _content(folder)
+    config, cost = content.get("config"), content.get("cost")
+    if not isinstance(config, dict) or not isinstance(cost, dict) or not _is_texts(config.get("rows") or []):
+        raise _damaged(folder, f"{SEAL} cannot be read")
+    for name, size in content["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise ZofoError(f"{folder} is damaged: {name} {state}; resume from an earlier checkpoint")
+            raise _damaged(folder, f"{name} {state}")
     return content
+
+
+def require_whole(folder: Path) -> dict[str, Any]:
+    """What `seal` wrote; refuses a checkpoint of which any file is not what it was when it was sealed.
+
+    Seals of older versions hold sizes only, so that what will be read is opened as well.
+    """
+    content = read_seal(folder)
+    for name, digest in content.get(_DIGESTS, {}).items():
+        with loading(folder):
+            found = _digest(folder / name)
+        if found != digest:
+            raise _damaged(folder, f"{name} is not what was written")
+    steps_of(folder)
+    for name in _PICKLED:
+        if (folder / name).is_file():
+            with loading(folder), safe_globals():
+                torch.load(folder / name, map_location="meta", weights_only=True)
+    return content
+
+
+def steps_of(folder: Path) -> int:
+    """How many steps a checkpoint has behind it."""
+    with loading(folder):
+        steps: Any = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        if not isinstance(steps, int):
+            raise ValueError(f"{TRAINER_STATE_NAME} holds no number of steps")
+        return steps
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -78,14 +142,42 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def last_sealed(run: Path) -> Path:
-    """The newest complete checkpoint of a run."""
+    """The newest whole checkpoint of a run."""
     for folder in reversed(checkpoints(run)):
         try:
-            read_seal(folder)
+            require_whole(folder)
         except ZofoError:
             continue
         return folder
     raise ZofoError(f"{run} holds no complete checkpoint to resume from: start without resume_from_checkpoint")
+
+
+def siblings(resumed: Path, run: Path, identity: dict[str, Any]) -> set[str]:
+    """The names of the complete checkpoints of the run in this folder, if the one that is resumed from is of it."""
+    own: set[str] = set()
+    for folder in checkpoints(run) if is_of(resumed, run) else ():
+        with suppress(ZofoError):  # half written, damaged, or of another run: not for this one to remove
+            require_same(read_seal(folder)["config"], identity, folder)
+            own.add(folder.name)
+    return own
+
+
+def is_of(checkpoint: Path, run: Path) -> bool:
+    """Whether a checkpoint lies in the folder of this run, and not of another one."""
+    return checkpoint.absolute().parent.resolve() == run.resolve()  # which may be a link to a larger disk
+
+
+def rotate_checkpoints(run: Path, limit: int | None, best: str | None, own: Collection[str]) -> None:
+    """Removes the oldest checkpoints of a run's `own` beyond `limit`, but never the best one or the newest."""
+    sealed = [folder for folder in checkpoints(run) if folder.name in own and (folder / SEAL).is_file()]
+    sealed.sort(key=lambda folder: (folder / SEAL).stat().st_mtime_ns)  # a run that was resumed writes some anew
+    kept = {folder.name for folder in sealed[-1:]} | ({Path(best).name} if best else set())
+    surplus = len(sealed) - max(limit, len(kept)) if limit and limit > 0 else 0
+    for folder in [folder for folder in sealed if folder.name not in kept][: max(surplus, 0)]:
+        unseal(folder)
+        shutil.rmtree(folder.resolve(), ignore_errors=True)
+        if folder.is_symlink():
+            folder.unlink()
 
 
 def require_optimizer_state(folder: Path) -> None:
@@ -109,10 +201,44 @@ def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) 
             f"{folder} was written by a run on other training rows: give it the same data and task file, or start a "
             "new run in another output_dir"
         )
-    before = identity_of_before(stored)
+    # the words of the chat template, which older versions did not store, count as unchanged
+    before = {"chat_template_digest": current.get("chat_template_digest"), **identity_of_before(stored)}
     for key, value in current.items():
         if key != "rows" and before.get(key) != value:
             raise ZofoError(
                 f"{folder} was written with {key} = {before.get(key)!r}, but now it is {value!r}: resume with the "
                 "same configuration, or start a new run in another output_dir"
             )
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """The JSON of a seal, of the right form as far as files are concerned."""
+    try:
+        content: Any = json.loads((folder / SEAL).read_text())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{SEAL} cannot be read") from error
+    files = content.get("files") if isinstance(content, dict) else None
+    if not files or not isinstance(files, dict) or not all(isinstance(size, int) for size in files.values()):
+        raise _damaged(folder, f"{SEAL} cannot be read")
+    digests = content.get(_DIGESTS, dict.fromkeys(files, ""))  # which older versions did not write
+    if not isinstance(digests, dict) or digests.keys() != files.keys() or not _is_texts([*digests.values()]):
+        raise _damaged(folder, f"{SEAL} cannot be read")
+    return content
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _damaged(folder: Path, what: str) -> ZofoError:
+    return ZofoError(f"{folder} is damaged: {what}; resume from an earlier checkpoint")
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, _DIGESTS).hexdigest()
+
+
+def _to_disk(file: Path) -> None:
+    with open(file, "rb+") as content:  # Windows flushes only what may be written
+        os.fsync(content.fileno())

@@ -10,41 +10,48 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from zofo import noise
 from zofo.config import ZOFOConfig
 from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.methods.levels import require_optimizer
 from zofo.methods.method import Bundle
-from zofo.models.adapters import AdaptedModel
-from zofo.models.load import load_model, require_fitting_tokenizer
-from zofo.models.peft import UPPER, adapter_config, described
-from zofo.models.source import require_dense
+from zofo.models.export import save_tokenizer
+from zofo.models.peft import UPPER, described
 from zofo.scoring.batch import collate
 from zofo.scoring.evaluation import Evaluator, require_scorable
+from zofo.scoring.padding import probe
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
-from zofo.tasks.prompts import as_chat
+from zofo.tasks.prompts import as_chat, chat_identity
 from zofo.tasks.records import Record, Rows, digest, records
-from zofo.tasks.splits import halves
+from zofo.training import start
 from zofo.training.bundles import BundleCollator, IterationSampler
 from zofo.training.callbacks import Cost, CostCallback, LossBar
 from zofo.training.checkpoint import (
     last_sealed,
+    loading,
     read_seal,
     require_optimizer_state,
     require_same,
+    require_whole,
+    rotate_checkpoints,
     seal,
+    siblings,
+    steps_of,
     unseal,
     writing,
 )
+from zofo.training.folder import claim, drop_old, owned
+from zofo.training.rehearsal import require_finite, require_schedule_and_batches
+from zofo.training.trained_rows import digests, write_trained_rows
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +60,8 @@ class ZOFOTrainer(Trainer):
     """Trains a backbone, its adapters, or both, by the method that `args` names.
 
     Args:
-        model: the backbone, or what `load_model` takes. It is changed in place.
+        model: the backbone, or what `load_model` takes, or a `PeftModel` with one adapter, whose values the run starts
+            from. It is changed in place.
         args: the configuration.
         train_dataset: rows with `prompt`, `completion` and, for a loss over options, `options`: a datasets.Dataset or
             a list of dicts. With method bilevel and without `upper_dataset`, `args.lower_fraction` of them go to the
@@ -79,7 +87,7 @@ class ZOFOTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | PeftModel | str,
         args: ZOFOConfig,
         train_dataset: Rows,
         upper_dataset: Rows | None = None,
@@ -90,30 +98,17 @@ class ZOFOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         set_seed(args.seed)
-        if isinstance(model, str):
-            model, loaded = load_model(model, args.dtype)
-            processing_class = processing_class or loaded
-        if processing_class is None:
-            raise ZofoError("a loaded model comes without its tokenizer: pass it as processing_class")
-        if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:  # pyright: ignore
-            raise ZofoError(
-                f"model is a {type(model).__name__} with an adapter or of another kind: pass the plain transformers "
-                "model, and its adapter as peft_config"
-            )
-        require_fitting_tokenizer(processing_class, model)
-        if args.updates_backbone or not args.method_class.trains():  # Trainer takes no quantised model alone
-            require_dense(model.config, model.config.name_or_path or type(model).__name__, f"method {args.method}")
-        config = peft_config or adapter_config(args.adapter, model)
-        self.identity = {**args.identity(), "peft_config": described(config)}
-        real_prefix = peft_config is None and args.adapter == "prefix"
-        self.adapted = AdaptedModel(model, config, args.method_class.adapters, real_prefix=real_prefix)
-        self.adapted.require_prompts()
-        if args.activation_checkpointing:
-            self.adapted.require_checkpointing()
-        rows = _training_rows(args, train_dataset, upper_dataset)
+        self.adapted, processing_class, config = start.starting_model(model, args, processing_class, peft_config)
+        model = self.adapted.base
+        chat = {"chat_template_digest": chat_identity(processing_class)} if args.chat_template else {}
+        self.identity = {**args.identity(), "peft_config": described(config), **chat}
+        rows = start.training_rows(args, train_dataset, upper_dataset)
         self.identity["rows"] = [digest(part) for part in rows.values()]
+        self._trained_rows = start.rows_of_before(model)
+        if args.method_class.trains():
+            self._trained_rows |= digests([row for part in rows.values() for row in part])
         self.metrics = tuple(metrics) or ("accuracy" if next(iter(rows.values()))[0].options else "exact_match",)
-        _require_known_metric(args, self.metrics)
+        start.require_known_metric(args, self.metrics)
         if args.method_class.backpropagates:
             require_optimizer(args)
         self.args = args
@@ -123,24 +118,29 @@ class ZOFOTrainer(Trainer):
         self._longest = min(args.max_length, self.adapted.positions)
         train = {split: self.examples(part) for split, part in rows.items()}
         self._sizes = {split: len(examples) for split, examples in train.items()}
+        start.require_rows_for_a_batch(args, self._sizes)
         evaluated = self.examples(records(eval_dataset)) if eval_dataset else []
         self.require_scorable(evaluated)
         use_cache = model.config.use_cache
-        super().__init__(
-            model=self.adapted.model,
-            args=args,
-            train_dataset=cast(Any, [example for examples in train.values() for example in examples]),
-            eval_dataset=cast(Any, evaluated or None),
-            processing_class=processing_class,
-            callbacks=[CostCallback(self.cost), *(callbacks or [])],
-        )
+        with start.setting_up(args):
+            super().__init__(
+                model=self.adapted.model,
+                args=args,
+                train_dataset=cast(Any, [example for examples in train.values() for example in examples]),
+                eval_dataset=cast(Any, evaluated or None),
+                processing_class=processing_class,
+                callbacks=[CostCallback(self.cost), *(callbacks or [])],
+            )
         model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBar())
-        self.method = args.method_class(self.adapted, Scorer(self.adapted, self.cost), args)
+        self._layout = probe(self.adapted, processing_class)
+        self.method = args.method_class(self.adapted, Scorer(self.adapted, self.cost, self._layout), args)
         self._micro: list[Bundle] = []
         self._logs: dict[str, list[float]] = defaultdict(list)
-        self._skipped = 0
+        self._skipped = self._skipped_in_a_row = 0
+        self._own_checkpoints: set[str] = set()  # which alone `save_total_limit` removes
+        self._resumable: Path | None = None  # the checkpoint that was found to be whole
 
     def examples(self, rows: Sequence[Record]) -> list[Example]:
         """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
@@ -156,18 +156,34 @@ class ZOFOTrainer(Trainer):
 
     def require_resumable(self, folder: Path) -> None:
         """Refuses a checkpoint that this run cannot go on from, or that is none."""
-        require_same(read_seal(folder)["config"], self.identity, folder)
-        if self._steps_of(folder) < self._planned_steps():
+        if folder == self._resumable:
+            return  # reading every byte once is enough
+        content = require_whole(folder)
+        require_same(content["config"], self.identity, folder)
+        with loading(folder):
+            Cost(**content["cost"])
+        if steps_of(folder) < self._planned_steps():
             require_optimizer_state(folder)
+        self._resumable = folder
+
+    def require_trainable(self) -> None:
+        """Makes the schedule and one batch, as training will, so that what cannot work is said before any work."""
+        try:
+            require_schedule_and_batches(
+                self.create_optimizer(),
+                schedule=lambda: self.create_scheduler(self._planned_steps()),
+                batch=lambda: next(iter(self.get_train_dataloader())),
+            )
+        finally:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
         args = self.args
-        pad_id: Any = self._tokenizer.pad_token_id
-        layout = Scorer(self.adapted, Tokens()).layout
+        manner = {"pad_id": self._tokenizer.pad_token_id, "layout": self.method.scorer.layout}
         streams, size = self.method.streams(args), args.per_device_train_batch_size
         sampler = IterationSampler(self._sizes, streams, size, args.gradient_accumulation_steps, args.order_seed)
-        collator = BundleCollator(streams, size, partial(collate, kind=args.loss, pad_id=pad_id, layout=layout))
+        collator = BundleCollator(streams, size, partial(collate, kind=args.loss, **cast(Any, manner)))
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self.train_dataset),
             batch_sampler=sampler,
@@ -198,7 +214,10 @@ class ZOFOTrainer(Trainer):
                 raise
             self.method.skip()
             self._skipped += 1
+            self._skipped_in_a_row += 1
+            start.require_progress(self._skipped_in_a_row, number, self.state.max_steps)
             return nothing
+        self._skipped_in_a_row = 0
         for key, value in logs.items():
             self._logs[key].append(value)
         return nothing + logs["loss"]
@@ -270,19 +289,20 @@ class ZOFOTrainer(Trainer):
             given = Path(str(resume_from_checkpoint)).expanduser()
             folder = last_sealed(Path(str(self.args.output_dir))) if last else given
             self.require_resumable(folder)
+            self._own_checkpoints = siblings(folder, Path(str(self.args.output_dir)), self.identity)
             resume_from_checkpoint = str(folder)
         if self.args.method_class.zeroth_order:
             parameter = next(iter(self.adapted.backbone.values()))
             if not noise.warm_up(parameter.dtype, parameter.device):
                 logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
-        if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
-            return TrainOutput(self.state.global_step, 0.0, {})
-        with self.adapted.deployed_after():
+        with owned(Path(str(self.args.output_dir))), self.adapted.deployed_after():
+            if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
+                return TrainOutput(self.state.global_step, 0.0, {})
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _is_finished(self, folder: str) -> bool:
         """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
-        if self._steps_of(Path(folder)) < self._planned_steps():
+        if steps_of(Path(folder)) < self._planned_steps():
             return False
         self.state = state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
@@ -291,80 +311,82 @@ class ZOFOTrainer(Trainer):
             self._load_best_model()
         return True
 
-    def _steps_of(self, folder: Path) -> int:
-        return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-
     def _planned_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
         per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
         return math.ceil(self.args.num_train_epochs * per_epoch)
 
-    # ---- saving and loading: the backbone belongs to what a run has learned
+    def save_final(self, folder: Path, home: Path) -> None:
+        """Writes what a run ends with into a folder that will be renamed, or whose parts will, to `home`."""
+        with writing(folder):
+            self._save_parts(folder, self.adapted.save(folder, home))
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def require_finite(self) -> None:
+        """Refuses weights that the last step has made infinite or not a number."""
+        require_finite(self.adapted, self.args, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         with writing(folder):
-            self._tokenizer.save_pretrained(self.adapted.save(folder))
+            self._save_parts(folder, self.adapted.save(folder))
+
+    def _save_parts(self, folder: Path, tokenizer: Path) -> None:
+        save_tokenizer(self._tokenizer, tokenizer)
+        for part in ("", "backbone", *self.adapted.adapters):
+            if (folder / part).is_dir():
+                write_trained_rows(folder / part, self._trained_rows)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = self._get_output_dir(trial)
-        folder = Path(run) / f"checkpoint-{self.state.global_step}"
+        self.require_finite()
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                claim(run, folder.name)
                 unseal(folder)
                 (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
                 super()._save_checkpoint(model, trial)
                 self.adapted.save_trained(folder)
                 seal(folder, {"config": self.identity, "cost": asdict(self.cost)})
+                drop_old(run)
         finally:
             self.args.save_total_limit = limit
         # only now that the new one is whole may an old one go
-        rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
+        self._own_checkpoints.add(folder.name)
+        rotate_checkpoints(run, limit, self.state.best_model_checkpoint, self._own_checkpoints)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.adapted.load(Path(resume_from_checkpoint))
+        with loading(Path(resume_from_checkpoint)):
+            self.adapted.load(Path(resume_from_checkpoint))
         vars(self.cost).update(read_seal(Path(resume_from_checkpoint))["cost"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(Path(str(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(Path(str(checkpoint))):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         own = Path(str(self.args.output_dir)) / best.name  # a run may have been moved
-        self.adapted.load(own if own.is_dir() else best)
-
-    # ---- parts
+        folder = own if own.is_dir() else best
+        with loading(folder):
+            self.adapted.load(folder)
 
     def _evaluate_rows(self, rows: Sequence[Example]) -> dict[str, float]:
         evaluator = Evaluator(
-            Scorer(self.adapted, Tokens()),
+            Scorer(self.adapted, Tokens(), self._layout),
             self._tokenizer,
             self.metrics,
             self.args.loss,
             self.args.per_device_eval_batch_size,
             place=lambda batch: self._prepare_inputs(batch),
+            trained=cast(Any, self.train_dataset),
         )
         return evaluator.evaluate(rows)
-
-
-def _require_known_metric(args: ZOFOConfig, metrics: Sequence[str]) -> None:
-    """Refuses a model selection by what no evaluation will report, before the first one has to be waited for."""
-    adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
-    known = [f"{adapter}{name}" for adapter in adapters for name in (*metrics, "loss")]
-    wanted = args.metric_for_best_model
-    if wanted is not None and wanted.removeprefix("eval_") not in known:
-        raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
-
-
-def _training_rows(args: ZOFOConfig, train: Rows, upper: Rows | None) -> dict[str, list[Record]]:
-    """The training rows by the splits of the method."""
-    first, second = records(train), records(upper or [])
-    both = [*first, *second]
-    if not first:
-        raise ZofoError("train_dataset is empty: give it at least one row")
-    if args.loss == "options" and any(len(record.options) < 2 for record in both):
-        raise ZofoError("loss is options, but a row has fewer than two of them: set loss: lm, or give options")
-    splits = args.method_class.splits
-    if len(splits) == 1:
-        return {splits[0]: both}
-    parts = (first, second) if second else halves(first, args.lower_fraction, args.order_seed)
-    return dict(zip(splits, parts, strict=True))

@@ -1,0 +1,96 @@
+"""Whether settings that transformers and accelerate would take can be used: some are made once, for nothing."""
+
+import copy
+import math
+from enum import Enum
+from typing import Any, cast
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, get_scheduler
+
+from zofo.errors import ZofoError, first_line
+from zofo.keys import Keys
+
+_WITHOUT_KWARGS = ("constant", "constant_with_warmup")
+_MOST_BATCHES = 10**6  # of an iteration: their rows are a list
+
+
+def require_single_process(keys: Keys) -> None:
+    """Refuses what launchers and accelerate's settings ask for beside the keys."""
+    if keys.world_size > 1:
+        raise ZofoError(
+            f"this is one of {keys.world_size} processes, but a run is a single one: start zofo without torchrun or "
+            "accelerate launch"
+        )
+    if keys.mixed_precision != "no":
+        raise ZofoError(
+            f"accelerate's settings switch autocast on (mixed_precision: {keys.mixed_precision}), which zofo does not "
+            "use: start zofo without accelerate launch, and set dtype"
+        )
+
+
+def require_few_batches(keys: Keys, batches: int) -> None:
+    """Refuses an iteration of more micro-batches than a run could read, with `batches` in each micro-step."""
+    read = batches * keys.gradient_accumulation_steps
+    if read > _MOST_BATCHES:
+        raise ZofoError(
+            f"an iteration would read {read} batches (lower_steps: {keys.lower_steps}, gradient_accumulation_steps: "
+            f"{keys.gradient_accumulation_steps}): lower these"
+        )
+
+
+def require_schedule(keys: Keys, rate: float) -> None:
+    """Refuses `lr_scheduler_kwargs` that the schedule does not take, or lacks; `rate` is the learning rate at first."""
+    kind, kwargs = name_of(keys.lr_scheduler_type), keys.lr_scheduler_kwargs
+    if kwargs and not isinstance(kwargs, dict):
+        raise ZofoError(f"lr_scheduler_kwargs is {kwargs!r}, but must be a mapping, such as {{min_lr: 1e-5}}")
+    if kwargs and kind in _WITHOUT_KWARGS:
+        raise ZofoError(f"lr_scheduler_kwargs is {kwargs}, but lr_scheduler_type {kind} takes none: leave it out")
+    steps = keys.max_steps if keys.max_steps > 0 else 1000
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    try:
+        schedule = get_scheduler(kind, optimizer, int(keys.get_warmup_steps(steps)), steps, cast(Any, kwargs))
+        if isinstance(schedule, LambdaLR):
+            for step in (0, 1, steps // 2, steps - 1):
+                if not all(math.isfinite(factor(step)) for factor in schedule.lr_lambdas):
+                    raise ValueError(f"the learning rate of step {step} is not finite")
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise ZofoError(
+            f"lr_scheduler_type {kind} cannot be used with lr_scheduler_kwargs {kwargs} ({first_line(error)}): correct "
+            "lr_scheduler_kwargs, or choose another lr_scheduler_type"
+        ) from error
+
+
+def require_optim_args(keys: Keys) -> None:
+    """Refuses `optim_args` that the optimizer does not read: without them, it gets the same settings."""
+    items = str(keys.optim_args).replace(" ", "").split(",")
+    try:
+        settings = settings_of_optimizer(keys)[1]
+        idle = [item for item in items if _without(keys, items, item) == settings]
+    except ImportError:
+        return  # said with the name of the package when the optimizer is made
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ZofoError(f"optim_args is {keys.optim_args!r} ({first_line(error)}): write name=value,...") from error
+    if idle:
+        raise ZofoError(
+            f"optim_args {idle[0]} changes nothing of {name_of(keys.optim)}: leave it out; Adam has adam_beta1, "
+            "adam_beta2 and adam_epsilon"
+        )
+
+
+def name_of(value: Any) -> str:
+    """The word that stands for a member of one of transformers' enumerations."""
+    return str(value.value if isinstance(value, Enum) else value)
+
+
+def settings_of_optimizer(keys: Keys) -> tuple[Any, dict[str, Any]]:
+    """The class of the first-order optimizer, and what it is made with."""
+    made: Any = Trainer.get_optimizer_cls_and_kwargs(keys)
+    return made
+
+
+def _without(keys: Keys, items: list[str], item: str) -> dict[str, Any]:
+    keys = copy.copy(keys)
+    keys.optim_args = ",".join(other for other in items if other != item) or None
+    return settings_of_optimizer(keys)[1]

@@ -1,0 +1,158 @@
+"""What a run starts with, of what it is given: a name, a model, or a model with an adapter; and that it can start."""
+
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zofo.config import ZOFOConfig
+from zofo.errors import ZofoError, first_line
+from zofo.methods.settings import settings_of_optimizer
+from zofo.models.adapters import AdaptedModel
+from zofo.models.load import load_model, require_fitting_tokenizer
+from zofo.models.peft import UPPER, adapter_config, taken_off
+from zofo.models.source import require_dense
+from zofo.tasks.records import Record, Rows, records
+from zofo.tasks.splits import halves
+from zofo.training.trained_rows import trained_rows_of
+
+_SKIPPED_IN_A_ROW = 20
+
+
+def starting_model(
+    model: PreTrainedModel | PeftModel | str,
+    args: ZOFOConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+) -> tuple[AdaptedModel, PreTrainedTokenizerBase, PeftConfig | None]:
+    """The backbone with its adapters, the tokenizer, and the adapters' config.
+
+    Raises:
+        ZofoError: if these do not go together.
+    """
+    if isinstance(model, str):
+        model, loaded = load_model(model, args.dtype)
+        tokenizer = tokenizer or loaded
+    if tokenizer is None:
+        raise ZofoError("a loaded model comes without its tokenizer: pass it as processing_class")
+    with _parts(model, args, peft_config) as (base, folder):
+        require_fitting_tokenizer(tokenizer, base)
+        if args.updates_backbone or not args.method_class.trains():  # Trainer takes no quantised model alone
+            require_dense(base.config, base.config.name_or_path or type(base).__name__, f"method {args.method}")
+        config = peft_config or adapter_config(folder or args.adapter, base)
+        real_prefix = peft_config is None and folder is None and args.adapter == "prefix"
+        adapted = AdaptedModel(base, config, args.method_class.adapters, real_prefix=real_prefix, start=folder)
+    adapted.require_prompts()
+    if args.activation_checkpointing:
+        adapted.require_checkpointing()
+    if args.method_class.backpropagates and not adapted.adapters:
+        _require_epsilon(args, adapted)
+    return adapted, tokenizer, config
+
+
+@contextmanager
+def _parts(
+    model: PreTrainedModel | PeftModel, args: ZOFOConfig, peft_config: PeftConfig | None
+) -> Generator[tuple[PreTrainedModel, str | None]]:
+    """The backbone, and the folder of the trained adapter to start from, if there is one."""
+    if peft_config is not None and args.adapter_init:
+        raise ZofoError(f"both peft_config and adapter_init ({args.adapter_init}) are given: leave one of them out")
+    if isinstance(model, PeftModel):
+        if peft_config is not None or args.adapter_init or args.adapter == "none":
+            raise ZofoError(
+                "model is a PeftModel, whose adapter is trained, but peft_config, adapter_init or adapter: none says "
+                "otherwise: leave that out, or pass the plain transformers model"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            yield taken_off(model, folder), folder
+        return
+    if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:  # pyright: ignore
+        raise ZofoError(
+            f"model is a {type(model).__name__} with an adapter or of another kind: pass the plain transformers "
+            "model, and its adapter as peft_config; or a PeftModel, to start from the values of its adapter"
+        )
+    yield model, args.adapter_init
+
+
+def _require_epsilon(args: ZOFOConfig, adapted: AdaptedModel) -> None:
+    """Refuses an optimizer of torch whose ε is 0 in the weights' own dtype: a tiny gradient would become 0/0."""
+    kind, settings = settings_of_optimizer(args)
+    epsilon = settings.get("eps")
+    if not str(kind.__module__).startswith("torch.") or not isinstance(epsilon, float):
+        return  # others keep their state in float32
+    for dtype in {p.dtype for p in adapted.backbone.values()}:
+        if epsilon and not torch.tensor(epsilon).to(dtype):
+            raise ZofoError(
+                f"adam_epsilon is {epsilon}, which is 0 in {str(dtype).removeprefix('torch.')}, so that weights with a "
+                "tiny gradient would become 0/0: set adam_epsilon: 1e-4, or dtype: bfloat16 or float32"
+            )
+
+
+@contextmanager
+def setting_up(args: ZOFOConfig) -> Generator[None]:
+    """Turns what Trainer's constructor refuses into one line: mostly a package to report to that is not there."""
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError) as error:
+        reports: list[str] = list(cast(Any, args.report_to) or [])
+        mend = f": report_to is {', '.join(reports)}: install what that needs, or set report_to: none"
+        raise ZofoError(f"the run cannot be set up ({first_line(error)}){mend if reports else ''}") from error
+
+
+def require_rows_for_a_batch(args: ZOFOConfig, sizes: Mapping[str, int]) -> None:
+    """Refuses a batch of more rows than there are; `sizes` are the rows by the splits of the method."""
+    size = args.per_device_train_batch_size
+    for stream in args.method_class.streams(args).values():
+        rows = sizes[stream.split]
+        if stream.batches and size > rows:
+            raise ZofoError(
+                f"per_device_train_batch_size is {size}, but there are {rows} rows to train on ({stream.split}): set "
+                f"it to {rows} at most, or give more rows"
+            )
+
+
+def require_progress(skipped: int, number: int, steps: int) -> None:
+    """Ends a run that only skips: step `number` of `steps` is the last of so many that were skipped in a row.
+
+    A bad batch or a bad direction is followed by a good one; weights that are not finite stay so.
+    """
+    if skipped >= min(_SKIPPED_IN_A_ROW, steps):
+        raise ZofoError(
+            f"step {number}: the loss was not finite in {skipped} steps in a row, so skipping does not help: start "
+            "again with lower learning rates, or with dtype: float32"
+        )
+
+
+def require_known_metric(args: ZOFOConfig, metrics: Sequence[str]) -> None:
+    """Refuses a model selection by what no evaluation will report, before the first one has to be waited for."""
+    adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
+    known = [f"{adapter}{name}" for adapter in adapters for name in (*metrics, "loss")]
+    wanted = args.metric_for_best_model
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
+
+
+def training_rows(args: ZOFOConfig, train: Rows, upper: Rows | None) -> dict[str, list[Record]]:
+    """The training rows by the splits of the method."""
+    first, second = records(train), records(upper or [])
+    both = [*first, *second]
+    if not first:
+        raise ZofoError("train_dataset is empty: give it at least one row")
+    if args.loss == "options" and any(len(record.options) < 2 for record in both):
+        raise ZofoError("loss is options, but a row has fewer than two of them: set loss: lm, or give options")
+    splits = args.method_class.splits
+    if len(splits) == 1:
+        return {splits[0]: both}
+    parts = (first, second) if second else halves(first, args.lower_fraction, args.order_seed)
+    return dict(zip(splits, parts, strict=True))
+
+
+def rows_of_before(model: PreTrainedModel) -> frozenset[bytes]:
+    """What the model was trained on before, if it comes from a folder that says so."""
+    place = model.config.name_or_path
+    return (trained_rows_of(place) if place and Path(place).is_dir() else None) or frozenset()
