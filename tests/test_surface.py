@@ -120,6 +120,7 @@ def test_public_names_are_sorted_and_importable():
 
 
 def test_nothing_else_is_public():
+    assert all(getattr(zofo, name) for name in zofo.__all__)  # which are imported when they are asked for
     modules = {path.stem for path in SOURCES} | {path.parent.name for path in SOURCES}
     assert {name for name in vars(zofo) if not name.startswith("_")} - modules == set(zofo.__all__) - modules
 

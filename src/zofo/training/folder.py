@@ -98,12 +98,13 @@ def _settle_interrupted(run: Path) -> None:
 def written(run: Path) -> list[str]:
     """The names of what runs of zofo have written in a folder, as far as it is there.
 
-    By the marker; without one, a folder is a run of an older version if its files say so, and not only their names.
+    By the marker; without one, a folder is a run of an older version if its files say so, and not only their names; a
+    sealed checkpoint says so of itself.
     """
     marker = _marker(run)
     if marker is not None:
         return [name for name in marker["written"] if _exists(run / name)]
-    return _present(run) if _is_older_run(run) else []
+    return _present(run) if _is_older_run(run) else [folder.name for folder in checkpoints(run) if _is_sealed(folder)]
 
 
 def claim(run: Path, *names: str) -> None:

@@ -15,7 +15,7 @@ from zofo.errors import ZofoError, first_line
 from zofo.methods.settings import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model, require_fitting_tokenizer
-from zofo.models.peft import UPPER, adapter_config, taken_off
+from zofo.models.peft import UPPER, adapter_config, described, taken_off
 from zofo.models.source import require_dense
 from zofo.tasks.records import Record, Rows, records
 from zofo.tasks.splits import halves
@@ -29,8 +29,8 @@ def starting_model(
     args: ZOFOConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
-) -> tuple[AdaptedModel, PreTrainedTokenizerBase, PeftConfig | None]:
-    """The backbone with its adapters, the tokenizer, and the adapters' config.
+) -> tuple[AdaptedModel, PreTrainedTokenizerBase, str | None]:
+    """The backbone with its adapters, the tokenizer, and what the adapters' config says.
 
     Raises:
         ZofoError: if these do not go together.
@@ -45,6 +45,7 @@ def starting_model(
         if args.updates_backbone or not args.method_class.trains():  # Trainer takes no quantised model alone
             require_dense(base.config, base.config.name_or_path or type(base).__name__, f"method {args.method}")
         config = peft_config or adapter_config(folder or args.adapter, base)
+        description = described(config)  # before peft fills in what it finds in the model
         real_prefix = peft_config is None and folder is None and args.adapter == "prefix"
         adapted = AdaptedModel(base, config, args.method_class.adapters, real_prefix=real_prefix, start=folder)
     adapted.require_prompts()
@@ -52,7 +53,7 @@ def starting_model(
         adapted.require_checkpointing()
     if args.method_class.backpropagates and not adapted.adapters:
         _require_epsilon(args, adapted)
-    return adapted, tokenizer, config
+    return adapted, tokenizer, description
 
 
 @contextmanager

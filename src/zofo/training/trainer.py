@@ -24,7 +24,7 @@ from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.methods.levels import require_optimizer
 from zofo.methods.method import Bundle
 from zofo.models.export import save_tokenizer
-from zofo.models.peft import UPPER, described
+from zofo.models.peft import UPPER
 from zofo.scoring.batch import collate
 from zofo.scoring.evaluation import Evaluator, require_scorable
 from zofo.scoring.padding import probe
@@ -98,10 +98,10 @@ class ZOFOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         set_seed(args.seed)
-        self.adapted, processing_class, config = start.starting_model(model, args, processing_class, peft_config)
+        self.adapted, processing_class, kind = start.starting_model(model, args, processing_class, peft_config)
         model = self.adapted.base
         chat = {"chat_template_digest": chat_identity(processing_class)} if args.chat_template else {}
-        self.identity = {**args.identity(), "peft_config": described(config), **chat}
+        self.identity = {**args.identity(), "peft_config": kind, **chat}
         rows = start.training_rows(args, train_dataset, upper_dataset)
         self.identity["rows"] = [digest(part) for part in rows.values()]
         self._trained_rows = start.rows_of_before(model)
