@@ -23,6 +23,7 @@ from zofo.zo.estimators import EstimatorName
 from zofo.zo.rules import RuleName
 
 AUTO = "auto"
+_MOST = 1 << 31  # what counters of the libraries hold, and more than any run uses
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Bounds:
         >>> Bounds(above=0, below=1).require("zo_sparsity", 1.0)
         Traceback (most recent call last):
         ...
-        zofo.errors.ZofoError: zo_sparsity is 1.0, but must be less than 1
+        zofo.errors.ZofoError: zo_sparsity is 1.0, but must be greater than 0 and less than 1
     """
 
     above: float | None = None
@@ -53,12 +54,12 @@ class Bounds:
             f"at least {self.at_least}": self.at_least is None or value >= self.at_least,
             f"less than {self.below}": self.below is None or value < self.below,
         }
-        for limit, kept in limits.items():
-            if not kept:
-                raise ZofoError(f"{key} is {value}, but must be {limit}")
+        if not all(limits.values()):
+            named = [limit for limit, kept in limits.items() if "None" not in limit]
+            told = [limit for limit in named if not limits[limit] or str(_MOST) not in limit]
+            raise ZofoError(f"{key} is {value}, but must be {' and '.join(told)}")
 
 
-_MOST = 1 << 31  # what counters of the libraries hold, and more than any run uses
 POSITIVE, NOT_NEGATIVE = Bounds(above=0, below=_MOST), Bounds(at_least=0, below=_MOST)
 FRACTION = Bounds(above=0, below=1)
 _SEED = Bounds(at_least=0, below=1 << 32)  # of NumPy's generators

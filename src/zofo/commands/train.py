@@ -30,7 +30,7 @@ from zofo.training.trainer import ZOFOTrainer
 Say = Callable[[str], None]
 
 _PART = 1 << 24  # numbers in double precision at a time
-_READ = ("model", "task", "data", "source", "adapter")
+_READ = ("model", "task", "data", "source", "adapter", "adapter_init")
 
 
 def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict[str, Any]:
