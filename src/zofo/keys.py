@@ -55,7 +55,7 @@ class Bounds:
             f"less than {self.below}": self.below is None or value < self.below,
         }
         if not all(limits.values()):
-            named = [limit for limit, kept in limits.items() if "None" not in limit]
+            named = [limit for limit in limits if "None" not in limit]
             told = [limit for limit in named if not limits[limit] or str(_MOST) not in limit]
             raise ZofoError(f"{key} is {value}, but must be {' and '.join(told)}")
 
