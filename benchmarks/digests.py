@@ -113,9 +113,9 @@ def write_inputs(folder: Path) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items()}
 
 
-def run(name: str, paths: dict[str, str], folder: Path) -> dict[str, str]:
-    """Trains one of `RUNS` into a folder; part of what it wrote -> digest."""
-    keys = {**_USUAL, **RUNS[name], "output_dir": str(folder)}
+def run(name: str, paths: dict[str, str], folder: Path, **more: Any) -> dict[str, str]:
+    """Trains one of `RUNS` into a folder, with `more` keys; part of what it wrote -> digest."""
+    keys = {**_USUAL, **RUNS[name], **more, "output_dir": str(folder)}
     words = ["train"]
     for key, value in keys.items():
         if isinstance(value, list):

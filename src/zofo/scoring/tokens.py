@@ -31,6 +31,7 @@ class Example:
     unscored: tuple[int, ...] = ()  # how many first tokens of each option are not scored (partial evaluation)
     references: tuple[str, ...] = ()  # all right answers, with that of `gold`
     group: str = ""
+    truncated: bool = False  # whether the prompt is shorter than what the record says
 
     @property
     def length(self) -> int:
@@ -66,7 +67,7 @@ def tokenize(
         truncated = [_truncate_chat(chat, example, max_length, tokenizer) for chat, example in pairs]
     else:
         truncated = [_truncate(example, max_length, tokenizer) for example in whole]
-    return truncated, sum(a is not b for a, b in zip(whole, truncated, strict=True))
+    return truncated, sum(example.truncated for example in truncated)
 
 
 def _answered(records: Sequence[Record]) -> list[tuple[Record, str]]:
@@ -200,7 +201,8 @@ def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerB
             f"an answer of {example.length - len(example.prompt)} tokens leaves no room for a prompt in max_length "
             f"{max_length}: raise max_length, or shorten the answers"
         )
-    return dataclasses.replace(example, prompt=example.prompt[:special] + example.prompt[special + excess :])
+    shorter = example.prompt[:special] + example.prompt[special + excess :]
+    return dataclasses.replace(example, prompt=shorter, truncated=True)
 
 
 def _truncate_chat(chat: Chat, example: Example, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -212,7 +214,8 @@ def _truncate_chat(chat: Chat, example: Example, max_length: int, tokenizer: Pre
         return made(start).length <= max_length
 
     def made(start: int) -> Example:
-        return _chat_examples([chat.saying(chat.said[start:])], tokenizer)[0]
+        (cut,) = _chat_examples([chat.saying(chat.said[start:])], tokenizer)
+        return dataclasses.replace(cut, truncated=True)
 
     encodings: Any = tokenizer(chat.said, add_special_tokens=False).encodings
     starts = [*sorted({start for start, _ in encodings[0].offsets} | {0}), len(chat.said)]
