@@ -1,7 +1,7 @@
 """`python benchmarks/kills.py`: runs that are killed at random moments and go on, against runs that never stopped.
 
-Every run of `digests.py` is killed by SIGKILL four times, at moments drawn evenly from its whole length, with a
-checkpoint after every second of four steps, so that many kills fall into a save. After each kill the run goes on as its user would let
+Every run of `digests.py` is killed by SIGKILL four times, at moments drawn evenly from its whole length; it has four
+steps and two checkpoints, so that many kills fall into a save. After each kill the run goes on as its user would let
 it: from its last whole checkpoint, or anew where there is none. At its end all that it wrote must be the same, bit for
 bit. Prints a line for each run and writes `benchmarks/results/kills.json`.
 """
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,23 @@ KILLS = 4  # of each run
 RESULT = Path(__file__).parent / "results" / "kills.json"
 
 
-def in_process(name: str, paths: dict[str, str], folder: Path, keys: dict[str, Any]) -> int:
-    """Starts a run in a process of its own, which writes its digests beside its folder; returns the process id."""
+def in_process(task: Callable[[], dict[str, str]], file: Path) -> int:
+    """Starts a function in a process of its own, which writes what it returns to a file; returns the process id.
+
+    This process itself never runs torch, whose threads do not survive a fork.
+    """
     child = os.fork()
     if child:
         return child
-    found = run(name, paths, folder, **keys)
-    folder.with_suffix(".json").write_text(json.dumps(found))
+    torch.set_num_threads(1)
+    found = task()
+    file.write_text(json.dumps(found))
     os._exit(int(found.get("status", 0)))
+
+
+def start(name: str, paths: dict[str, str], folder: Path, **keys: Any) -> int:
+    """Starts a run, which writes its digests beside its folder; returns the process id."""
+    return in_process(lambda: run(name, paths, folder, **keys), folder.with_suffix(".json"))
 
 
 def status(child: int) -> int:
@@ -48,7 +58,7 @@ def status(child: int) -> int:
 def whole(name: str, paths: dict[str, str], folder: Path) -> tuple[dict[str, str], float]:
     """What a run that never stops writes, and its seconds."""
     started = time.perf_counter()
-    assert status(in_process(name, paths, folder, {})) == 0, name
+    assert status(start(name, paths, folder)) == 0, name
     return json.loads(folder.with_suffix(".json").read_text()), time.perf_counter() - started
 
 
@@ -56,14 +66,16 @@ def killed(name: str, paths: dict[str, str], folder: Path, seconds: float, rng: 
     """Kills a run `KILLS` times, lets it end, and says when the kills came; the digests lie beside the folder."""
     moments: Counter[str] = Counter()
     while moments.total() < KILLS:
-        child = in_process(name, paths, folder, going_on(folder))
+        child = start(name, paths, folder, **going_on(folder))
         time.sleep(rng.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
-        if status(child) == -signal.SIGKILL:
+        ended = status(child)
+        if ended == -signal.SIGKILL:
             moments[moment(folder)] += 1
         else:  # it was faster, and is done: from the start again
+            assert ended == 0, name
             shutil.rmtree(folder)
-    assert status(in_process(name, paths, folder, going_on(folder))) == 0, name
+    assert status(start(name, paths, folder, **going_on(folder))) == 0, name
     return moments
 
 
@@ -89,12 +101,14 @@ def moment(folder: Path) -> str:
 
 def main() -> None:
     """Kills, compares, prints and writes."""
-    torch.set_num_threads(1)
     rng = random.Random(0)
     moments: Counter[str] = Counter()
     odd: list[str] = []
     with tempfile.TemporaryDirectory() as place:
-        paths = write_inputs(Path(place))
+        inputs = Path(place) / "inputs.json"
+        assert status(in_process(lambda: write_inputs(Path(place)), inputs)) == 0
+        paths: dict[str, str] = json.loads(inputs.read_text())
+        (Path(place) / "runs").mkdir()
         for name in RUNS:
             folder = Path(place) / "runs" / name.replace(" ", "-")
             expected, seconds = whole(name, paths, folder)

@@ -33,6 +33,12 @@ given, such as --test_size 100: test_size, dev_size, train_size, data_seed, sour
 chat_template, system_prompt.
 
   zofo eval --model runs/bilevel/backbone --adapter runs/bilevel/upper --task movie_reviews"""
+_PREDICT = """Adds to each row of a file what the model answers: `prediction`, and where options are compared its
+`probability` and the `scores` of all options (mean log-probability per token); `truncated` marks prompts that were cut.
+Rows need no labels, and keep all columns. Keys of zofo train that say how rows are read can be given, such as
+--template 1 or --max_length 256; otherwise they are those of the run.
+
+  zofo predict --run runs/bilevel --data new.csv --output predicted.csv"""
 _MERGE = """Merges an adapter of a run into its backbone; the result loads with plain transformers.
 
   zofo merge --run runs/bilevel --adapter upper --output merged"""
@@ -73,16 +79,22 @@ def _run(arguments: list[str]) -> int:
     options, keys = parser.parse_known_args(arguments or ["--help"])
     if keys and not options.takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(keys)}")
-    report = vars(options).get("output") if options.takes_keys else None
-    if report and report.exists():
-        raise ZofoError(f"{report} exists already and is not overwritten: give a new file")
-    if report and not report.absolute().parent.is_dir():
-        raise ZofoError(f"output is {report}, but there is no folder {report.parent}: make it, or give another file")
+    for name in ("output", "log_samples") if options.takes_keys else ():
+        _require_new(name, vars(options).get(name))
     # before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options.run(options, keys)
     return 0
+
+
+def _require_new(name: str, file: Path | None) -> None:
+    if file and file.exists():
+        raise ZofoError(f"{file} exists already and is not overwritten: give a new file")
+    if file and not file.absolute().parent.is_dir():
+        raise ZofoError(f"{name} is {file}, but there is no folder {file.parent}: make it, or give another file")
+    if file and name == "log_samples" and file.suffix != ".jsonl":
+        raise ZofoError(f"log_samples is {file}, but must end in .jsonl: it has one row a line")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,11 +121,16 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--memory_only", action="store_true", help="do not load the weights, and measure no time")
 
     score = _verb(verbs, "eval", _eval, "score a model, with or without an adapter, on a task", _EVAL, takes_keys=True)
-    score.add_argument("--model", required=True, help="Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
-    score.add_argument("--adapter", help="a PEFT folder, such as RUN/upper; none by default")
-    which = score.add_mutually_exclusive_group(required=True)
-    which.add_argument("--task", nargs="+", help="names from `zofo tasks`, or task files")
+    _add_model(score)
+    which = score.add_mutually_exclusive_group()
+    which.add_argument("--task", nargs="+", help="names from `zofo tasks`, or task files; otherwise that of the run")
     which.add_argument("--harness", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, by its own rules")
+    which.add_argument(
+        "--data", help="a table whose rows are all scored: by the run's task, or with --text and --label"
+    )
+    score.add_argument("--text", help="with --data: the column of the text")
+    score.add_argument("--label", help="with --data: the column of the label")
+    score.add_argument("--log_samples", type=Path, help="also write prompt, scores, answer of each row to this .jsonl")
     score.add_argument("--split", default="test", choices=["test", "dev", "train"], help="default: test")
     score.add_argument("--output", type=Path, help="also write the result to this JSON file")
     score.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
@@ -126,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
         help="log-probability of an option per token (mean, otherwise), in all (sum), less that behind the task's "
         "premise (pmi, calibrated), or of the prompt behind the option (channel)",
     )
+
+    answer = _verb(verbs, "predict", _predict, "what a model answers to new rows", _PREDICT, takes_keys=True)
+    _add_model(answer)
+    answer.add_argument("--task", help="name from `zofo tasks`, or task file; otherwise that of the run")
+    answer.add_argument("--data", required=True, help="rows, with or without labels: CSV, JSON lines, Parquet, ...")
+    answer.add_argument("--output", type=Path, help="new file: .csv, .jsonl or .parquet; otherwise JSON lines are said")
+    answer.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
 
     merge = _verb(verbs, "merge", _merge, "write backbone and adapter as one plain Hugging Face folder", _MERGE)
     merge.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
@@ -149,6 +173,13 @@ def _verb(
     )  # fmt: skip
     parser.set_defaults(run=run, takes_keys=takes_keys)
     return parser
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    which = verb.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, dest="folder", help="the output_dir of zofo train, which knows its task")
+    which.add_argument("--model", help="Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
+    verb.add_argument("--adapter", help="with --run: upper (otherwise) or lower; with --model: a PEFT folder, or none")
 
 
 class _KeysHelp(argparse.Action):
@@ -185,23 +216,56 @@ def _estimate(options: argparse.Namespace, keys: list[str]) -> None:
 
 
 def _eval(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands.eval import Manner, eval_config, evaluate_model, settings_of
+    from zofo.commands.eval import Manner, eval_config, evaluate_model, given_keys, settings_of
     from zofo.commands.harness import evaluate_with_harness
-    from zofo.training.folder import settle_parts
+    from zofo.commands.predict import write
 
     _quiet_libraries()
-    settle_parts(options.model, options.adapter)
-    manner = Manner(options.template, options.shots, options.scoring, options.split, options.batch_size)
-    report: dict[str, Any] = {"model": options.model, "adapter": options.adapter}
+    model, adapter = _parts(options)
+    whole = bool(options.data or "source" in given_keys(keys)) and options.split == "test"
+    manner = Manner(options.template, options.shots, options.scoring, options.split, options.batch_size, whole)
+    report: dict[str, Any] = {"model": model, "adapter": adapter}
     if options.harness:
-        report["harness"] = evaluate_with_harness(options.model, options.adapter, options.harness, manner, keys)
+        report["harness"] = evaluate_with_harness(model, adapter, options.harness, manner, keys)
     else:
-        configs = {task: eval_config(options.model, task, keys, options.adapter) for task in options.task}
-        scores = evaluate_model(options.model, options.adapter, list(configs.values()), manner, _note)
-        settings = {task: settings_of(config, manner) for task, config in configs.items()}
+        table = {key: vars(options)[key] for key in ("data", "text", "label")}
+        configs = [eval_config(model, task, keys, adapter, table) for task in options.task or [None]]
+        samples: list[dict[str, Any]] = []
+        scores = evaluate_model(model, adapter, configs, manner, _note, samples)
+        settings = {name: settings_of(config, manner) for name, config in zip(scores, configs, strict=True)}
         report |= {"split": options.split, "settings": settings, "tasks": scores}
+        if options.log_samples:
+            write(samples, options.log_samples)
     _say(json.dumps(report, indent=2))
     _write(report, options.output)
+
+
+def _predict(options: argparse.Namespace, keys: list[str]) -> None:
+    from zofo.commands import predict
+    from zofo.commands.eval import PREDICT_KEYS, eval_config
+
+    _quiet_libraries()
+    model, adapter = _parts(options)
+    config = eval_config(model, options.task, keys, adapter, known=PREDICT_KEYS)
+    rows = predict.rows_of(options.data, options.output)
+    found = predict.predict(model, adapter, config, rows, options.batch_size, _note)
+    if options.output:
+        predict.write(found, options.output)
+        _note(f"{len(found)} rows: {options.output}")
+    else:
+        _say(predict.as_jsonl(found).decode().rstrip("\n"))
+
+
+def _parts(options: argparse.Namespace) -> tuple[str, str | None]:
+    """The model and the adapter that --run or --model and --adapter name."""
+    from zofo.commands.stored import StoredRun
+    from zofo.training.folder import settle_parts
+
+    if options.folder:
+        settle_parts(str(options.folder / "backbone"))
+        return StoredRun.at(options.folder).parts(options.adapter or "upper")
+    settle_parts(options.model, options.adapter)
+    return options.model, options.adapter
 
 
 def _merge(options: argparse.Namespace, keys: list[str]) -> None:

@@ -263,7 +263,7 @@ EVAL = {
     "more rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it"),
     "an unknown task": ({"task": "tweet"}, "there is no task 'tweet': did you mean tweets?"),
     "an unknown option": ({"taks": "tweets"}, "--taks"),
-    "no task": ({"task": None}, "--task --harness is required"),
+    "no task": ({"task": None}, "task is not given: add --task; or --data with --text and --label"),
     "an output below a file": ({"output": "{file}/scores.json"}, "scores.json"),
     "an output that exists": ({"output": "{file}"}, "exists already and is not overwritten: give a new file"),
 }

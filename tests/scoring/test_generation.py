@@ -5,7 +5,8 @@ from test_scorer import TOKENIZER, adapted, pytestmark  # noqa: F401
 
 from plain import make_trainer
 from zofo.errors import ZofoError
-from zofo.scoring.evaluation import AnswerSpan, Evaluator, _with_room
+from zofo.scoring.evaluation import Evaluator
+from zofo.scoring.generation import AnswerSpan, _with_room
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import tokenize
 from zofo.tasks.records import Record

@@ -281,8 +281,8 @@ def test_generated_text_is_that_of_each_row_alone(family, monkeypatch):
         return generate(self, **given)
 
     monkeypatch.setattr(type(model), "generate", spy)
-    texts = Evaluator(scorer, TOKENIZER, ["exact_match"], "lm", 4)._generated(rows())
+    answers = Evaluator(scorer, TOKENIZER, ["exact_match"], "lm", 4).answers(rows())
     assert sizes == ([4] if family == "llama" else [1] * 4)
-    for text, row in zip(texts, rows(), strict=True):
+    for text, row in zip([answer.text for answer in answers], rows(), strict=True):
         assert text
         assert greedy(model, row.prompt, 60).strip().startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))

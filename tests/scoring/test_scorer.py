@@ -483,10 +483,10 @@ def test_generation_is_greedy_whatever_the_model_s_own_file_wants(kind):
     made = adapted("llama", kind)
     rows = tokenize([Record(p, " great") for p in PROMPTS], TOKENIZER, 128)[0]
     evaluator = Evaluator(Scorer(made, Tokens()), TOKENIZER, ["exact_match"], "lm", batch_size=2)
-    texts = evaluator._generated(rows)
+    texts = [answer.text for answer in evaluator.answers(rows)]
     own = GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3, suppress_tokens=[5, 6, 7])
     made.base.generation_config = own
-    assert evaluator._generated(rows) == texts
+    assert [answer.text for answer in evaluator.answers(rows)] == texts
     assert made.base.generation_config is own
 
 

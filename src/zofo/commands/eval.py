@@ -4,66 +4,91 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
-import yaml
-from accelerate.utils import send_to_device
 from transformers import PreTrainedTokenizerBase
 
+from zofo.commands.stored import Loaded, StoredRun
 from zofo.config import ZOFOConfig, parse_config
-from zofo.errors import ZofoError, first_line
-from zofo.models.adapters import AdaptedModel
-from zofo.models.load import load_model, on_device
-from zofo.scoring.batch import Layout
-from zofo.scoring.evaluation import Evaluator, Scoring
-from zofo.scoring.padding import probe
-from zofo.scoring.scorer import Scorer, Tokens
+from zofo.errors import ZofoError
+from zofo.scoring.evaluation import Answer, Evaluator, Scoring
+from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.metrics import OPTION_METRICS
 from zofo.tasks.prompts import as_channel, as_chat, behind_premise, demonstrations, in_context
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits
-from zofo.tasks.table import TASK_FILE
 from zofo.tasks.task import Task
 from zofo.training.rows import run_splits, run_task
 from zofo.training.trained_rows import trained_rows_of, was_trained_on
+
+Say = Callable[[str], None]
 
 ALL = "all"
 # Which rows are read, and how; then those that are the same for any task.
 _ROWS = ("train_size", "test_size", "dev_size", "data_seed", "source", "template")
 _ANY_TASK = ("loss", "dtype", "max_length", "chat_template", "system_prompt")
 EVAL_KEYS = (*_ROWS[:-1], *_ANY_TASK)
+PREDICT_KEYS = ("template", *_ANY_TASK)
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How the rows are put to the model; `template` is a number, "all", or None for that of the configuration."""
+    """How the rows are put to the model.
+
+    Args:
+        template: a number, "all", or None for that of the configuration.
+        shots: training rows in front of each row.
+        scoring: of options; see `Evaluator`.
+        split: which rows.
+        batch_size: rows per forward pass.
+        whole: every row of a file that was named for this evaluation, and not the part of it that is called test.
+    """
 
     template: str | None = None
     shots: int = 0
     scoring: Scoring = "mean"
     split: str = "test"
     batch_size: int = 16
+    whole: bool = False
 
 
-def eval_config(model: str, task: str, arguments: Sequence[str] = (), adapter: str | None = None) -> ZOFOConfig:
+def eval_config(
+    model: str | None,
+    task: str | None,
+    arguments: Sequence[str] = (),
+    adapter: str | None = None,
+    table: Mapping[str, str | None] | None = None,
+    known: Sequence[str] = EVAL_KEYS,
+) -> ZOFOConfig:
     """The keys of the run that `model` or `adapter` is of, if there is one, and over them those on the command line.
 
-    So the rows called test are those that the run held out, and never some that it trained on.
+    So the rows called test are those that the run held out, and never some that it trained on. Without a task, that of
+    the run counts, on the rows of `table["data"]` if given; or a table with its columns `text` and `label` is the task.
     """
-    run, stored = _config_of_run([path for path in (model, adapter) if path])
-    if stored and not _is_task(task, str(stored.get("task") or run / TASK_FILE)):
+    run = StoredRun.of(model, adapter)
+    stored = dict(run.keys) if run else {}
+    table = {key: value for key, value in (table or {}).items() if value is not None}
+    if task is None and run and not table.keys() & {"text", "label"}:
+        task, stored["source"] = run.task, table.pop("data", stored.get("source"))
+    if task is None and not table:
+        raise ZofoError("task is not given: add --task; or --data with --text and --label; or the --run that knows it")
+    if run and (task is None or not run.is_of_task(task)):
         stored = {key: stored.get(key) for key in _ANY_TASK}  # its rows are of another task
     elif stored and stored.get("data_seed") is None:
         stored["data_seed"] = stored.get("seed")
-    named = {word.lstrip("-").split("=")[0] for word in arguments}
+    named = given_keys(arguments)
     if named & {"source", "test_size", "dev_size", "data_seed"}:
         stored["train_size"] = None  # of rows that are divided otherwise
     kept = {key: stored.get(key) for key in (*_ROWS, *_ANY_TASK)}
-    config = parse_config({"method": "none", "task": task, **kept}, arguments, EVAL_KEYS)
+    config = parse_config({"method": "none", "task": task, **kept, **table}, arguments, known)
     config.data_seed = config.order_seed
     return config
+
+
+def given_keys(arguments: Sequence[str]) -> set[str]:
+    """The keys among the words of a command line."""
+    return {word.lstrip("-").split("=")[0] for word in arguments if word.startswith("--")}
 
 
 def settings_of(config: ZOFOConfig, manner: Manner) -> dict[str, Any]:
@@ -73,39 +98,18 @@ def settings_of(config: ZOFOConfig, manner: Manner) -> dict[str, Any]:
     return {**kept, "template": template, "shots": manner.shots, "scoring": manner.scoring}
 
 
-def _is_task(given: str, stored: str) -> bool:
-    """Whether a task is that of a run: the same file, or a copy, where both are files; else of the same name."""
-    one, other = Path(given).expanduser(), Path(stored)
-    if one.is_file() and other.is_file():
-        return one.read_bytes() == other.read_bytes()
-    return one.stem == other.stem
-
-
-def _config_of_run(parts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """The run that one of these folders is a part of, and its configuration; that is empty if none is."""
-    places = [Path(part).expanduser().resolve().parent for part in parts if Path(part).expanduser().is_dir()]
-    for run in [place.parent if place.name.startswith("checkpoint-") else place for place in places]:
-        file = run / "config.yaml"
-        try:
-            content: Any = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ZofoError(f"cannot read {file}, the configuration of the run: {first_line(error)}") from error
-        if isinstance(content, dict) and "method" in content:
-            return run, cast("dict[str, Any]", content)
-    return Path(), {}
-
-
 def evaluate_model(
     model: str,
     adapter: str | None,
     configs: Sequence[ZOFOConfig],
     manner: Manner,
-    say: Callable[[str], None],
+    say: Say,
+    samples: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task.
 
     Of all templates: {task: {"templates": [those of each], metric: {"mean", "std", "worst"}, ...}}. What is wrong with
-    a task or a template is said before the model is loaded.
+    a task or a template is said before the model is loaded. `samples` gets an entry for each row and template.
     """
     known = trained_rows_of(model, adapter)
     sets = [_EvalSet.of(config, manner, known) for config in configs]
@@ -113,14 +117,19 @@ def evaluate_model(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ZofoError(f"two of the tasks are called {twice}: evaluate them one after the other")
-    loaded, tokenizer = load_model(model, configs[0].dtype)
-    base = AdaptedModel(on_device(loaded), stored=adapter)
-    layout = probe(base, tokenizer)
+    loaded, run = Loaded.of(model, adapter, configs[0].dtype), StoredRun.of(model, adapter)
     results: dict[str, Any] = {}
     for rows in sets:
-        scores = [rows.score(base, layout, tokenizer, template, say) for template in rows.templates]
-        if rows.note:
-            say(f"{rows.task.name}: {rows.note}")
+        for note in rows.notes:
+            say(f"{rows.task.name}: {note}")
+        own = run is not None and run.is_of_task(str(rows.config.task))
+        span = run.span if run and own else ONE_LINE
+        scores: list[dict[str, float]] = []
+        for template in rows.templates:
+            scored, found = rows.score(loaded, template, span, say)
+            scores.append(scored)
+            if samples is not None:
+                samples += found
         results[rows.task.name] = {"templates": scores, **spread(scores)} if manner.template == ALL else scores[0]
     return results
 
@@ -149,7 +158,7 @@ class _EvalSet:
     task: Task
     splits: Splits
     rows: list[Record]
-    note: str  # what to say of these rows
+    notes: list[str]  # what to say of these rows
     templates: list[int]
     config: ZOFOConfig
     manner: Manner
@@ -157,7 +166,7 @@ class _EvalSet:
     @classmethod
     def of(cls, config: ZOFOConfig, manner: Manner, known: frozenset[bytes] | None) -> Self:
         task, _ = run_task(config)
-        splits = run_splits(task, config)
+        splits, counted = _splits(task, config, manner)
         if not vars(splits)[manner.split]:
             split = manner.split
             raise ZofoError(f"task {task.name} has no row left for {split}: give more rows, or {split}_size")
@@ -165,44 +174,69 @@ class _EvalSet:
         templates = _templates(task, config, manner)
         for template in templates:
             task.reworded(rows, template)
-        return cls(task, splits, rows, note, templates, config, manner)
+        notes = [part for part in ("" if manner.split == "train" else counted, note) if part]
+        return cls(task, splits, rows, notes, templates, config, manner)
 
     def score(
-        self,
-        base: AdaptedModel,
-        layout: Layout,
-        tokenizer: PreTrainedTokenizerBase,
-        template: int,
-        say: Callable[[str], None],
-    ) -> dict[str, float]:
-        """The scores of the rows, rendered by one template."""
+        self, loaded: Loaded, template: int, span: AnswerSpan, say: Say
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The scores of the rows, rendered by one template, and a sample of each row."""
         task, config, manner = self.task, self.config, self.manner
         records = task.reworded(self.rows, template)
         if manner.scoring != "mean" and not records[0].options:
             raise ZofoError(f"scoring {manner.scoring} compares options, but task {task.name} has none: leave it out")
         shots = demonstrations(self.splits.train, manner.shots, config.order_seed, self.rows)
         shots = task.reworded(shots, template)
-        width = min(config.max_length, base.positions)
-        pose = partial(_posed, shown=shots, tokenizer=tokenizer, width=width, config=config, scoring=manner.scoring)
+        width = min(config.max_length, loaded.adapted.positions)
+        pose = partial(
+            _posed, shown=shots, tokenizer=loaded.tokenizer, width=width, config=config, scoring=manner.scoring
+        )
         examples, truncated, used = pose(records)
         words = f"{task.name}, template {template}"
         if truncated:
             say(f"{words}: {truncated} rows are longer than {width} tokens: they were truncated from the left")
         premises = pose([behind_premise(record) for record in records])[0] if manner.scoring == "pmi" else []
         evaluator = Evaluator(
-            Scorer(base, Tokens(), layout),
-            tokenizer,
-            task.metrics,
+            loaded.scorer, loaded.tokenizer, task.metrics,
             config.loss if task.metrics[0] in OPTION_METRICS else "lm",
-            manner.batch_size,
-            partial(_placed, base),
-            manner.scoring,
-        )
-        scores = evaluator.evaluate(examples, premises)
+            manner.batch_size, loaded.place, manner.scoring, span=span, progress=words,
+        )  # fmt: skip
+        answers = evaluator.answers(examples, premises)
+        scores = evaluator.measure(examples, answers, premises)
+        samples = [_sample(task, template, loaded.tokenizer, *pair) for pair in zip(examples, answers, strict=True)]
         if not manner.shots:
-            return scores
+            return scores, samples
         say(f"{words}: {min(used)} to {max(used)} of {manner.shots} examples fit in front of a row")
-        return {**scores, "shots_least": min(used), "shots_mean": statistics.mean(used)}
+        return {**scores, "shots_least": min(used), "shots_mean": statistics.mean(used)}, samples
+
+
+def _sample(
+    task: Task, template: int, tokenizer: PreTrainedTokenizerBase, example: Example, answer: Answer
+) -> dict[str, Any]:
+    """What the model read and answered, and what is right."""
+    scores = {} if answer.scores is None else dict(zip(example.texts, answer.scores.tolist(), strict=True))
+    return {
+        "task": task.name,
+        "template": template,
+        "prompt": tokenizer.decode([*example.prompt]),
+        "truncated": example.truncated,
+        "answer": answer.text,
+        **({"scores": scores} if scores else {}),
+        "right": [*example.right],
+    }
+
+
+def _splits(task: Task, config: ZOFOConfig, manner: Manner) -> tuple[Splits, str]:
+    """The rows of a task in train, dev and test, and what to say of their number."""
+    is_file = manner.whole and task.source.keys() == {"all"} and not (config.test_size or config.dev_size)
+    if is_file and not manner.shots:
+        rows = [row for part in task.records().values() for row in part]
+        return Splits([], [], rows), ""
+    splits = run_splits(task, config)
+    part = f"{len(vars(splits)[manner.split])} of {splits.total} rows"
+    if is_file:
+        return splits, f"{part}, as the examples in context are taken from the others"
+    return splits, f"{part} are {manner.split}; --source FILE scores every row of a file"
 
 
 def _honest_rows(task: Task, splits: Splits, split: str, known: frozenset[bytes] | None) -> tuple[list[Record], str]:
@@ -231,10 +265,6 @@ def _templates(task: Task, config: ZOFOConfig, manner: Manner) -> list[int]:
     if not manner.template.isdigit():
         raise ZofoError(f"template is {manner.template!r}, but must be a number from 0, or {ALL}")
     return [int(manner.template)]
-
-
-def _placed(base: AdaptedModel, batch: Any) -> Any:
-    return send_to_device(batch, base.base.device)
 
 
 def _posed(

@@ -7,6 +7,7 @@ from typing import Literal, NotRequired, Self, TypedDict
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
 from zofo.scoring.tokens import Example, LossKind
@@ -180,3 +181,15 @@ def _padded_slots(columns: list[list[list[int]]]) -> Tensor:
         for j, option in enumerate(example):
             slots[b, j, : len(option)] = torch.tensor(option)
     return slots
+
+
+def by_length(examples: Sequence[Example], batch_size: int, kind: LossKind) -> list[list[int]]:
+    """The indices of the examples in batches of similar length."""
+    order = sorted(range(len(examples)), key=lambda i: width(examples[i], kind))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the padding, which every tokenizer that `load_model` gives has."""
+    assert isinstance(tokenizer.pad_token_id, int)
+    return tokenizer.pad_token_id

@@ -1,27 +1,24 @@
 """The evaluation of a set of examples: metrics and loss, by scored options or by generated text."""
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
-from zofo.scoring.batch import answer_tokens, collate, collate_prompts, width
+from zofo.scoring.batch import answer_tokens, by_length, collate, padding_id
+from zofo.scoring.generation import ONE_LINE, AnswerSpan, Place, generate, room_wanted
 from zofo.scoring.scorer import OptionTotals, Scorer, count
 from zofo.scoring.tokens import Example, LossKind
 from zofo.tasks.metrics import OPTION_METRICS, TEXT_METRICS, score
 
 Scoring = Literal["mean", "sum", "pmi", "channel"]
-Place = Callable[[Any], Any]
-
-_NEW_TOKENS = 50  # of a generated text, unless a right answer is longer
-_MARGIN = 10  # tokens more than the longest right answer: a model may divide the same text into more of them
 _ANSWER_TOKENS = 512  # in one forward pass, about: each has logits over the whole vocabulary
 
 
@@ -43,59 +40,26 @@ def require_scorable(adapted: AdaptedModel, metrics: Sequence[str], examples: Se
             f"{text_metric} needs generated text, which peft gets wrong after virtual tokens on several models: "
             "choose lora, or give options"
         )
-    wide = next((e for e in examples if _room_wanted(e) > adapted.positions - len(e.prompt)), None)
+    wide = next((e for e in examples if room_wanted(e) > adapted.positions - len(e.prompt)), None)
     if text_metric and wide is not None:
         raise ZofoError(
             f"{text_metric} needs generated text, but a prompt of {len(wide.prompt)} tokens and its answer of "
-            f"{_room_wanted(wide)} do not fit into the {adapted.positions} positions of the model: lower max_length, "
+            f"{room_wanted(wide)} do not fit into the {adapted.positions} positions of the model: lower max_length, "
             "or shorten the answers"
         )
 
 
 @dataclass(frozen=True)
-class AnswerSpan:
-    """How much generated text is an answer, which follows from the right answers.
+class Answer:
+    """What a model answers: a text, and the scores of the options that it was chosen from, (J,) float32, or None."""
 
-    Args:
-        leading: line breaks before the first word that are skipped: as many as a right answer begins with.
-        breaks: line breaks inside an answer.
-        tokens: the most that are generated.
-    """
+    text: str
+    scores: Tensor | None = None
 
-    leading: int = 0
-    breaks: int = 0
-    tokens: int = _NEW_TOKENS
-
-    @classmethod
-    def of(cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Self:
-        """The span that holds each right answer of these examples."""
-        texts = {text for e in examples for text in (e.texts[e.gold], *e.right)}
-        lengths = [len(e.answers[e.gold]) - 1 for e in examples]  # without the end
-        long = [text for text in texts if len(text.encode()) >= _NEW_TOKENS]  # no token is shorter than a byte
-        if long:
-            behind_a_prompt = [f" {text.strip()}" for text in long]
-            lengths += [len(ids) for ids in tokenizer(behind_a_prompt, add_special_tokens=False)["input_ids"]]
-        longest = max(lengths)
-        return cls(
-            leading=max(text[: len(text) - len(text.lstrip())].count("\n") for text in texts),
-            breaks=max(text.strip().count("\n") for text in texts),
-            tokens=longest + _MARGIN if longest > _NEW_TOKENS else _NEW_TOKENS,
-        )
-
-    def cut(self, text: str) -> str:
-        """The answer at the start of a generated text."""
-        return "\n".join(self._lines(text)[: self.breaks + 1]).strip()
-
-    def is_full(self, text: str) -> bool:
-        """Whether no more text can become a part of the answer."""
-        return len(self._lines(text)) > self.breaks + 1
-
-    def _lines(self, text: str) -> list[str]:
-        lines = text.split("\n")
-        skipped = 0
-        while skipped < min(self.leading, len(lines) - 1) and not lines[skipped].strip():
-            skipped += 1
-        return lines[skipped:]
+    @property
+    def probabilities(self) -> list[float]:
+        """Of the options, as far as their scores are log-probabilities: a softmax over them."""
+        return [] if self.scores is None else self.scores.double().softmax(-1).tolist()
 
 
 @dataclass(frozen=True)
@@ -112,7 +76,8 @@ class Evaluator:
         scoring: of an option y after a prompt x, in its n tokens: "mean" is log P(y|x) / n, "sum" is log P(y|x), and
             "pmi" is log P(y|x) - log P(y|premise), the calibrated score; "channel" is log P(x|y), for examples of
             records that `as_channel` turned around.
-        trained: the examples of training, whose answers a generated text must have room for as well.
+        span: how long a generated answer may be at least; right answers of the set that are longer fit as well.
+        progress: what a progress bar says on a terminal; no bar if it is empty.
 
     References:
         A. Holtzman et al., "Surface Form Competition" (2021) for "pmi"; S. Min et al., "Noisy Channel Language Model
@@ -126,7 +91,13 @@ class Evaluator:
     batch_size: int
     place: Place = lambda batch: batch
     scoring: Scoring = "mean"
-    trained: Sequence[Example] = ()
+    span: AnswerSpan = ONE_LINE
+    progress: str = ""
+
+    @property
+    def compares(self) -> bool:
+        """Whether options are compared; otherwise text is generated."""
+        return self.metrics[0] in OPTION_METRICS
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], premises: Sequence[Example] = ()) -> dict[str, float]:
@@ -140,24 +111,40 @@ class Evaluator:
             {metric: value, "loss": value, "rows": number of examples}; the loss over options is the cross-entropy of
             their scores.
         """
+        return self.measure(examples, self.answers(examples, premises), premises)
+
+    @torch.no_grad()
+    def answers(self, examples: Sequence[Example], premises: Sequence[Example] = ()) -> list[Answer]:
+        """What the model answers to each example, in eval mode."""
         require_scorable(self.scorer.adapted, self.metrics, examples)
         self.scorer.adapted.model.eval()
-        compares = self.metrics[0] in OPTION_METRICS
-        scores = self._option_scores(examples, premises) if compares or self.kind == "options" else []
-        loss = self._lm_loss(examples) if self.kind == "lm" else _options_loss(examples, scores)
-        if compares:
-            answers = [e.texts[int(row.argmax())] for e, row in zip(examples, scores, strict=True)]
+        if self.compares:
+            scores = self._option_scores(examples, premises)
+            return [Answer(e.texts[int(row.argmax())], row) for e, row in zip(examples, scores, strict=True)]
+        span = self.span | AnswerSpan.of(examples, self.tokenizer)
+        texts = generate(self.scorer, self.tokenizer, examples, span, self.batch_size, self.place, self._bar)
+        return [Answer(text) for text in texts]
+
+    @torch.no_grad()
+    def measure(
+        self, examples: Sequence[Example], answers: Sequence[Answer], premises: Sequence[Example] = ()
+    ) -> dict[str, float]:
+        """The metrics and the mean loss of these answers, as `evaluate` returns them."""
+        if self.kind == "lm":
+            loss = self._lm_loss(examples)
         else:
-            answers = self._generated(examples)
+            known = [answer.scores for answer in answers if answer.scores is not None]
+            loss = _options_loss(examples, known or self._option_scores(examples, premises))
+        texts = [answer.text for answer in answers]
         references = [(e.texts[e.gold], *e.right) for e in examples]
         options, groups = [e.texts for e in examples], [e.group for e in examples]
-        values = {m: score(m, answers, references, options=options, groups=groups) for m in self.metrics}
+        values = {m: score(m, texts, references, options=options, groups=groups) for m in self.metrics}
         return {**values, "loss": loss, "rows": len(examples)}
 
     def _option_scores(self, examples: Sequence[Example], premises: Sequence[Example]) -> list[Tensor]:
         """The scores of each example's options."""
         by_index: dict[int, Tensor] = {}
-        for indices in _of_few_answers(examples, by_length(examples, self.batch_size, "options")):
+        for indices in self._bar([*_of_few_answers(examples, by_length(examples, self.batch_size, "options"))]):
             totals = self._totals([examples[i] for i in indices])
             values = (totals.means if self.scoring == "mean" else totals.sums).cpu()
             by_index.update({i: row[: len(examples[i].answers)] for i, row in zip(indices, values, strict=True)})
@@ -176,37 +163,16 @@ class Evaluator:
 
     def _lm_loss(self, examples: Sequence[Example]) -> float:
         total, parts = 0.0, 0
-        for indices in by_length(examples, self.batch_size, "lm"):
+        for indices in self._bar(by_length(examples, self.batch_size, "lm")):
             rows = [examples[i] for i in indices]
-            batch = self.place(collate(rows, "lm", _pad_id(self.tokenizer), self.scorer.layout))
+            batch = self.place(collate(rows, "lm", padding_id(self.tokenizer), self.scorer.layout))
             total += float(self.scorer.loss(batch))
             parts += count(batch)
         return total / parts
 
-    def _generated(self, examples: Sequence[Example]) -> list[str]:
-        """The greedy text of each example, as far as it can be an answer."""
-        adapted, tokenizer = self.scorer.adapted, self.tokenizer
-        model: Any = adapted.model
-        texts: dict[int, str] = {}
-        span = AnswerSpan.of([*examples, *self.trained], tokenizer)
-        size = 1 if self.scorer.generates_alone else self.batch_size
-        for indices in _with_room(examples, by_length(examples, size, "lm"), adapted.positions):
-            batch = self.place(collate_prompts([examples[i] for i in indices], _pad_id(tokenizer)))
-            ids = batch["input_ids"]
-            config = GenerationConfig(
-                max_new_tokens=max(1, min(span.tokens, adapted.positions - ids.shape[1])),
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-            with _plain_generation(adapted):
-                output = model.generate(
-                    input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config,
-                    stopping_criteria=StoppingCriteriaList([_AnswerEnds(tokenizer, span, ids.shape[1])]),
-                )  # fmt: skip
-            answers: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-            texts.update({i: span.cut(text) for i, text in zip(indices, answers, strict=True)})
-        return [texts[i] for i in range(len(examples))]
+    def _bar(self, batches: list[list[int]]) -> Iterable[list[int]]:
+        """The batches, with a progress bar if somebody looks at it."""
+        return tqdm(batches, self.progress, leave=False, disable=None if self.progress else True)
 
 
 @torch.no_grad()
@@ -217,13 +183,7 @@ def option_totals(
     place: Place = lambda batch: batch,
 ) -> OptionTotals:
     """The log-probabilities of all options, from one batch."""
-    return scorer.option_totals(place(collate(examples, "options", _pad_id(tokenizer), scorer.layout)))
-
-
-def by_length(examples: Sequence[Example], batch_size: int, kind: LossKind) -> list[list[int]]:
-    """The indices of the examples in batches of similar length."""
-    order = sorted(range(len(examples)), key=lambda i: width(examples[i], kind))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return scorer.option_totals(place(collate(examples, "options", padding_id(tokenizer), scorer.layout)))
 
 
 def _of_few_answers(examples: Sequence[Example], batches: Sequence[list[int]]) -> Generator[list[int]]:
@@ -239,46 +199,3 @@ def _options_loss(examples: Sequence[Example], scores: Sequence[Tensor]) -> floa
     pairs = zip(examples, scores, strict=True)
     losses = [functional.cross_entropy(row, torch.tensor(example.gold)) for example, row in pairs]
     return float(torch.stack(losses).double().mean())
-
-
-def _room_wanted(example: Example) -> int:
-    """The positions that an answer takes after its prompt: its last token is generated, but not read."""
-    return len(example.answers[example.gold]) - 1
-
-
-def _with_room(examples: Sequence[Example], batches: Sequence[list[int]], positions: int) -> Generator[list[int]]:
-    """The batches; an example for whose answer the padding of its batch leaves no room goes alone."""
-    for batch in batches:
-        room = positions - max(len(examples[i].prompt) for i in batch)
-        alone = [i for i in batch if _room_wanted(examples[i]) > room]
-        together = [i for i in batch if i not in alone]
-        yield from [together] if together else []
-        yield from ([i] for i in alone)
-
-
-class _AnswerEnds(StoppingCriteria):
-    """Ends the generation of each text of which no more can become a part of an answer."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, span: AnswerSpan, start: int) -> None:
-        self._tokenizer, self._span, self._start = tokenizer, span, start
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        texts: list[str] = self._tokenizer.batch_decode(input_ids[:, -1:])
-        if any("\n" in text for text in texts):  # only a line break can end a text
-            texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
-        return torch.tensor([self._span.is_full(text) for text in texts], device=input_ids.device)
-
-
-@contextmanager
-def _plain_generation(adapted: AdaptedModel) -> Generator[None]:
-    """Within the block, the model's own generation settings (penalties, beams) are not used."""
-    stored, adapted.base.generation_config = adapted.base.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        adapted.base.generation_config = stored
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    assert isinstance(tokenizer.pad_token_id, int)
-    return tokenizer.pad_token_id

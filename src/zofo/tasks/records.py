@@ -64,6 +64,27 @@ def records(rows: Rows) -> list[Record]:
     return converted
 
 
+def questions(rows: Rows) -> list[Record]:
+    """Rows with the text `prompt`, and perhaps `options`, as records whose answer is not known."""
+    converted: list[Record] = []
+    for index, row in enumerate(rows):
+        if isinstance(row, Record):
+            converted.append(row)
+            continue
+        if not isinstance(row.get("prompt"), str):
+            raise ZofoError(f"row {index} has no text 'prompt': rows to predict need prompt, and perhaps options")
+        options = tuple(row.get("options") or ())
+        converted.append(checked(Record(row["prompt"], stand_in(row["prompt"], options), options)))
+    return converted
+
+
+def stand_in(prompt: str, options: Sequence[str]) -> str:
+    """In place of an answer that is not known: an option, or a word behind which the prompt has the same tokens."""
+    if options:
+        return options[0]
+    return "a" if prompt[-1:].isspace() else " a"
+
+
 def digest(records: Sequence[Record]) -> str:
     """A short hash of these records in this order, which detects changed training rows."""
     sha = hashlib.sha256()

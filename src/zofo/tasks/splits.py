@@ -22,10 +22,11 @@ class Splits:
     dev: list[Record]
     test: list[Record]
     notes: tuple[str, ...] = ()
+    total: int = 0  # rows that were divided, with those that are in no part
 
     def reworded(self, words: Callable[[list[Record]], list[Record]]) -> Self:
         """The same rows, with `words` applied to each part."""
-        return type(self)(words(self.train), words(self.dev), words(self.test), self.notes)
+        return type(self)(words(self.train), words(self.dev), words(self.test), self.notes, self.total)
 
 
 def split_records(
@@ -70,7 +71,7 @@ def split_records(
     if not train:
         raise ZofoError(f"no row is left to train on after {len(test)} for test and {len(dev)} for dev: ask for fewer")
     repeats = f"{taker.dropped} rows dropped: their prompt occurs already in another row or split"
-    return Splits(train, dev, test, (repeats,) if taker.dropped else ())
+    return Splits(train, dev, test, (repeats,) if taker.dropped else (), sum(map(len, records.values())))
 
 
 def two_levels(rows: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:

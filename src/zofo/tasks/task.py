@@ -9,15 +9,17 @@ from typing import Any, Self
 from zofo.errors import ZofoError, did_you_mean
 from zofo.parse import read_yaml
 from zofo.tasks.metrics import METRICS, OPTION_METRICS
-from zofo.tasks.records import Record, Row, checked
+from zofo.tasks.records import Record, Row, checked, stand_in
 from zofo.tasks.sources import read_rows, split_name
 from zofo.tasks.templates import Render, condition, expression, text_template
 
 TEMPLATE_KEYS = ("prompt", "answer", "options", "references", "suffix", "score", "premise")
 KEYS = ("name", "description", "licence", "source", "where", *TEMPLATE_KEYS, "group", "templates", "metric", "format")
 _SCORES = ("answer", "suffix")
+_ANSWERS = ("answer", "group")  # what a row without a label need not have
 
-ToRecord = Callable[[Row], Record]
+ToRecord = Callable[[Row, bool], Record]
+"""Makes a record of a row, with or without its right answer."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,30 @@ class Task:
         Raises:
             ZofoError: if there is no such template, or it cannot render a row.
         """
-        if not 0 <= template < len(self.templates):
-            raise ZofoError(
-                f"task {self.name} has no template {template}: it has {len(self.templates)}, numbered from 0; "
-                f"`zofo tasks {self.name}` shows them"
-            )
+        self._require_template(template)
         if template == 0:
             return list(records)
         rows = [record.row for record in records if record.row is not None]
         assert len(rows) == len(records), "records that were made from no rows"
         return self._render(rows, template, f", template {template}")
+
+    def questions(self, rows: Sequence[Row], template: int) -> list[Record]:
+        """Rows without their answers, which they need not have, and whatever `where` says: for predictions.
+
+        The completion of a record is its first option, or a word that stands for any.
+
+        Raises:
+            ZofoError: as `reworded` does.
+        """
+        self._require_template(template)
+        return self._render(rows, template, "", answered=False)
+
+    def _require_template(self, template: int) -> None:
+        if not 0 <= template < len(self.templates):
+            raise ZofoError(
+                f"task {self.name} has no template {template}: it has {len(self.templates)}, numbered from 0; "
+                f"`zofo tasks {self.name}` shows them"
+            )
 
     def from_source(self, source: str) -> Self:
         """The same task with its rows from local files: a folder of train.* and validation.*, or one file."""
@@ -104,13 +120,15 @@ class Task:
             self, source={name: str(path) if name == "all" else f"{path}#{part}" for name, part in parts.items()}
         )
 
-    def _render(self, rows: list[Row], template: int, where: str, keep: Render | None = None) -> list[Record]:
+    def _render(
+        self, rows: Sequence[Row], template: int, where: str, keep: Render | None = None, answered: bool = True
+    ) -> list[Record]:
         records: list[Record] = []
         bad: list[tuple[int, str]] = []
         for number, row in enumerate(rows, start=1):
             try:
                 if keep is None or keep(row):
-                    records.append(self.templates[template](row))
+                    records.append(self.templates[template](row, answered))
             except ZofoError as error:
                 bad.append((number, str(error)))
         if bad:
@@ -259,19 +277,16 @@ def _template(spec: dict[str, Any], where: str) -> ToRecord:
     references = _list_template(spec, "references", where)
     partial = _is_partial(spec, where)
 
-    def to_record(row: Row) -> Record:
+    def to_record(row: Row, answered: bool) -> Record:
         columns = {"row": row, **row}  # `row` is for columns whose names are not valid variable names
-        rendered = {key: render(columns) for key, render in texts.items()}
-        completion, right = rendered.pop("answer"), tuple(references(columns))
+        asked = [key for key in texts if answered or key not in _ANSWERS]
+        rendered = {key: texts[key](columns) for key in asked}
+        candidates, right = tuple(options(columns)), tuple(references(columns)) if answered else ()
+        completion = rendered.pop("answer") if answered else stand_in(rendered["prompt"], candidates)
         if right and completion not in right:
             raise ZofoError(f"the answer {completion!r} is none of the references {list(right)}")
         record = Record(
-            completion=completion,
-            options=tuple(options(columns)),
-            references=right,
-            partial=partial,
-            row=row,
-            **rendered,
+            completion=completion, options=candidates, references=right, partial=partial, row=row, **rendered
         )
         return checked(record)
 
@@ -313,12 +328,15 @@ def _is_list_of_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
-def _metaicl_record(row: Row) -> Record:
+def _metaicl_record(row: Row, answered: bool) -> Record:
     """The record of a row in MetaICL's form: {"input", "output", "options"}."""
-    missing = [key for key in ("input", "output") if not isinstance(row.get(key), str)]
+    needed = ("input", "output") if answered else ("input",)
+    missing = [key for key in needed if not isinstance(row.get(key), str)]
     if missing:
-        raise ZofoError(f"rows of format metaicl need the text fields input and output: {missing[0]} is missing")
+        raise ZofoError(f"rows of format metaicl need the text fields {' and '.join(needed)}: {missing[0]} is missing")
     options = row.get("options") or []
     if not _is_list_of_texts(options):
         raise ZofoError(f"options of a metaicl row must be a list of texts, but are {options!r:.200}")
-    return checked(Record(row["input"] + "\n", str(row["output"]), tuple(options), row=row))
+    prompt = row["input"] + "\n"
+    completion = str(row["output"]) if answered else stand_in(prompt, options)
+    return checked(Record(prompt, completion, tuple(options), row=row))

@@ -26,12 +26,13 @@ from zofo.methods.method import Bundle
 from zofo.models.export import save_tokenizer
 from zofo.models.peft import UPPER
 from zofo.scoring.batch import collate
-from zofo.scoring.evaluation import Evaluator, require_scorable
+from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
+from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.padding import probe
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.prompts import as_chat, chat_identity
-from zofo.tasks.records import Record, Rows, digest, records
+from zofo.tasks.records import Record, Rows, digest, questions, records
 from zofo.training import start
 from zofo.training.bundles import BundleCollator, IterationSampler
 from zofo.training.callbacks import Cost, CostCallback, LossBar
@@ -118,6 +119,7 @@ class ZOFOTrainer(Trainer):
         self._longest = min(args.max_length, self.adapted.positions)
         train = {split: self.examples(part) for split, part in rows.items()}
         self._sizes = {split: len(examples) for split, examples in train.items()}
+        self.span = AnswerSpan.of([example for examples in train.values() for example in examples], processing_class)
         start.require_rows_for_a_batch(args, self._sizes)
         evaluated = self.examples(records(eval_dataset)) if eval_dataset else []
         self.require_scorable(evaluated)
@@ -262,13 +264,29 @@ class ZOFOTrainer(Trainer):
         with self.adapted.deployed_after():
             for adapter in self.adapted.adapters or (UPPER,):
                 self.adapted.use(adapter)
-                scores[adapter] = self._evaluate_rows(rows)
+                scores[adapter] = self._evaluator(f"evaluate {adapter}").evaluate(rows)
         return scores
 
     def score_backbone(self, rows: Sequence[Example]) -> dict[str, float]:
         """The scores of the backbone alone: before training, the zero-shot ones."""
         with self.adapted.without_adapter():
-            return self._evaluate_rows(rows)
+            return self._evaluator("evaluate the backbone").evaluate(rows)
+
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, test_dataset: Rows, ignore_keys: Any = None, metric_key_prefix: str = "test"
+    ) -> list[Answer]:
+        """What the deployed adapter answers to rows with a `prompt`, and perhaps `options`: in their order.
+
+        Raises:
+            ZofoError: if a row has no prompt, or text cannot be generated with this adapter.
+
+        Examples:
+            `[answer.text for answer in trainer.predict([{"prompt": "a dull film. It was", "options": [" bad", ...]}])]`
+        """
+        examples = self.examples(questions(test_dataset))
+        metrics = ["accuracy" if examples and len(examples[0].answers) > 1 else "exact_match"]
+        with self.adapted.deployed_after():
+            return self._evaluator("predict", metrics).answers(examples)
 
     def train(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -379,14 +397,14 @@ class ZOFOTrainer(Trainer):
         with loading(folder):
             self.adapted.load(folder)
 
-    def _evaluate_rows(self, rows: Sequence[Example]) -> dict[str, float]:
-        evaluator = Evaluator(
+    def _evaluator(self, progress: str, metrics: Sequence[str] = ()) -> Evaluator:
+        return Evaluator(
             Scorer(self.adapted, Tokens(), self._layout),
             self._tokenizer,
-            self.metrics,
+            metrics or self.metrics,
             self.args.loss,
             self.args.per_device_eval_batch_size,
             place=lambda batch: self._prepare_inputs(batch),
-            trained=cast(Any, self.train_dataset),
+            span=self.span,
+            progress="" if self.args.disable_tqdm else progress,
         )
-        return evaluator.evaluate(rows)

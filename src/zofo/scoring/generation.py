@@ -1,0 +1,151 @@
+"""Generated answers: greedy text, as far as it can be an answer."""
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from zofo.models.adapters import AdaptedModel
+from zofo.scoring.batch import by_length, collate_prompts, padding_id
+from zofo.scoring.scorer import Scorer
+from zofo.scoring.tokens import Example
+
+Place = Callable[[Any], Any]
+Bar = Callable[[list[list[int]]], Iterable[list[int]]]
+
+_NEW_TOKENS = 50  # of a generated text, unless a right answer is longer
+_MARGIN = 10  # tokens more than the longest right answer: a model may divide the same text into more of them
+
+
+@dataclass(frozen=True)
+class AnswerSpan:
+    """How much generated text is an answer, which follows from the right answers.
+
+    Args:
+        leading: line breaks before the first word that are skipped: as many as a right answer begins with.
+        breaks: line breaks inside an answer.
+        tokens: the most that are generated.
+    """
+
+    leading: int = 0
+    breaks: int = 0
+    tokens: int = _NEW_TOKENS
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The span that holds each right answer of these examples."""
+        texts = {text for e in examples for text in (e.texts[e.gold], *e.right)}
+        lengths = [len(e.answers[e.gold]) - 1 for e in examples]  # without the end
+        long = [text for text in texts if len(text.encode()) >= _NEW_TOKENS]  # no token is shorter than a byte
+        if long:
+            behind_a_prompt = [f" {text.strip()}" for text in long]
+            lengths += [len(ids) for ids in tokenizer(behind_a_prompt, add_special_tokens=False)["input_ids"]]
+        longest = max(lengths)
+        return cls(
+            leading=max(text[: len(text) - len(text.lstrip())].count("\n") for text in texts),
+            breaks=max(text.strip().count("\n") for text in texts),
+            tokens=longest + _MARGIN if longest > _NEW_TOKENS else _NEW_TOKENS,
+        )
+
+    def __or__(self, other: Self) -> Self:
+        """The span that holds what either holds."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return type(self)(*(max(pair) for pair in pairs))
+
+    def cut(self, text: str) -> str:
+        """The answer at the start of a generated text."""
+        return "\n".join(self._lines(text)[: self.breaks + 1]).strip()
+
+    def is_full(self, text: str) -> bool:
+        """Whether no more text can become a part of the answer."""
+        return len(self._lines(text)) > self.breaks + 1
+
+    def _lines(self, text: str) -> list[str]:
+        lines = text.split("\n")
+        skipped = 0
+        while skipped < min(self.leading, len(lines) - 1) and not lines[skipped].strip():
+            skipped += 1
+        return lines[skipped:]
+
+
+ONE_LINE = AnswerSpan()
+
+
+@torch.no_grad()
+def generate(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    span: AnswerSpan,
+    batch_size: int,
+    place: Place = lambda batch: batch,
+    bar: Bar = lambda batches: batches,
+) -> list[str]:
+    """The greedy text of each example, as far as it can be an answer.
+
+    `place` moves a batch to the model's device; `bar` shows the progress over the batches.
+    """
+    adapted = scorer.adapted
+    model: Any = adapted.model
+    texts: dict[int, str] = {}
+    size = 1 if scorer.generates_alone else batch_size
+    batches = [*_with_room(examples, by_length(examples, size, "lm"), adapted.positions)]
+    for indices in bar(batches):
+        batch = place(collate_prompts([examples[i] for i in indices], padding_id(tokenizer)))
+        ids = batch["input_ids"]
+        config = GenerationConfig(
+            max_new_tokens=max(1, min(span.tokens, adapted.positions - ids.shape[1])),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        with _plain_generation(adapted):
+            output = model.generate(
+                input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_AnswerEnds(tokenizer, span, ids.shape[1])]),
+            )  # fmt: skip
+        answers: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        texts.update({i: span.cut(text) for i, text in zip(indices, answers, strict=True)})
+    return [texts[i] for i in range(len(examples))]
+
+
+def room_wanted(example: Example) -> int:
+    """The positions that an answer takes after its prompt: its last token is generated, but not read."""
+    return len(example.answers[example.gold]) - 1
+
+
+def _with_room(examples: Sequence[Example], batches: Sequence[list[int]], positions: int) -> Generator[list[int]]:
+    """The batches; an example for whose answer the padding of its batch leaves no room goes alone."""
+    for batch in batches:
+        room = positions - max(len(examples[i].prompt) for i in batch)
+        alone = [i for i in batch if room_wanted(examples[i]) > room]
+        together = [i for i in batch if i not in alone]
+        yield from [together] if together else []
+        yield from ([i] for i in alone)
+
+
+class _AnswerEnds(StoppingCriteria):
+    """Ends the generation of each text of which no more can become a part of an answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, span: AnswerSpan, start: int) -> None:
+        self._tokenizer, self._span, self._start = tokenizer, span, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        texts: list[str] = self._tokenizer.batch_decode(input_ids[:, -1:])
+        if any("\n" in text for text in texts):  # only a line break can end a text
+            texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
+        return torch.tensor([self._span.is_full(text) for text in texts], device=input_ids.device)
+
+
+@contextmanager
+def _plain_generation(adapted: AdaptedModel) -> Generator[None]:
+    """Within the block, the model's own generation settings (penalties, beams) are not used."""
+    stored, adapted.base.generation_config = adapted.base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        adapted.base.generation_config = stored
