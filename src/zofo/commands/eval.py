@@ -70,7 +70,9 @@ def eval_config(
     stored = dict(run.keys) if run else {}
     table = {key: value for key, value in (table or {}).items() if value is not None}
     if task is None and run and not table.keys() & {"text", "label"}:
-        task, stored["source"] = run.task, table.pop("data", stored.get("source"))
+        task = run.task
+        if "data" in table:
+            arguments = [*arguments, "--source", table.pop("data")]
     if task is None and not table:
         raise ZofoError("task is not given: add --task; or --data with --text and --label; or the --run that knows it")
     if run and (task is None or not run.is_of_task(task)):
@@ -80,6 +82,8 @@ def eval_config(
     named = given_keys(arguments)
     if named & {"source", "test_size", "dev_size", "data_seed"}:
         stored["train_size"] = None  # of rows that are divided otherwise
+    if "source" in named:
+        stored["test_size"] = stored["dev_size"] = None
     kept = {key: stored.get(key) for key in (*_ROWS, *_ANY_TASK)}
     config = parse_config({"method": "none", "task": task, **kept, **table}, arguments, known)
     config.data_seed = config.order_seed

@@ -54,7 +54,9 @@ def predict(
     """
     assert config.task is not None
     task = load_task(config.task)
-    records = task.questions(rows, config.template)
+    run = StoredRun.of(model, adapter)
+    span = run.span if run and run.is_of_task(config.task) else ONE_LINE
+    records = task.questions(rows, config.template, span.example)
     loaded = Loaded.of(model, adapter, config.dtype)
     if config.chat_template:
         records = [as_chat(record, loaded.tokenizer, config.system_prompt) for record in records]
@@ -62,10 +64,9 @@ def predict(
     examples, truncated = tokenize(records, loaded.tokenizer, width)
     if truncated:
         say(f"{truncated} of {len(rows)} rows are longer than {width} tokens: they were truncated from the left")
-    run = StoredRun.of(model, adapter)
     evaluator = Evaluator(
         loaded.scorer, loaded.tokenizer, task.metrics, config.loss, batch_size, loaded.place,
-        span=run.span if run else ONE_LINE, progress="predict",
+        span=span, progress="predict",
     )  # fmt: skip
     answers = evaluator.answers(examples)
     return [{**row, **_columns(e, answer)} for row, e, answer in zip(rows, examples, answers, strict=True)]

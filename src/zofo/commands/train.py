@@ -6,18 +6,20 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError, first_line
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import DType, load_model, load_weights, require_movable
 from zofo.models.peft import UPPER
-from zofo.report.card import model_card
+from zofo.report.card import Shown, model_card
 from zofo.report.curves import plot_curves
+from zofo.scoring.tokens import Example
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits, two_levels
 from zofo.tasks.table import TASK_FILE, introduction, task_text
@@ -88,14 +90,15 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         else:
             metrics = {UPPER: zero_shot}
         with final_parts(run) as new:
-            results = _write_final(trainer, task, {"metrics": metrics, "zero_shot": zero_shot}, new, texts)
+            shown = _shown(trainer, splits.test, test)
+            results = _write_final(trainer, task, {"metrics": metrics, "zero_shot": zero_shot}, shown, new, texts)
     for adapter, scores in metrics.items():
         say(f"{adapter} on test: {_words(scores)}")
     return results
 
 
 def _write_final(
-    trainer: ZOFOTrainer, task: Task, scores: dict[str, Any], new: Path, texts: Mapping[str, str]
+    trainer: ZOFOTrainer, task: Task, scores: dict[str, Any], shown: Shown, new: Path, texts: Mapping[str, str]
 ) -> dict[str, Any]:
     """Writes and seals what the run ends with: first what was learned, so that it stays whatever happens later."""
     config = trainer.args
@@ -112,9 +115,10 @@ def _write_final(
         **scores,
         "cost": asdict(trainer.cost),
         "backbone_change": backbone_change(trainer.adapted, str(config.model), config.dtype),
+        **({} if task.has_options else {"answer_span": asdict(trainer.span)}),
     }
     backbone = str(config.model) if trainer.adapted.quantised else "backbone"
-    card = model_card(config, results, task, trainer.state.global_step, backbone, config.method_class.summary)
+    card = model_card(config, results, task, trainer.state.global_step, backbone, shown, trainer.span)
     title = f"{config.method} ({config.adapter}) on {task.name}"
     with writing(Path(str(config.output_dir))):
         text = json.dumps(_strict(results), indent=2, allow_nan=False)
@@ -123,6 +127,13 @@ def _write_final(
         (new / "README.md").write_text(card, encoding="utf-8")
         seal(new, {})
     return results
+
+
+def _shown(trainer: ZOFOTrainer, records: Sequence[Record], examples: Sequence[Example]) -> Shown:
+    """The first test row whose prompt was not cut, or else the first one."""
+    first = next((i for i, example in enumerate(examples) if not example.truncated), 0)
+    (record,) = trainer.posed(records[first : first + 1])
+    return Shown.of(record, examples[first], cast(PreTrainedTokenizerBase, trainer.processing_class))
 
 
 @torch.no_grad()

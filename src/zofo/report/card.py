@@ -1,23 +1,52 @@
 """The model card of a run folder."""
 
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jinja2 import Environment, StrictUndefined
+from transformers import PreTrainedTokenizerBase
 
 from zofo.config import ZOFOConfig
 from zofo.models.peft import KINDS
 from zofo.models.source import PACKAGE_SCHEME, package_file
+from zofo.scoring.generation import AnswerSpan
+from zofo.scoring.tokens import Example
+from zofo.tasks.prompts import Chat
+from zofo.tasks.records import Record
 from zofo.tasks.task import Task
 
 
-def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: int, backbone: str, summary: str) -> str:
+@dataclass(frozen=True)
+class Shown:
+    """A row as plain code puts it to the model: what it reads, and what is scored behind it."""
+
+    prompt: str
+    options: tuple[str, ...]
+    suffix: str
+    partial: bool
+    special: bool  # whether the tokenizer adds special tokens, as it does not around a chat
+
+    @classmethod
+    def of(cls, record: Record, example: Example, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """A record, put to the model as the example says: without spaces that belong to the answer's first token."""
+        special = not isinstance(record, Chat)
+        prompt = record.prompt
+        if not record.options:
+            read = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+            prompt = prompt if tuple(read) == example.prompt else prompt.rstrip(" ")
+        return cls(prompt, record.options, record.suffix, record.partial, special)
+
+
+def model_card(
+    config: ZOFOConfig, results: dict[str, Any], task: Task, steps: int, backbone: str, shown: Shown, span: AnswerSpan
+) -> str:
     """The card as Markdown, with front matter that the Hub reads.
 
-    `results` is the content of results.json, `backbone` a folder or the name of a model that did not change, and
-    `summary` the method in a sentence without a full stop.
+    `results` is the content of results.json, `backbone` a folder or the name of a model that did not change, `shown`
+    the row of the example, and `span` how much generated text is an answer.
     """
     scores = {"zero-shot": results["zero_shot"], **{f"`{name}`": row for name, row in results["metrics"].items()}}
     columns = list(results["zero_shot"])
@@ -33,7 +62,11 @@ def model_card(config: ZOFOConfig, results: dict[str, Any], task: Task, steps: i
         task=task,
         steps=steps,
         backbone=backbone,
-        summary=summary,
+        summary=config.method_class.summary,
+        adapter="upper" in results["metrics"] and config.adapter != "none",
+        tokenizer="backbone" if backbone == "backbone" else "tokenizer",
+        shown=shown,
+        span=span,
         licence=base_licence(config.model or ""),
         adapter_tag=config.adapter if config.adapter in KINDS else "peft",
         columns=columns,

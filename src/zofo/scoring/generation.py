@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -29,11 +29,14 @@ class AnswerSpan:
         leading: line breaks before the first word that are skipped: as many as a right answer begins with.
         breaks: line breaks inside an answer.
         tokens: the most that are generated.
+        example: one of the right answers: it stands for those that are not known, as its first token may begin in the
+            prompt.
     """
 
     leading: int = 0
     breaks: int = 0
     tokens: int = _NEW_TOKENS
+    example: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -49,12 +52,17 @@ class AnswerSpan:
             leading=max(text[: len(text) - len(text.lstrip())].count("\n") for text in texts),
             breaks=max(text.strip().count("\n") for text in texts),
             tokens=longest + _MARGIN if longest > _NEW_TOKENS else _NEW_TOKENS,
+            example=examples[0].texts[examples[0].gold],
         )
 
     def __or__(self, other: Self) -> Self:
         """The span that holds what either holds."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return type(self)(*(max(pair) for pair in pairs))
+        return type(self)(
+            max(self.leading, other.leading),
+            max(self.breaks, other.breaks),
+            max(self.tokens, other.tokens),
+            self.example or other.example,
+        )
 
     def cut(self, text: str) -> str:
         """The answer at the start of a generated text."""

@@ -64,8 +64,8 @@ def records(rows: Rows) -> list[Record]:
     return converted
 
 
-def questions(rows: Rows) -> list[Record]:
-    """Rows with the text `prompt`, and perhaps `options`, as records whose answer is not known."""
+def questions(rows: Rows, example: str = "") -> list[Record]:
+    """Rows with the text `prompt`, and perhaps `options`, as records whose answer is not known; see `stand_in`."""
     converted: list[Record] = []
     for index, row in enumerate(rows):
         if isinstance(row, Record):
@@ -74,14 +74,14 @@ def questions(rows: Rows) -> list[Record]:
         if not isinstance(row.get("prompt"), str):
             raise ZofoError(f"row {index} has no text 'prompt': rows to predict need prompt, and perhaps options")
         options = tuple(row.get("options") or ())
-        converted.append(checked(Record(row["prompt"], stand_in(row["prompt"], options), options)))
+        converted.append(checked(Record(row["prompt"], stand_in(row["prompt"], options, example), options)))
     return converted
 
 
-def stand_in(prompt: str, options: Sequence[str]) -> str:
-    """In place of an answer that is not known: an option, or a word behind which the prompt has the same tokens."""
-    if options:
-        return options[0]
+def stand_in(prompt: str, options: Sequence[str], example: str = "") -> str:
+    """In place of an answer that is not known: an option, another row's answer, or a word that is like most answers."""
+    if options or example:
+        return options[0] if options else example
     return "a" if prompt[-1:].isspace() else " a"
 
 

@@ -92,16 +92,17 @@ class Task:
         assert len(rows) == len(records), "records that were made from no rows"
         return self._render(rows, template, f", template {template}")
 
-    def questions(self, rows: Sequence[Row], template: int) -> list[Record]:
+    def questions(self, rows: Sequence[Row], template: int, example: str = "") -> list[Record]:
         """Rows without their answers, which they need not have, and whatever `where` says: for predictions.
 
-        The completion of a record is its first option, or a word that stands for any.
+        The completion of a record is its first option, or `example`, an answer that stands for any; see `stand_in`.
 
         Raises:
             ZofoError: as `reworded` does.
         """
         self._require_template(template)
-        return self._render(rows, template, "", answered=False)
+        asked = self._render(rows, template, "", answered=False)
+        return [replace(r, completion=stand_in(r.prompt, r.options, example)) for r in asked]
 
     def _require_template(self, template: int) -> None:
         if not 0 <= template < len(self.templates):

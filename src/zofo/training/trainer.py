@@ -146,11 +146,15 @@ class ZOFOTrainer(Trainer):
 
     def examples(self, rows: Sequence[Record]) -> list[Example]:
         """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
-        if self.args.chat_template:
-            rows = [as_chat(row, self._tokenizer, self.args.system_prompt) for row in rows]
-        made, cut = tokenize(rows, self._tokenizer, self._longest)
+        made, cut = tokenize(self.posed(rows), self._tokenizer, self._longest)
         self.truncated += cut
         return made
+
+    def posed(self, rows: Sequence[Record]) -> Sequence[Record]:
+        """The rows as this run puts them to the model."""
+        if not self.args.chat_template:
+            return rows
+        return [as_chat(row, self._tokenizer, self.args.system_prompt) for row in rows]
 
     def require_scorable(self, rows: Sequence[Example]) -> None:
         """Refuses rows that `evaluate` could not score."""
@@ -283,9 +287,10 @@ class ZOFOTrainer(Trainer):
         Examples:
             `[answer.text for answer in trainer.predict([{"prompt": "a dull film. It was", "options": [" bad", ...]}])]`
         """
-        examples = self.examples(questions(test_dataset))
+        examples = self.examples(questions(test_dataset, self.span.example))
         metrics = ["accuracy" if examples and len(examples[0].answers) > 1 else "exact_match"]
         with self.adapted.deployed_after():
+            self.adapted.use(UPPER)
             return self._evaluator("predict", metrics).answers(examples)
 
     def train(  # pyright: ignore[reportIncompatibleMethodOverride]
