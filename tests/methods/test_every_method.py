@@ -1,14 +1,18 @@
 """What every method's class says of itself is what its steps do."""
 
+import math
 from collections import Counter
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from plain import make_trainer, moved, same, trained, weights
+from plain import Watch, make_trainer, moved, same, trained, weights
 from zofo import ZOFOConfig, ZofoError
 from zofo.methods import METHODS, levels
 from zofo.methods.method import Work
+from zofo.scoring import scorer
+from zofo.training import start
 from zofo.zo.optimizers import JointOptimizer, ZerothOrderOptimizer
 
 # A row for every method: the adapters that it is tried with.
@@ -87,6 +91,40 @@ def test_its_work_is_what_its_steps_are_made_of(tmp_path, monkeypatch, name, ada
         # the losses at θ are those of p's backpropagation: one forward less than is said
         counted = counted + Work(forwards=2)
     assert vars(counted) == pytest.approx(vars(said))
+
+
+@pytest.mark.parametrize(("name", "adapter"), TRAINED)
+def test_a_step_one_of_whose_losses_is_nan_changes_no_bit(tmp_path, monkeypatch, name, adapter):
+    """The first loss of a step, of the next one the second, ... until a step has no such loss and is taken; again."""
+    keys = {"zo_optimizer": "momentum", "zo_learning_rate": "auto", "on_nonfinite": "skip", "max_steps": 64}
+    trainer = make_trainer(tmp_path, method=name, adapter=adapter, gradient_accumulation_steps=2, **keys)
+    loss, spoiled, measured, taken = scorer._loss, 0, 0, []
+
+    def spoil(batch, found):
+        nonlocal measured
+        measured += 1
+        return loss(batch, found) * (math.nan if measured == spoiled else 1.0)
+
+    def state():
+        parts = [weights(trainer.adapted, part) for part in ("backbone", *trainer.adapted.adapters)]
+        leaves = tree_leaves([parts, trainer.method.optimizer.state_dict()])
+        return [leaf.numpy().tobytes() if torch.is_tensor(leaf) else leaf for leaf in leaves]
+
+    def check():
+        nonlocal before, spoiled, measured
+        after, skipped = state(), 1 <= spoiled <= measured
+        assert (after == before) == skipped
+        if not skipped:
+            taken.append(trainer.state.global_step)
+        before, spoiled, measured = after, spoiled + 1 if skipped else 1, 0
+
+    before = state()
+    monkeypatch.setattr(start, "_SKIPPED_IN_A_ROW", math.inf)
+    monkeypatch.setattr(scorer, "_loss", spoil)
+    trainer.add_callback(Watch(after=check))
+    trainer.train()
+    assert len(taken) > 2
+    assert taken[-1] > 32  # in the second of two stages
 
 
 @pytest.mark.parametrize(("name", "adapter"), TRAINED)

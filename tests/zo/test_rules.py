@@ -86,7 +86,7 @@ def test_a_proposal_of_any_rule_changes_nothing_until_the_step(name, automatic):
     before, state = copy.deepcopy(w), copy.deepcopy(optimizer.param_groups[0]["rule_state"])
     optimizer.propose(estimate(2.0, 0.3, step=4))
     assert optimizer.param_groups[0]["rule_state"] == state
-    optimizer.withdraw()
+    optimizer.zero_grad()
     optimizer.step()
     assert optimizer.param_groups[0]["rule_state"] == state
     assert all(torch.equal(before[key], w[key]) for key in w)
