@@ -156,13 +156,26 @@ def test_one_that_needs_an_adapter_says_so(name):
         ZOFOConfig(output_dir="run", use_cpu=True, method=name, adapter="none")
 
 
+# Another value for every key that counts for some methods ...
 OTHER = {
-    "learning_rate": 0.03, "optim": "sgd", "weight_decay": 0.3, "adam_beta1": 0.5, "max_grad_norm": 0.01,
-    "neftune_noise_alpha": 5.0, "zo_learning_rate": 0.03, "zo_eps": 0.01, "num_perturbations": 2,
-    "zo_estimator": "one_sided", "zo_optimizer": "sign", "zo_weight_decay": 0.3, "zo_distribution": "rademacher",
-    "upper_learning_rate": 0.03, "penalty": 3.0, "normalize_penalty": False, "lower_steps": 1, "lower_fraction": 0.5,
-    "two_stage_fraction": 0.3,
+    "max_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear",
+    "learning_rate": 0.03, "optim": "sgd", "weight_decay": 0.3, "adam_beta1": 0.5, "adam_beta2": 0.5,
+    "adam_epsilon": 0.1, "max_grad_norm": 0.01, "neftune_noise_alpha": 5.0, "zo_learning_rate": 0.03, "zo_eps": 0.01,
+    "num_perturbations": 2, "zo_estimator": "one_sided", "zo_optimizer": "sign", "zo_weight_decay": 0.3,
+    "zo_distribution": "rademacher", "upper_learning_rate": 0.03, "penalty": 3.0, "penalty_schedule": "linear",
+    "normalize_penalty": False, "lower_steps": 1, "lower_fraction": 0.5, "two_stage_fraction": 0.3,
 }  # fmt: skip
+# ... but those that alone change nothing, and those that are refused where they do not count.
+WITHOUT_OTHER = {
+    "num_train_epochs", "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "optim_args",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",
+}  # fmt: skip
+
+
+def test_every_key_that_counts_for_some_methods_has_another_value():
+    counting = frozenset().union(*(method.keys_used for method in METHODS.values()))
+    assert OTHER.keys() == counting - WITHOUT_OTHER
 
 
 @pytest.mark.parametrize(("name", "adapter"), TRAINED)
