@@ -1,16 +1,41 @@
 """The configuration itself: what it refuses in Python too, what it stores, and what a resumed run must share."""
 
 import dataclasses
+from collections import Counter
+from typing import get_args
 
 import pytest
 
+import zofo.keys
 from zofo import ZOFOConfig
-from zofo.config import parse_config
+from zofo.config import own_keys, parse_config
 from zofo.errors import ZofoError
+from zofo.noise import Distribution
+from zofo.noise.eager import SHAPES
+from zofo.zo.estimators import ESTIMATORS, EstimatorName
+from zofo.zo.rules import RULES, RuleName
+
+# Keys that count for every method; each other one is in a group of `keys.py`, of which a method's class takes some.
+FOR_EVERY_METHOD = (
+    "method", "model", "task", "source", "template", "data", "text", "label", "chat_template", "system_prompt",
+    "adapter", "train_size", "dev_size", "test_size", "dtype", "loss", "max_length", "overwrite_output_dir",
+)  # fmt: skip
 
 
 def config(**keys):
     return ZOFOConfig(output_dir="run", use_cpu=True, **keys)
+
+
+def test_every_key_counts_for_every_method_or_is_in_one_group():
+    groups = [group for name, group in vars(zofo.keys).items() if name.endswith("_KEYS")]
+    found = Counter(key for group in (*groups, FOR_EVERY_METHOD) for key in group)
+    assert set(own_keys()) <= found.keys() <= {f.name for f in dataclasses.fields(ZOFOConfig)}
+    assert {key for key, times in found.items() if times > 1} == set()
+
+
+@pytest.mark.parametrize(("choices", "table"), [(RuleName, RULES), (Distribution, SHAPES), (EstimatorName, ESTIMATORS)])
+def test_the_choices_of_a_key_are_the_rows_of_its_table(choices, table):
+    assert get_args(choices) == tuple(table)
 
 
 @pytest.mark.parametrize(

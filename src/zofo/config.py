@@ -180,10 +180,10 @@ class ZOFOConfig(Keys):
         self.zo_layers = None if self.zo_layers is None else str(self.zo_layers)
         chosen = [key for key in _CHOOSING if vars(self)[key]]
         if chosen and not (self.method_class.zeroth_order and self.updates_backbone):
+            fitting = [n if m.updates_both else f"{n} (adapter none)" for n, m in METHODS.items() if m.zeroth_order]
             raise ZofoError(
                 f"{chosen[0]} chooses weights of the backbone, but method {self.method} with adapter {self.adapter} "
-                "updates none of them by forward passes: leave it out, or choose bilevel, two_stage, or zo with "
-                "adapter none"
+                f"updates none of them by forward passes: leave it out, or choose one of {', '.join(fitting)}"
             )
 
     def _check_combinations(self) -> None:

@@ -180,7 +180,7 @@ class Keys(TrainingArguments):
     system_prompt: str | None = field(None, "with chat_template: what the system says")
     adapter: str = field("lora", "adapter: lora, prefix, prompt, none, or the path of a PEFT config JSON")
     adapter_init: str | None = field(None, "a PEFT folder: adapters of its kind, which start with its trained weights")
-    learning_rate: Rate = field(1e-3, "of the lower adapter s, and of the only adapter of fo")
+    learning_rate: Rate = field(1e-3, "of backpropagation; where there are two adapters, of the lower one, s")
     upper_learning_rate: Rate | None = field(None, "of the upper adapter p; learning_rate if not given")
     zo_learning_rate: float | str | None = field(
         None, "of the zeroth-order level: auto, or a number; auto if not given (zo with adapter none: learning_rate)"

@@ -1,14 +1,18 @@
 """What every method's class says of itself is what its steps do."""
 
+import math
 from collections import Counter
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from plain import make_trainer, moved, same, trained, weights
+from plain import Watch, make_trainer, moved, same, trained, weights
 from zofo import ZOFOConfig, ZofoError
 from zofo.methods import METHODS, levels
 from zofo.methods.method import Work
+from zofo.scoring import scorer
+from zofo.training import start
 from zofo.zo.optimizers import JointOptimizer, ZerothOrderOptimizer
 
 # A row for every method: the adapters that it is tried with.
@@ -90,6 +94,40 @@ def test_its_work_is_what_its_steps_are_made_of(tmp_path, monkeypatch, name, ada
 
 
 @pytest.mark.parametrize(("name", "adapter"), TRAINED)
+def test_a_step_one_of_whose_losses_is_nan_changes_no_bit(tmp_path, monkeypatch, name, adapter):
+    """The first loss of a step, of the next one the second, ... until a step has no such loss and is taken; again."""
+    keys = {"zo_optimizer": "momentum", "zo_learning_rate": "auto", "on_nonfinite": "skip", "max_steps": 64}
+    trainer = make_trainer(tmp_path, method=name, adapter=adapter, gradient_accumulation_steps=2, **keys)
+    loss, spoiled, measured, taken = scorer._loss, 0, 0, []
+
+    def spoil(batch, found):
+        nonlocal measured
+        measured += 1
+        return loss(batch, found) * (math.nan if measured == spoiled else 1.0)
+
+    def state():
+        parts = [weights(trainer.adapted, part) for part in ("backbone", *trainer.adapted.adapters)]
+        leaves = tree_leaves([parts, trainer.method.optimizer.state_dict()])
+        return [leaf.numpy().tobytes() if torch.is_tensor(leaf) else leaf for leaf in leaves]
+
+    def check():
+        nonlocal before, spoiled, measured
+        after, skipped = state(), 1 <= spoiled <= measured
+        assert (after == before) == skipped
+        if not skipped:
+            taken.append(trainer.state.global_step)
+        before, spoiled, measured = after, spoiled + 1 if skipped else 1, 0
+
+    before = state()
+    monkeypatch.setattr(start, "_SKIPPED_IN_A_ROW", math.inf)
+    monkeypatch.setattr(scorer, "_loss", spoil)
+    trainer.add_callback(Watch(after=check))
+    trainer.train()
+    assert len(taken) > 2
+    assert taken[-1] > 32  # in the second of two stages
+
+
+@pytest.mark.parametrize(("name", "adapter"), TRAINED)
 def test_a_stopped_and_resumed_run_of_it_is_one_that_never_stopped_bit_for_bit(tmp_path, name, adapter):
     keys = {"method": name, "adapter": adapter, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole, _ = trained(tmp_path / "whole", **keys)
@@ -118,13 +156,26 @@ def test_one_that_needs_an_adapter_says_so(name):
         ZOFOConfig(output_dir="run", use_cpu=True, method=name, adapter="none")
 
 
+# Another value for every key that counts for some methods ...
 OTHER = {
-    "learning_rate": 0.03, "optim": "sgd", "weight_decay": 0.3, "adam_beta1": 0.5, "max_grad_norm": 0.01,
-    "neftune_noise_alpha": 5.0, "zo_learning_rate": 0.03, "zo_eps": 0.01, "num_perturbations": 2,
-    "zo_estimator": "one_sided", "zo_optimizer": "sign", "zo_weight_decay": 0.3, "zo_distribution": "rademacher",
-    "upper_learning_rate": 0.03, "penalty": 3.0, "normalize_penalty": False, "lower_steps": 1, "lower_fraction": 0.5,
-    "two_stage_fraction": 0.3,
+    "max_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear",
+    "learning_rate": 0.03, "optim": "sgd", "weight_decay": 0.3, "adam_beta1": 0.5, "adam_beta2": 0.5,
+    "adam_epsilon": 0.1, "max_grad_norm": 0.01, "neftune_noise_alpha": 5.0, "zo_learning_rate": 0.03, "zo_eps": 0.01,
+    "num_perturbations": 2, "zo_estimator": "one_sided", "zo_optimizer": "sign", "zo_weight_decay": 0.3,
+    "zo_distribution": "rademacher", "upper_learning_rate": 0.03, "penalty": 3.0, "penalty_schedule": "linear",
+    "normalize_penalty": False, "lower_steps": 1, "lower_fraction": 0.5, "two_stage_fraction": 0.3,
 }  # fmt: skip
+# ... but those that alone change nothing, and those that are refused where they do not count.
+WITHOUT_OTHER = {
+    "num_train_epochs", "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "optim_args",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",
+}  # fmt: skip
+
+
+def test_every_key_that_counts_for_some_methods_has_another_value():
+    counting = frozenset().union(*(method.keys_used for method in METHODS.values()))
+    assert OTHER.keys() == counting - WITHOUT_OTHER
 
 
 @pytest.mark.parametrize(("name", "adapter"), TRAINED)

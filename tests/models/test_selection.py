@@ -118,7 +118,10 @@ def test_what_fits_nothing_is_refused(words, more, message):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"method": "fo", "zo_parameters": ["mlp"]}, "zo_parameters chooses weights of the backbone"),
+        (
+            {"method": "fo", "zo_parameters": ["mlp"]},
+            r"chooses weights of the backbone.* of bilevel, zo \(adapter none\), ",
+        ),
         ({"method": "zo", "adapter": "lora", "zo_layers": "0"}, "zo_layers chooses weights of the backbone"),
         ({"method": "zo", "adapter": "lora", "zo_sparsity": 0.5}, "zo_sparsity chooses weights of the backbone"),
         ({"zo_sparsity": 1.0}, "zo_sparsity is 1.0, but must be at least 0 and less than 1"),

@@ -17,7 +17,7 @@ TRITON = Path(sys.prefix) / "interpreter"  # where `make install` puts it
 def test_interpreted_it_writes_the_bits_of_torch():
     # a process of its own: Triton decides when a kernel is defined, and complains about itself at the end
     command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", str(INTERPRETED)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TRITON)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(TRITON), *sys.path])}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:]
 

@@ -183,12 +183,12 @@ def test_keys_are_taken_modulo_two_to_the_64(start):
     key=st.integers(0, 2**64 - 1),
     start=st.sampled_from(ODD_STARTS) | st.integers(0, 2**64 - 1000),
     cuts=st.lists(st.integers(0, 300), max_size=5).map(sorted),
-    draw=st.sampled_from([noise.normal, noise.rademacher]),
+    distribution=st.sampled_from([*eager.SHAPES]),
 )
-def test_bits_do_not_depend_on_chunks(key, start, cuts, draw):
+def test_bits_do_not_depend_on_chunks(key, start, cuts, distribution):
     edges = [0, *cuts, 300]
-    pieces = [draw(key, start + low, high - low) for low, high in itertools.pairwise(edges)]
-    assert torch.equal(torch.cat(pieces), draw(key, start, 300))
+    pieces = [noise.sample(key, start + low, high - low, distribution) for low, high in itertools.pairwise(edges)]
+    assert torch.equal(torch.cat(pieces), noise.sample(key, start, 300, distribution))
 
 
 def test_bits_do_not_depend_on_the_size_of_the_internal_chunks(monkeypatch):
@@ -273,7 +273,7 @@ def test_sixteen_bit_addition_is_the_float32_sum_rounded_once(dtype, scale):
     assert torch.equal(bits(noise.add_(w.clone(), 11, scale)), bits(exact_sum(w, scale, 11).to(dtype)))
 
 
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("distribution", eager.SHAPES)
 @fixed
 @given(scale=st.floats(1e-12, 1e6))
 def test_the_representable_scale_is_the_one_applied(distribution, scale):
@@ -299,7 +299,7 @@ def test_views_and_strides_count_in_row_major_order(dtype):
         assert torch.equal(moved[untouched], base[untouched])
 
 
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("distribution", eager.SHAPES)
 def test_several_terms_in_one_pass_equal_several_passes(distribution):
     terms = [Term(key, scale) for key, scale in ((1, 0.3), (2, -1e-3), (3, 7e-5))]
     together = torch.randn(777, generator=torch.Generator().manual_seed(0))
@@ -380,8 +380,7 @@ def test_an_update_of_zero_changes_no_bit(dtype):
 
 # every form must write the bits of the eager one: terms, distribution, keep, limit, rounding
 FORMS = [
-    ([(1, 2, 1e-3)], "normal", 1.0, math.inf, None),
-    ([(1, 2, 1e-3)], "rademacher", 1.0, math.inf, None),
+    *(([(1, 2, 1e-3)], distribution, 1.0, math.inf, None) for distribution in eager.NUMBERS),
     ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], "normal", 1.0, math.inf, (7, 8, 0.0)),
     ([(1, 2, 2.0**-10), (3, 4, -0.5), (5, 6, 3.0)], "normal", 1.0, math.inf, None),
     ([(2**32 - 1, 2**31, 1e-3)], "normal", 0.999, math.inf, (7, 8, 0.0)),
@@ -454,7 +453,7 @@ def test_c_rounds_to_sixteen_bits_as_torch_does(c_kernel):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("distribution", eager.NUMBERS)
 def test_rows_are_those_of_the_whole_matrix(c_kernel, dtype, distribution):
     matrix = noise.normal(3, 0, 700 * 67).view(700, 67).to(dtype)
     terms = [Term(5, 0.3), Term(6, -1e-3)]

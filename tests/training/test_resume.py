@@ -58,9 +58,9 @@ AT_THE_END = ("in_final_save", "between_renames")
 
 
 def environment():
-    """For subprocesses: one thread, so that they can fork, and no network."""
-    here = str(Path(__file__).parents[1])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": here}
+    """For subprocesses: the modules of this one, one thread, so that they can fork, and no network."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from test_optimizers import estimate, weights
 
 from plain import applied, make_trainer, trained
 from zofo import direction
+from zofo.noise.eager import SHAPES
 from zofo.zo.estimators import Estimate, Probes
 from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.rules import RULES, SGD, Automatic, Momentum, Rule, Sign
@@ -86,13 +87,13 @@ def test_a_proposal_of_any_rule_changes_nothing_until_the_step(name, automatic):
     before, state = copy.deepcopy(w), copy.deepcopy(optimizer.param_groups[0]["rule_state"])
     optimizer.propose(estimate(2.0, 0.3, step=4))
     assert optimizer.param_groups[0]["rule_state"] == state
-    optimizer.withdraw()
+    optimizer.zero_grad()
     optimizer.step()
     assert optimizer.param_groups[0]["rule_state"] == state
     assert all(torch.equal(before[key], w[key]) for key in w)
 
 
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("distribution", SHAPES)
 @pytest.mark.parametrize(("name", "automatic"), CASES)
 def test_every_rule_keeps_large_weights_where_limits_say_so_and_adds_its_directions(name, automatic, distribution):
     before, w, limit = weights(), weights(), 0.5

@@ -232,7 +232,7 @@ class _Clock:
             level = FirstOrderLevel(self._adapted, self._scorer, UPPER, 0.0, config)
             backward = self._mean(lambda batch: level.gradient([batch], "the loss"))
             self._first_order = backward, self._mean(lambda batch: level.optimizer.step())
-            level.clear()
+            level.optimizer.zero_grad()
         return self._first_order
 
     def _mean(self, run: Callable[[Batch], object]) -> float:

@@ -90,8 +90,7 @@ class Bilevel(Method):
         return logs
 
     def skip(self) -> None:
-        for level in (self.s, self.p, self.theta):
-            level.clear()
+        super().skip()
         if self._before is not None:
             self.s.restore(self._before)  # the lower steps of a skipped iteration are taken back as well
 

@@ -29,6 +29,3 @@ class FirstOrder(Method):
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         return {"loss": self._level.gradient(batches(micro, "adapter"), f"step {number}: the training loss")}
-
-    def skip(self) -> None:
-        self._level.clear()

@@ -80,11 +80,7 @@ class FirstOrderLevel:
         if self._keys.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._keys.max_grad_norm)
         self.optimizer.step()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
     def snapshot(self) -> tuple[list[Tensor], dict[str, Any]]:
         """A copy of the parameters and of the optimizer's state."""
@@ -99,7 +95,6 @@ class FirstOrderLevel:
 
     def _require_finite(self, value: float, label: str) -> None:
         if not math.isfinite(value):
-            self.clear()
             raise NonFiniteLossError(f"{label} is {value}: lower {self._remedy}, or set on_nonfinite: skip")
 
 
@@ -167,10 +162,6 @@ class ZerothOrderLevel:
     def release(self) -> None:
         """Frees the scratch memory, which is only worth keeping if nothing else needs much before the next step."""
         self._scratch.forget()
-
-    def clear(self) -> None:
-        """Forgets the proposal."""
-        self.optimizer.withdraw()
 
 
 def root_mean_square(projected: Sequence[float]) -> float:

@@ -154,9 +154,9 @@ class Method(ABC):
             NonFiniteLossError: if a loss is not finite.
         """
 
-    @abstractmethod
     def skip(self) -> None:
-        """Forgets what `step` prepared, so that the optimizer's next step changes nothing."""
+        """Forgets what `step` prepared; a method whose `step` itself writes weights takes that back as well."""
+        self.optimizer.zero_grad()
 
     def learning_rates(self) -> Mapping[str, float]:
         """Those to log beside the trainer's own, by name."""

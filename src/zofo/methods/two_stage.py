@@ -47,9 +47,5 @@ class TwoStage(Method):
         stage = self._second if progress >= self.keys.two_stage_fraction else self._first
         return stage.step(number, progress, micro)
 
-    def skip(self) -> None:
-        self._first.skip()
-        self._second.skip()
-
     def learning_rates(self) -> Mapping[str, float]:
         return {"zo_learning_rate": self._second.learning_rates()["zo_learning_rate"]}

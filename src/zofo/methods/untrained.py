@@ -27,6 +27,3 @@ class Untrained(Method):
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         return {"loss": 0.0}
-
-    def skip(self) -> None:
-        pass

@@ -39,9 +39,6 @@ class ZerothOrder(Method):
         projected = self._level.propose(number, evaluate)
         return {"loss": sum(losses) / len(losses), "projected_grad": root_mean_square(projected)}
 
-    def skip(self) -> None:
-        self._level.clear()
-
     def learning_rates(self) -> Mapping[str, float]:
         """Also in place of the trainer's own, which is the factor of a schedule where the rate is automatic."""
         return {"zo_learning_rate": self._level.optimizer.rate, "learning_rate": self._level.optimizer.rate}

@@ -15,7 +15,7 @@
 #define INLINE static inline __attribute__((always_inline)) /* so that constant arguments are known inside */
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-enum { NORMAL, RADEMACHER }; /* distributions, as cpu.py numbers them */
+enum { NORMAL, RADEMACHER }; /* distributions, as eager.py numbers them */
 /* Elements. A thread takes blocks; of a block, one part after the other is read, summed and written: parts so small
  * that reading and writing memory go on while the next ones are computed. */
 enum { BLOCK = 2048, PART = 128, PARALLEL_FROM = 1 << 15 };

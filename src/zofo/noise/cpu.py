@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from zofo.cache import cache_folder
-from zofo.noise.eager import Distribution, Piece
+from zofo.noise.eager import NUMBERS, Distribution, Piece
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DISTRIBUTIONS: dict[Distribution, int] = {"normal": 0, "rademacher": 1}
 
 
 class _Term(Structure):
@@ -46,7 +45,7 @@ class CKernel:
         read, write, start, terms, distribution, keep, limit, rounding = piece
         self._sum(
             read.data_ptr(), write.data_ptr(), _TYPES[read.dtype], _TYPES[write.dtype], read.numel(), start,
-            (_Term * len(terms))(*terms), len(terms), _DISTRIBUTIONS[distribution], keep, limit,
+            (_Term * len(terms))(*terms), len(terms), NUMBERS[distribution], keep, limit,
             None if rounding is None else (_Term * 1)(rounding), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -55,7 +54,7 @@ class CKernel:
         read, write, _, terms, distribution, _, limit, _ = piece
         self._rows(
             read.data_ptr(), write.data_ptr(), _TYPES[read.dtype], read.shape[1], rows.data_ptr(), len(rows),
-            (_Term * len(terms))(*terms), len(terms), _DISTRIBUTIONS[distribution], limit, torch.get_num_threads(),
+            (_Term * len(terms))(*terms), len(terms), NUMBERS[distribution], limit, torch.get_num_threads(),
         )  # fmt: skip
 
 
@@ -63,7 +62,7 @@ class CKernel:
 def c_kernel(distribution: Distribution = "normal") -> CKernel | None:
     """The kernel for tensors in main memory, or None where it does not work or does not know the distribution."""
     try:
-        return CKernel(_library()) if distribution in _DISTRIBUTIONS else None
+        return CKernel(_library()) if distribution in NUMBERS else None
     except OSError as error:  # no compiler, a cache that cannot be written, a library that cannot be loaded
         logger.info("the noise could not be compiled: %s", error)
         return None

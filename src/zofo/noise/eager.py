@@ -96,3 +96,4 @@ SHAPES: dict[Distribution, Shape] = {
     "normal": Shape(_bell, 1 / math.sqrt(21845)),  # four independent bytes have the variance 4 (256**2 - 1) / 12
     "rademacher": Shape(_sign, 1.0),
 }
+NUMBERS: dict[Distribution, int] = {"normal": 0, "rademacher": 1}  # of those that `cpu.c` and `gpu.py` know

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zofo.noise.eager import Distribution, Piece
+from zofo.noise.eager import NUMBERS, Piece
 
 _BLOCK = 2048  # elements of a tensor that a program writes at a time
 _PROGRAMS = 1 << 13  # of a launch: several for each of a GPU's processors
@@ -24,7 +24,6 @@ _HEAD = [("read", "i8"), ("write", "i8"), ("size", "i8"), ("start", "u4"), ("kee
 _TERM = [("k0", "u4"), ("k1", "u4"), ("factor", "f4")]
 _NONE = (0, 0, 0.0)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_DISTRIBUTIONS: dict[Distribution, int] = {"normal": 0, "rademacher": 1}  # as `_integers` takes them
 
 
 def write_all(pieces: Sequence[Piece]) -> None:
@@ -52,7 +51,7 @@ def _launch(pieces: list[Piece]) -> None:
     with torch.cuda.device(first.read.get_device()):
         _write[len(pieces), programs](  # pyright: ignore[reportIndexIssue] what `jit` makes of it
             table, rows.itemsize // 4, len(first.terms), _TYPES[first.read.dtype], _TYPES[first.write.dtype],
-            distribution=_DISTRIBUTIONS[first.distribution], vector=1 if unaligned else _VECTOR, block=_BLOCK,
+            distribution=NUMBERS[first.distribution], vector=1 if unaligned else _VECTOR, block=_BLOCK,
             stochastic=first.rounding is not None and first.write.dtype != torch.float32,
             enable_fp_fusion=False,  # else keep * W + n * factor is rounded once and not twice
         )  # fmt: skip

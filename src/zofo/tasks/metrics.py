@@ -1,14 +1,13 @@
 """The usual metrics, from predictions and right answers."""
 
+import operator
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-
-OPTION_METRICS = ("accuracy", "macro_f1", "f1", "group_exact_match")
-TEXT_METRICS = ("exact_match", "token_f1")
-METRICS = (*OPTION_METRICS, *TEXT_METRICS)
+from functools import partial
+from typing import NamedTuple
 
 _MARKS = re.escape(string.punctuation)
 _ARTICLES = re.compile(rf"\b(?<![{_MARKS}])(a|an|the)\b(?![{_MARKS}])")
@@ -30,6 +29,15 @@ _PARTS = re.compile(
 )
 
 References = Sequence[Sequence[str]]
+
+
+class Rows(NamedTuple):
+    """What a metric is computed from, as `score` takes it."""
+
+    predictions: Sequence[str]
+    references: References
+    options: Sequence[Sequence[str]]
+    groups: Sequence[str]
 
 
 def score(
@@ -71,27 +79,18 @@ def score(
         Beyond the Surface" (2018) for MultiRC.
     """
     assert len(predictions) == len(references) > 0
-    if metric == "macro_f1":
-        return _macro_f1(predictions, [right[0] for right in references])
-    if metric == "f1":
-        return _f1(predictions, [right[0] for right in references], [row[-1] for row in options])
-    hits = [_ROWS[metric](*pair) for pair in zip(predictions, references, strict=True)]
-    if metric == "group_exact_match":
-        wrong = {group for hit, group in zip(hits, groups, strict=True) if not hit}
-        return (len(set(groups)) - len(wrong)) / len(set(groups))
-    return sum(hits) / len(hits)
+    return METRICS[metric](Rows(predictions, references, options, groups))
 
 
-_ROWS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "accuracy": lambda prediction, right: float(prediction in right),
-    "group_exact_match": lambda prediction, right: float(prediction in right),
-    "exact_match": lambda prediction, right: float(any(_exact(prediction, answer) for answer in right)),
-    "token_f1": lambda prediction, right: max(_token_f1(prediction, reference) for reference in right),
-}
+def _mean_best(of_pair: Callable[[str, str], float], rows: Rows) -> float:
+    """The mean over the rows of the best value over the right answers."""
+    best = [max(of_pair(p, right) for right in r) for p, r in zip(rows.predictions, rows.references, strict=True)]
+    return sum(best) / len(best)
 
 
-def _macro_f1(predictions: Sequence[str], answers: Sequence[str]) -> float:
+def _macro_f1(rows: Rows) -> float:
     """The mean F1 over the classes that occur among predictions or answers."""
+    predictions, answers = rows.predictions, [right[0] for right in rows.references]
     classes = sorted({*predictions, *answers})
     pairs = list(zip(predictions, answers, strict=True))
     hits = Counter(p for p, a in pairs if p == a)
@@ -99,12 +98,19 @@ def _macro_f1(predictions: Sequence[str], answers: Sequence[str]) -> float:
     return sum(2 * hits[c] / sizes[c] for c in classes) / len(classes)
 
 
-def _f1(predictions: Sequence[str], answers: Sequence[str], positive: Sequence[str]) -> float:
+def _f1(rows: Rows) -> float:
     """F1 of the positive class over all rows; 0 if it neither occurs nor is predicted."""
-    rows = list(zip(predictions, answers, positive, strict=True))
-    hits = sum(p == a == yes for p, a, yes in rows)
-    size = sum((p == yes) + (a == yes) for p, a, yes in rows)
+    both = list(zip(rows.predictions, (right[0] for right in rows.references), rows.options, strict=True))
+    hits = sum(p == a == row[-1] for p, a, row in both)
+    size = sum((p == row[-1]) + (a == row[-1]) for p, a, row in both)
     return 2 * hits / size if size else 0.0
+
+
+def _group_exact_match(rows: Rows) -> float:
+    """The fraction of groups all of whose rows are right."""
+    both = zip(rows.groups, rows.predictions, rows.references, strict=True)
+    groups, wrong = set(rows.groups), {group for group, prediction, right in both if prediction not in right}
+    return (len(groups) - len(wrong)) / len(groups)
 
 
 def _exact(prediction: str, answer: str) -> bool:
@@ -119,6 +125,20 @@ def _token_f1(prediction: str, answer: str) -> float:
         return float(left == right)
     shared = sum((Counter(left) & Counter(right)).values())
     return 2 * shared / (len(left) + len(right))
+
+
+Metric = Callable[[Rows], float]
+OPTION_METRICS: dict[str, Metric] = {
+    "accuracy": partial(_mean_best, operator.eq),
+    "macro_f1": _macro_f1,
+    "f1": _f1,
+    "group_exact_match": _group_exact_match,
+}
+TEXT_METRICS: dict[str, Metric] = {
+    "exact_match": partial(_mean_best, _exact),
+    "token_f1": partial(_mean_best, _token_f1),
+}
+METRICS = OPTION_METRICS | TEXT_METRICS
 
 
 def _form_for(answer: str) -> Callable[[str], str]:

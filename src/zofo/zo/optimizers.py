@@ -78,8 +78,8 @@ class ZerothOrderOptimizer(Optimizer):
         self.estimate = estimate
         return self._proposed[0]
 
-    def withdraw(self) -> None:
-        """Forgets the proposal."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the proposal, which stands where other optimizers have gradients."""
         self.estimate = None
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ def perturbed(
         scale: the factor of z, in the weights' unit; rounded as `noise.representable` says.
         step: the optimizer step.
         query: which of the step's directions.
-        distribution: "normal" or "rademacher".
+        distribution: of z, a row of `noise.eager.SHAPES`.
         limits: name -> the |W| up to which a parameter's weights are perturbed; by default all are.
         scratch: buffers to use again; new ones by default.
         require_all: refuse parameters that are not the model's or, if anything ran in the block, were never read.
