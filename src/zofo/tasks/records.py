@@ -3,9 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from zofo.errors import ZofoError
+from zofo.habits import column_hint, dataset_hint
+from zofo.tasks.conversations import Turn, turns_of
 
 Row = dict[str, Any]
 
@@ -47,21 +51,50 @@ class Record:
         return (self.prompt, self.suffix, self.options) if self.suffix else (self.prompt,)
 
 
+@dataclass(frozen=True)
+class Conversation(Record):
+    """A record whose prompt is what the user says last, after the turns `earlier`; a chat format is needed for it."""
+
+    earlier: tuple[Turn, ...] = ()
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for two records that ask the same question after the same turns."""
+        return (*super().identity, self.earlier)
+
+
 Rows = Sequence[Record] | Sequence[Row]
 
 
-def records(rows: Rows) -> list[Record]:
-    """Rows with the texts `prompt` and `completion`, and perhaps `options`, as records."""
-    converted: list[Record] = []
-    for index, row in enumerate(rows):
-        if isinstance(row, Record):
-            converted.append(row)
-            continue
-        for key in ("prompt", "completion"):
-            if not isinstance(row.get(key), str):
-                raise ZofoError(f"row {index} has no text {key!r}: rows need prompt, completion and perhaps options")
-        converted.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
-    return converted
+def records(rows: Rows, name: str = "the data set") -> list[Record]:
+    """Rows with the texts `prompt` and `completion`, and perhaps `options`, or conversations, as records.
+
+    `rows` may be a list, a datasets.Dataset or a pandas DataFrame; `name` is for messages.
+    """
+    if type(rows).__name__ == "DataFrame" and type(rows).__module__.startswith("pandas"):
+        table: list[Row] = cast(Any, rows).to_dict("records")
+        rows = [{key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in row.items()} for row in table]
+    if problem := dataset_hint(name, rows):
+        raise ZofoError(problem)
+    return [row if isinstance(row, Record) else _record(row, f"row {index}") for index, row in enumerate(rows)]
+
+
+def _record(row: Any, where: str) -> Record:
+    if not isinstance(row, dict):
+        raise ZofoError(f"{where} is {row!r:.80}: rows must be dicts with prompt, completion and perhaps options")
+    options: Any = row.get("options") or []
+    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+        raise ZofoError(f"{where}: options must be a list of texts, but are {options!r:.80}")
+    options = tuple(options)
+    turns = turns_of(row, where)
+    if turns:
+        *earlier, (_, asked), (_, answered) = turns
+        return checked(Conversation(asked, answered, options, earlier=tuple(earlier)))
+    for key in ("prompt", "completion"):
+        if not isinstance(row.get(key), str):
+            hint = column_hint(row) or "rows need prompt, completion and perhaps options, or messages"
+            raise ZofoError(f"{where} has no text {key!r}: {hint}")
+    return checked(Record(row["prompt"], row["completion"], options))
 
 
 def questions(rows: Rows, example: str = "") -> list[Record]:
