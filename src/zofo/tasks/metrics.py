@@ -1,10 +1,15 @@
 """The usual metrics, from predictions and right answers."""
 
+import inspect
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from types import FunctionType, MethodType
+from typing import Any
+
+from zofo.errors import ZofoError, did_you_mean
 
 OPTION_METRICS = ("accuracy", "macro_f1", "f1", "group_exact_match")
 TEXT_METRICS = ("exact_match", "token_f1")
@@ -30,6 +35,8 @@ _PARTS = re.compile(
 )
 
 References = Sequence[Sequence[str]]
+Function = Callable[[list[str], list[list[str]]], float | Mapping[str, float]]
+Metric = str | Function  # one of `METRICS`, or a function of predictions and references
 
 
 def score(
@@ -80,6 +87,45 @@ def score(
         wrong = {group for hit, group in zip(hits, groups, strict=True) if not hit}
         return (len(set(groups)) - len(wrong)) / len(set(groups))
     return sum(hits) / len(hits)
+
+
+def compares_options(metrics: Sequence[Metric], has_options: bool) -> bool:
+    """Whether options are compared, and no text is generated: by the first metric with a name, else by the rows."""
+    named = next((metric for metric in metrics if isinstance(metric, str)), None)
+    return has_options if named is None else named in OPTION_METRICS
+
+
+def metric_name(metric: Metric) -> str:
+    """The name under which a metric is reported.
+
+    Raises:
+        ZofoError: if it is neither one of `METRICS` nor a function of predictions and references.
+    """
+    if isinstance(metric, str):
+        if metric not in METRICS:
+            raise ZofoError(f"unknown metric {metric!r}: {did_you_mean(metric, METRICS, ', '.join(METRICS))}")
+        return metric
+    if not isinstance(metric, FunctionType | MethodType) or not metric.__name__.isidentifier():
+        raise ZofoError(f"metric {metric!r:.80} has no name: give a name, or a function made with def")
+    try:
+        inspect.signature(metric).bind([], [])
+    except TypeError as error:
+        raise ZofoError(
+            f"metric {metric.__name__} must take (predictions, references), lists of texts and of lists of texts, "
+            f"but cannot: {error}; zofo has no logits to hand over"
+        ) from error
+    return metric.__name__
+
+
+def score_by(metric: Function, predictions: Sequence[str], references: References) -> dict[str, float]:
+    """What a function makes of predictions, by name: one number, or several."""
+    name = metric_name(metric)
+    value: Any = metric(list(predictions), [list(right) for right in references])
+    values: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {name: value}
+    try:
+        return {str(key): float(number) for key, number in values.items()}
+    except (TypeError, ValueError) as error:
+        raise ZofoError(f"metric {name} gave {value!r:.80}: return a number, or a dict of numbers") from error
 
 
 _ROWS: dict[str, Callable[[str, Sequence[str]], float]] = {
