@@ -17,7 +17,7 @@ from zofo.config import field_names, parse_config
 from zofo.errors import ZofoError
 from zofo.scoring.evaluation import require_scorable
 from zofo.tasks.prompts import as_chat
-from zofo.tasks.records import records
+from zofo.tasks.records import questions, records
 from zofo.tasks.task import task_names
 from zofo.training.trained_rows import digests
 
@@ -233,6 +233,21 @@ def test_conversations_train(tmp_path):
     )
     assert made.train().global_step == 3
     assert made.evaluate()["eval_rows"] == 8
+
+
+def test_conversations_need_no_answer_to_be_answered(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    asked = [{"messages": TURNS[:4]}, {"prompt": TURNS[:4]}, {"messages": TURNS}]
+    assert [as_chat(row, tokenizer, None).prompt for row in questions(asked, "good")] == [
+        as_chat(records([{"messages": TURNS}])[0], tokenizer, None).prompt
+    ] * 3
+    rows = [{"messages": TURNS[1:3], "options": ["good", "bad"]}] * 2
+    made = make_trainer(tmp_path, train=rows, tokenizer=tokenizer, method="fo", chat_template=True)
+    found = made.predict([{"messages": TURNS[1:2], "options": ["good", "bad"]}])
+    assert found[0].text in ("good", "bad")
+    assert "but this ends with system: " in said(questions, [{"messages": TURNS[:1]}])
+    assert [row.prompt for row in questions(pandas.DataFrame({"prompt": ["a", "b"]}))] == ["a", "b"]
 
 
 def right_share(predictions, references):

@@ -9,8 +9,10 @@ _ROLES = ("system", "user", "assistant")
 Turn = tuple[str, str]  # the role, and what it says
 
 
-def turns_of(row: dict[str, Any], where: str) -> list[Turn] | None:
+def turns_of(row: dict[str, Any], where: str, unknown: str = "") -> list[Turn] | None:
     """The turns of a row, the last two of the user and the assistant; None if it is no conversation.
+
+    `unknown` stands for an answer that a row need not have; if it is empty, rows need one.
 
     Raises:
         ZofoError: if it is one that has no such end, or holds more than texts; `where` names the row.
@@ -25,6 +27,7 @@ def turns_of(row: dict[str, Any], where: str) -> list[Turn] | None:
     if isinstance(prompt, str):
         return None  # further columns are not read
     if isinstance(prompt, list):
+        completion = completion or [{"role": "assistant", "content": unknown}] * bool(unknown)
         if not isinstance(completion, list) or len(completion) != 1:
             raise ZofoError(
                 f"{where}: prompt is a list of messages, so completion must be a list with the one message that "
@@ -36,6 +39,8 @@ def turns_of(row: dict[str, Any], where: str) -> list[Turn] | None:
     if not isinstance(messages, list):
         raise ZofoError(f"{where}: messages must be a list, but are {messages!r:.80}")
     turns = [_turn(message, where) for message in messages]
+    if unknown and turns and turns[-1][0] == "user":
+        turns.append(("assistant", unknown))
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         ends = " and ".join(role for role, _ in turns[-2:]) or "nothing"
         raise ZofoError(
