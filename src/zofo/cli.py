@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from zofo.errors import ZofoError
+from zofo.habits import key_hint
 
 _TRAIN = """One run: loads a model and a task, trains, evaluates on test rows, and writes a run folder with backbone/,
 the adapters, checkpoints, results.json, curves.png and a model card. Keys come from a flat YAML file; the command line
@@ -78,7 +79,7 @@ def _run(arguments: list[str]) -> int:
     parser = _parser()
     options, keys = parser.parse_known_args(arguments or ["--help"])
     if keys and not options.takes_keys:
-        parser.error(f"unrecognized arguments: {' '.join(keys)}")
+        _refuse_options(options.verb, keys)
     for name in ("output", "log_samples") if options.takes_keys else ():
         _require_new(name, vars(options).get(name))
     # before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks
@@ -95,6 +96,16 @@ def _require_new(name: str, file: Path | None) -> None:
         raise ZofoError(f"{name} is {file}, but there is no folder {file.parent}: make it, or give another file")
     if file and name == "log_samples" and file.suffix != ".jsonl":
         raise ZofoError(f"log_samples is {file}, but must end in .jsonl: it has one row a line")
+
+
+def _refuse_options(verb: str, words: list[str]) -> NoReturn:
+    """Refuses what a verb without keys does not know, and names the verb that does."""
+    name = words[0].lstrip("-").partition("=")[0].replace("-", "_")
+    if not words[0].startswith("--") or not name:
+        raise ZofoError(f"unrecognized arguments: {' '.join(words)}; see zofo {verb} --help")
+    from zofo.config import field_names
+
+    raise ZofoError(f"zofo {verb} has no --{name}: {key_hint(name, (), f'see zofo {verb} --help', field_names())}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -171,7 +182,7 @@ def _verb(
         name, help=help, description=text, usage=usage, add_help=name != "train", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.set_defaults(run=run, takes_keys=takes_keys)
+    parser.set_defaults(run=run, verb=name, takes_keys=takes_keys)
     return parser
 
 

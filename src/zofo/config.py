@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,11 +13,13 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from zofo import parse
-from zofo.errors import ZofoError, did_you_mean, first_line
-from zofo.keys import AUTO, POSITIVE, Keys, field, numbers, require_honoured
+from zofo.errors import ZofoError, first_line
+from zofo.habits import key_hint, refuse_values
+from zofo.keys import AUTO, POSITIVE, Keys, field, numbers, refuse_unknown, refusing_unknown, require_honoured
 from zofo.methods import METHODS, Method
 from zofo.methods.settings import (
     name_of,
+    require_evaluations,
     require_few_batches,
     require_optim_args,
     require_schedule,
@@ -33,11 +35,12 @@ _INHERITED_IDENTITY = (
 _CHECKPOINTING = tuple(f"{name}_checkpointing{rest}" for name in ("activation", "gradient") for rest in ("", "_kwargs"))
 _TIMELESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
-_FREE = ("overwrite_output_dir", "on_nonfinite")
+_FREE = ("overwrite_output_dir", "on_nonfinite", "early_stopping_patience")
 _CHOOSING = ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity")
 _PATHS = ("model", "task", "adapter", "adapter_init", "source", "data")
 
 
+@refusing_unknown
 @dataclass
 class ZOFOConfig(Keys):
     """Everything that decides a run. `max_steps` counts outer iterations; keys of `TrainingArguments` work too.
@@ -63,6 +66,7 @@ class ZOFOConfig(Keys):
 
     def __post_init__(self, given: Collection[str] | None) -> None:
         """Checks the keys, then lets `TrainingArguments` check its own."""
+        refuse_values(vars(self))
         if self.method not in METHODS:
             raise ZofoError(f"method is {self.method!r}, but must be one of {', '.join(METHODS)}")
         different = [f.name for f in dataclasses.fields(self) if f.init and not _is_default(f, vars(self)[f.name])]
@@ -123,7 +127,7 @@ class ZOFOConfig(Keys):
     def notices(self) -> list[str]:
         """A line for each reason why a key that was given does nothing in this run, or another thing than it says."""
         used = self.method_class.keys_used
-        idle = [name for name in _field_names() if name in self._given & (_method_keys() - used)]
+        idle = [name for name in field_names() if name in self._given & (_method_keys() - used)]
         notices = [*self._notices, f"not used by {self.method}: {', '.join(idle)}"] if idle else [*self._notices]
         if self.warmup_steps and self.method_class.trains() and name_of(self.lr_scheduler_type) == "constant":
             notices.append("not used by lr_scheduler_type constant: warmup_steps (constant_with_warmup has it)")
@@ -192,12 +196,7 @@ class ZOFOConfig(Keys):
                 f"method {self.method} trains an adapter, but adapter is none: choose lora, prefix or prompt, or "
                 "method zo (MeZO) to update the backbone alone"
             )
-        if self.load_best_model_at_end and str(self.eval_strategy) == "no":
-            raise ZofoError(
-                "load_best_model_at_end needs evaluations to choose by: give eval_steps, and save_steps alike"
-            )
-        if self.bf16 or self.fp16:
-            raise ZofoError("bf16 and fp16 switch autocast on, which zofo does not use: set dtype: bfloat16 or float16")
+        require_evaluations(self)
 
     def variant(self, method: str, adapter: str, **more: Any) -> Self:
         """The same run by another method, without the keys that do not count for it."""
@@ -310,7 +309,7 @@ def parse_config(
     """
     for name in (_key_name(word) for word in arguments if known and word.startswith("--")):
         if name not in known:
-            raise ZofoError(f"unknown option --{name}: {did_you_mean(name, known, 'see --help')}")
+            raise ZofoError(f"unknown option --{name}: {key_hint(name, known, 'see --help', field_names())}")
     parser = _Parser(cast(Any, ZOFOConfig), allow_abbrev=False, add_help=False)
     values = {**(parser.stored(stored) if stored else {}), **parser.words(arguments)}
     return ZOFOConfig(**values, given=frozenset(values))
@@ -332,7 +331,7 @@ class _Parser(HfArgumentParser):
             action.default = SUPPRESS
         found, rest = self.parse_known_args(list(arguments))
         if rest:
-            _refuse_unknown(_key_name(rest[0]), "", _field_names())
+            refuse_unknown(_key_name(rest[0]), "", field_names())
         return vars(found)
 
     def stored(self, stored: Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -341,8 +340,8 @@ class _Parser(HfArgumentParser):
         defaults = {f.name: f.default for f in dataclasses.fields(ZOFOConfig)}
         values: dict[str, Any] = {}
         for key, value in content.items():
-            if key not in _field_names():
-                _refuse_unknown(str(key), where, _field_names())
+            if key not in field_names():
+                refuse_unknown(str(key), where, field_names())
             if value is not None:
                 values[key] = self._value(key, value, where)
             elif where and key == "adapter":
@@ -371,6 +370,10 @@ class _Parser(HfArgumentParser):
             raise ZofoError(where + _ARGUMENT.sub(r"\1: ", str(error))) from error
         return made
 
+    def _check_value(self, action: Any, value: Any) -> None:
+        refuse_values({action.dest: value})
+        super()._check_value(action, value)
+
     def error(self, message: str) -> Any:
         raise ZofoError(_ARGUMENT.sub(r"\1: ", message))
 
@@ -387,13 +390,10 @@ def _read_config(file: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _field_names() -> list[str]:
+def field_names() -> list[str]:
+    """All keys."""
     return [f.name for f in dataclasses.fields(ZOFOConfig) if f.init]
 
 
 def _key_name(word: str) -> str:
     return word.lstrip("-").split("=")[0].replace("-", "_")
-
-
-def _refuse_unknown(name: str, where: str, known: Iterable[str]) -> None:
-    raise ZofoError(f"{where}unknown key {name!r}: {did_you_mean(name, known, 'see `zofo train --help`')}")

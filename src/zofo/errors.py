@@ -36,3 +36,14 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1)
     """
     near = difflib.get_close_matches(word, list(known), n=most, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
+def listed(words: Iterable[str], most: int = 30) -> str:
+    """Words in quotation marks, the first of them where there are many.
+
+    Examples:
+        >>> listed(["text", "label"]), listed("abc", most=2)
+        ("'text', 'label'", "'a', 'b', ...")
+    """
+    every = list(words)
+    return ", ".join(map(repr, every[:most])) + ", ..." * (len(every) > most)

@@ -5,16 +5,19 @@ resumed run must share. What goes together is checked in `config.py`.
 """
 
 import dataclasses
+import functools
+import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from zofo.errors import ZofoError
+from zofo.habits import INSTEAD, key_hint
 from zofo.models.load import DType
 from zofo.noise import Distribution
 from zofo.scoring.tokens import LossKind
@@ -23,6 +26,7 @@ from zofo.zo.estimators import EstimatorName
 from zofo.zo.rules import RuleName
 
 AUTO = "auto"
+_T = TypeVar("_T")
 _MOST = 1 << 31  # what counters of the libraries hold, and more than any run uses
 
 
@@ -81,7 +85,7 @@ _INHERITED = {
 # Which keys count for whom; every method's class puts its own together.
 STEP_KEYS = frozenset((
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init",
+    "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "early_stopping_patience",
 ))  # fmt: skip
 FIRST_ORDER_KEYS = frozenset((
     "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
@@ -100,7 +104,7 @@ STAGE_KEYS = frozenset(("two_stage_fraction",))
 # What zofo honours of `TrainingArguments` beside the keys above; nothing reads the others.
 _HONOURED = STEP_KEYS | FIRST_ORDER_KEYS | frozenset((
     "output_dir", "resume_from_checkpoint", "seed", "data_seed", "full_determinism", "use_cpu", "tf32",
-    "dataloader_num_workers", "dataloader_pin_memory", "bf16", "fp16",  # the last two have an error of their own
+    "dataloader_num_workers", "dataloader_pin_memory",
     "logging_strategy", "logging_steps", "logging_first_step", "log_level", "disable_tqdm", "report_to", "run_name",
     "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
@@ -109,17 +113,6 @@ _HONOURED = STEP_KEYS | FIRST_ORDER_KEYS | frozenset((
 ))  # fmt: skip
 _DONE_ANYWAY = ("do_train", "do_eval", "do_predict")  # whatever their value
 _SETTLED: dict[str, Any] = {"debug": [], "accelerator_config": AcceleratorConfig()}  # defaults after __post_init__
-_INSTEAD = {
-    "do_train": "zofo train always trains; method: none does not",
-    "do_eval": "give eval_steps to evaluate during a run",
-    "do_predict": "zofo train always scores the test rows at the end",
-    "bf16_full_eval": "set dtype: bfloat16",
-    "fp16_full_eval": "set dtype: float16",
-    "auto_find_batch_size": "see zofo estimate, and set per_device_train_batch_size and gradient_accumulation_steps",
-    "accelerator_config": "set gradient_accumulation_steps",
-    "ignore_data_skip": "a run that is resumed goes on with the rows that are next",
-    "push_to_hub": "upload the run folder with hf upload",
-}
 
 
 def require_honoured(given: Mapping[str, Any], stated: bool) -> None:
@@ -137,8 +130,28 @@ def require_honoured(given: Mapping[str, Any], stated: bool) -> None:
             default = inherited.default_factory()
         if given[name] in (default, own[name], _SETTLED.get(name, default)) and not (stated and name in _DONE_ANYWAY):
             continue
-        instead = _INSTEAD.get("push_to_hub" if name.startswith("hub_") else name, "leave it out")
+        instead = INSTEAD.get("push_to_hub" if name.startswith("hub_") else name, "leave it out")
         raise ZofoError(f"{name} is given, but has no effect in zofo: {instead}")
+
+
+def refuse_unknown(name: str, where: str, known: Collection[str]) -> NoReturn:
+    """Refuses a key that there is not; `where` is what stands in front of the message."""
+    raise ZofoError(f"{where}unknown key {name!r}: {key_hint(name, known, 'see `zofo train --help`')}")
+
+
+def refusing_unknown(made: type[_T]) -> type[_T]:
+    """The same dataclass; its constructor refuses an unknown key as files do, where Python would raise a TypeError."""
+    constructor = made.__init__
+
+    @functools.wraps(constructor)
+    def checked(self: _T, *values: Any, **keys: Any) -> None:
+        known = inspect.signature(constructor).parameters.keys()
+        for key in keys.keys() - known:
+            refuse_unknown(key, "", known)
+        constructor(self, *values, **keys)
+
+    made.__init__ = checked
+    return made
 
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -218,6 +231,9 @@ class Keys(TrainingArguments):
     dtype: DType = field("float32", "of the backbone; adapters train in float32")
     loss: LossKind = field("options", "options: cross-entropy over the candidates; lm: over the answer's tokens")
     max_length: Count = field(512, "tokens of a prompt with its answer; longer prompts are truncated from the left")
+    early_stopping_patience: Count | None = field(
+        None, "end the run after so many evaluations without a better one; with eval_steps and load_best_model_at_end"
+    )
     on_nonfinite: Literal["raise", "skip"] = field("raise", "at a loss that is not finite: raise, or skip the step")
     overwrite_output_dir: bool = field(False, "remove the run that output_dir holds already")
     lr_scheduler_type: str = field("constant", "as in TrainingArguments; scales all learning rates alike")

@@ -20,6 +20,7 @@ _LARGEST_YAML = 100_000  # values, where an alias counts as all that it stands f
 _Key = TypeVar("_Key", bound=Hashable)
 
 _SEPARATOR = re.compile(r'"?sep=([^"\w\r\n])"?\r?\n', re.IGNORECASE)
+_BARE_TEMPLATE = re.compile(r"(^|[:\[,-])\s*\{[{%]")
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
@@ -62,17 +63,30 @@ def read_yaml(source: str | Path, where: str) -> Any:
         >>> read_yaml("seed: 3", "run.yaml")
         {'seed': 3}
     """
+    text = ""
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         return _Loader(text).get_single_data()
     except UnicodeDecodeError as error:
         raise ZofoError(f"{where} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
     except yaml.YAMLError as error:
-        raise ZofoError(f"{where} is no valid YAML: {' '.join(str(error).split())}") from error
+        place, found = _bare_template(error, text) or ("", " ".join(str(error).split()))
+        raise ZofoError(f"{where}{place} is no valid YAML: {found}") from error
     except OSError:
         raise
     except Exception as error:  # PyYAML raises many unrelated types for a value that its tag does not fit
         raise ZofoError(f"{where} is no valid YAML: {first_line(error)} ({type(error).__name__})") from error
+
+
+def _bare_template(error: yaml.YAMLError, text: str) -> tuple[str, str] | None:
+    """Where a template without quotation marks is what is wrong, since YAML takes its braces for its own; and why."""
+    marks = [error.problem_mark, error.context_mark] if isinstance(error, yaml.MarkedYAMLError) else []
+    lines = text.split("\n")
+    for number in (mark.line for mark in marks if mark is not None and mark.line < len(lines)):
+        if _BARE_TEMPLATE.search(lines[number]):
+            mend = "put the template into quotation marks, since YAML reads braces as a mapping"
+            return f", line {number + 1},", f"{mend}: {lines[number].strip():.80}"
+    return None
 
 
 class _Loader(yaml.SafeLoader):

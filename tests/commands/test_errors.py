@@ -11,10 +11,19 @@ import torch
 
 from shell import QUICK, ROWS, arguments, refused, write_task
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from zofo.cli import main
 
 KEYS = {
     "a misspelt key": ({"penlty": 1}, "unknown key 'penlty': did you mean penalty?"),
     "a key like no other": ({"qqqq": 1}, "unknown key 'qqqq': see `zofo train --help`"),
+    "another library's name of a key": (
+        {"batch_size": 4},
+        "unknown key 'batch_size': write per_device_train_batch_size",
+    ),
+    "an option of another verb": ({"shots": 4}, "unknown key 'shots': it is an option of zofo eval"),
+    "an adapter as the method": ({"method": "lora"}, "LoRA is an adapter: write method: fo with adapter: lora"),
+    "a method by its name in papers": ({"method": "mezo"}, "write method: zo with adapter: none"),
+    "an adapter of another kind of model": ({"adapter": "qlora"}, "a model that is stored quantised"),
     "a number that is none": ({"max_steps": "three"}, "invalid int value: 'three'"),
     "a whole number that is none": ({"lower_steps": 2.5}, "invalid int value: '2.5'"),
     "a float that is none": ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
@@ -41,6 +50,13 @@ KEYS = {
     "no model": ({"model": None}, "model is not given: add model: ... to the config, or --model ... to the command"),
     "no task": ({"task": None}, "task is not given"),
     "an unknown task": ({"task": "movie_review"}, "there is no task 'movie_review': did you mean movie_reviews?"),
+    "a task by the name of its data": ({"task": "trec"}, "there is no task 'trec': question_types has TREC's"),
+    "a task in another spelling": ({"task": "SST-2"}, "there is no task 'SST-2': did you mean sst2?"),
+    "a data set of the Hub as task": (
+        {"task": "a/b"},
+        "there is no task 'a/b': for a Hub data set write a task file with source: a/b",
+    ),
+    "a table as task": ({"task": "rows.csv"}, "there is no task 'rows.csv': give the table as data"),
     "a task file that is not there": ({"task": "none.yaml"}, "there is no task file none.yaml"),
     "more training rows than exist": ({"train_size": 41}, "train_size is 41, but only 40 rows are left for it"),
     "more test rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it: ask for"),
@@ -83,7 +99,7 @@ TASKS = {
         {"answer": " fine"},
         "60 of 60 rows cannot be used (rows 1, 2, 3, ...)",
     ),
-    "a column that is not there": ({"prompt": "{{ body }}"}, "task.yaml, prompt: 'body'"),
+    "a column that is not there": ({"prompt": "{{ body }}"}, "the row has no column 'body', but 'text', 'label'"),
     "a sandbox escape": ({"prompt": "{{ text.__class__ }}"}, "task.yaml, prompt tries what templates may not do"),
     "an endless template": ({"prompt": "{{ 'x' * 10 ** 12 }}"}, "task.yaml, prompt tries what templates may not do"),
     "a file that is not there": ({"source": "none.jsonl"}, "none.jsonl: correct `source`; paths are relative"),
@@ -145,6 +161,29 @@ def test_task_files(capsys, tmp_path, keys, changes, message):
 def test_data_files(capsys, tmp_path, keys, content, message):
     (tmp_path / "task" / "rows.jsonl").write_bytes(content)
     assert message in refused(capsys, arguments(**keys), tmp_path)
+
+
+BARE = {
+    "alone": "{{ text }}",
+    "with words": "{{ text }} It was",
+    "a list inside": "{{ ['a', 'b'][label] }}",
+    "a condition": "{% if label %}a{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", BARE.values(), ids=BARE)
+def test_a_template_without_quotation_marks(capsys, tmp_path, template):
+    file = tmp_path / "bare.yaml"
+    file.write_text(f'source: rows.jsonl\nanswer: "good"\nprompt: {template}\n')
+    line = refused(capsys, ["tasks", str(file)], tmp_path)
+    assert "bare.yaml, line 3, is no valid YAML: put the template into quotation marks, since YAML reads" in line
+    assert line.endswith(f"prompt: {template}")
+
+
+def test_another_mistake_beside_a_template_is_told_as_it_is(capsys, tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text('source: rows.jsonl\nprompt: |-\n  {{ text }} It was\nanswer: "x\n')
+    assert "broken.yaml is no valid YAML: while scanning a quoted" in refused(capsys, ["tasks", str(file)], tmp_path)
 
 
 def test_rows_that_are_too_few_to_hold_some_out(capsys, tmp_path, keys):
@@ -263,6 +302,8 @@ EVAL = {
     "more rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it"),
     "an unknown task": ({"task": "tweet"}, "there is no task 'tweet': did you mean tweets?"),
     "an unknown option": ({"taks": "tweets"}, "--taks"),
+    "an option of another verb": ({"method": "fo"}, "unknown option --method: it is a key of zofo train"),
+    "another library's name of a key": ({"max_seq_length": 9}, "unknown option --max_seq_length: write max_length"),
     "no task": ({"task": None}, "task is not given: add --task; or --data with --text and --label"),
     "an output below a file": ({"output": "{file}/scores.json"}, "scores.json"),
     "an output that exists": ({"output": "{file}"}, "exists already and is not overwritten: give a new file"),
@@ -282,6 +323,29 @@ def test_verbs(capsys, tmp_path):
     assert "required: --run, --output" in refused(capsys, ["merge"], tmp_path)
 
 
+OTHERS = {
+    "a key": (["tasks", "--data", "x.csv"], "zofo tasks has no --data: it is a key of zofo train"),
+    "an option": (["tasks", "--shots=3"], "zofo tasks has no --shots: it is an option of zofo eval"),
+    "of no verb": (["tasks", "--qqqq"], "zofo tasks has no --qqqq: see zofo tasks --help"),
+    "a word": (["tasks", "tweets", "sms_spam"], "unrecognized arguments: sms_spam; see zofo tasks --help"),
+    "in merge": (["merge", "--run", "a", "--output", "b", "--data", "c"], "zofo merge has no --data: it is a key of"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), OTHERS.values(), ids=OTHERS)
+def test_options_of_another_verb(capsys, tmp_path, words, message):
+    assert message in refused(capsys, words, tmp_path)
+
+
+def test_options_are_named_with_the_verb_that_has_them(capsys, tmp_path):
+    from zofo import habits
+
+    for name, verb in habits.OPTIONS.items():
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert f"--{name}" in capsys.readouterr().out
+
+
 def test_the_installed_command_ends_the_same_way(tmp_path, keys):
     words = arguments(**{**keys, "penalty": -1})
     found = subprocess.run([sys.executable, "-m", "zofo.cli", *words], capture_output=True, text=True, timeout=120)
@@ -299,8 +363,6 @@ def test_one_of_several_processes_is_refused(tmp_path, keys):
 
 
 def test_the_run_that_all_these_are_changes_of_works(capsys, tmp_path, keys):
-    from zofo.cli import main
-
     assert main(arguments(**keys)) == 0
     assert capsys.readouterr().err == ""
     assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["upper"]["rows"] == 10

@@ -54,7 +54,7 @@ def test_columns_may_have_any_name_and_labels_be_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "columns", "message"),
     [
-        ({}, ("txt", "label"), "has no column 'txt': did you mean text?"),
+        ({}, ("txt", "label"), "has no column 'txt': did you mean text? it has 'text', 'label'"),
         ({}, ("text", "qqq"), "has no column 'qqq': it has 'text', 'label'"),
         ({}, (None, "label"), "--text is not given"),
         ({}, ("text", None), "--label is not given"),

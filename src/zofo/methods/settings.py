@@ -30,6 +30,18 @@ def require_single_process(keys: Keys) -> None:
         )
 
 
+def require_evaluations(keys: Keys) -> None:
+    """Refuses to choose the best model, or to stop early, without evaluations."""
+    if keys.load_best_model_at_end and name_of(keys.eval_strategy) == "no":
+        raise ZofoError("load_best_model_at_end needs evaluations to choose by: give eval_steps, and save_steps alike")
+    if keys.early_stopping_patience and not keys.load_best_model_at_end:
+        raise ZofoError(
+            f"early_stopping_patience is {keys.early_stopping_patience}, but without evaluations nothing says when to "
+            "stop: give load_best_model_at_end: true, eval_steps, save_steps alike, and metric_for_best_model (by "
+            "default the loss)"
+        )
+
+
 def require_few_batches(keys: Keys, batches: int) -> None:
     """Refuses an iteration of more micro-batches than a run could read, with `batches` in each micro-step."""
     read = batches * keys.gradient_accumulation_steps

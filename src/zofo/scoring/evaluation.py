@@ -16,25 +16,26 @@ from zofo.scoring.batch import answer_tokens, by_length, collate, padding_id
 from zofo.scoring.generation import ONE_LINE, AnswerSpan, Place, generate, room_wanted
 from zofo.scoring.scorer import OptionTotals, Scorer, count
 from zofo.scoring.tokens import Example, LossKind
-from zofo.tasks.metrics import OPTION_METRICS, TEXT_METRICS, score
+from zofo.tasks.metrics import TEXT_METRICS, Metric, compares_options, metric_name, score, score_by
 
 Scoring = Literal["mean", "sum", "pmi", "channel"]
 _ANSWER_TOKENS = 512  # in one forward pass, about: each has logits over the whole vocabulary
 
 
-def require_scorable(adapted: AdaptedModel, metrics: Sequence[str], examples: Sequence[Example]) -> None:
+def require_scorable(adapted: AdaptedModel, metrics: Sequence[Metric], examples: Sequence[Example]) -> None:
     """Refuses to compare options where an example has fewer than two, and to generate what cannot be generated.
 
     That is text after virtual tokens, and an answer for which the model has no positions after its prompt.
     """
-    metric = metrics[0]
-    alone = next((e for e in examples if len(e.answers) < 2), None) if metric in OPTION_METRICS else None
+    compares = compares_options(metrics, _have_options(examples))
+    metric = metric_name(metrics[0])
+    alone = next((e for e in examples if len(e.answers) < 2), None) if compares else None
     if alone is not None:
         raise ZofoError(
             f"{metric} needs options to choose from, but the row with the answer {alone.texts[0]!r} has fewer than "
             f"two: give options, or for generated answers set loss to lm and the metric to {' or '.join(TEXT_METRICS)}"
         )
-    text_metric = next((metric for metric in metrics if metric in TEXT_METRICS), None)
+    text_metric = next((metric for metric in metrics if metric in TEXT_METRICS), None if compares else metric)
     if text_metric and adapted.prompt_learning:
         raise ZofoError(
             f"{text_metric} needs generated text, which peft gets wrong after virtual tokens on several models: "
@@ -69,7 +70,8 @@ class Evaluator:
     Args:
         scorer: the model.
         tokenizer: for padding and generated text.
-        metrics: some of `METRICS`; the first one decides whether options are compared or text is generated.
+        metrics: some of `METRICS`, or functions; the first one with a name decides whether options are compared or
+            text is generated.
         kind: of the loss.
         batch_size: the most examples per forward pass; they are sorted by length first.
         place: moves a batch to the model's device.
@@ -86,18 +88,13 @@ class Evaluator:
 
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
-    metrics: Sequence[str]
+    metrics: Sequence[Metric]
     kind: LossKind
     batch_size: int
     place: Place = lambda batch: batch
     scoring: Scoring = "mean"
     span: AnswerSpan = ONE_LINE
     progress: str = ""
-
-    @property
-    def compares(self) -> bool:
-        """Whether options are compared; otherwise text is generated."""
-        return self.metrics[0] in OPTION_METRICS
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], premises: Sequence[Example] = ()) -> dict[str, float]:
@@ -118,7 +115,7 @@ class Evaluator:
         """What the model answers to each example, in eval mode."""
         require_scorable(self.scorer.adapted, self.metrics, examples)
         self.scorer.adapted.model.eval()
-        if self.compares:
+        if compares_options(self.metrics, _have_options(examples)):
             scores = self._option_scores(examples, premises)
             return [Answer(e.texts[int(row.argmax())], row) for e, row in zip(examples, scores, strict=True)]
         span = self.span | AnswerSpan.of(examples, self.tokenizer)
@@ -138,7 +135,12 @@ class Evaluator:
         texts = [answer.text for answer in answers]
         references = [(e.texts[e.gold], *e.right) for e in examples]
         options, groups = [e.texts for e in examples], [e.group for e in examples]
-        values = {m: score(m, texts, references, options=options, groups=groups) for m in self.metrics}
+        values: dict[str, float] = {}
+        for metric in self.metrics:
+            if isinstance(metric, str):
+                values[metric] = score(metric, texts, references, options=options, groups=groups)
+            else:
+                values |= score_by(metric, texts, references)
         return {**values, "loss": loss, "rows": len(examples)}
 
     def _option_scores(self, examples: Sequence[Example], premises: Sequence[Example]) -> list[Tensor]:
@@ -193,6 +195,10 @@ def _of_few_answers(examples: Sequence[Example], batches: Sequence[list[int]]) -
         parts = max(1, -(-tokens // _ANSWER_TOKENS))
         size = -(-len(batch) // parts)
         yield from (batch[start : start + size] for start in range(0, len(batch), size))
+
+
+def _have_options(examples: Sequence[Example]) -> bool:
+    return all(len(example.answers) > 1 for example in examples)
 
 
 def _options_loss(examples: Sequence[Example], scores: Sequence[Tensor]) -> float:

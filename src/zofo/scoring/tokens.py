@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
 from zofo.tasks.prompts import Chat
-from zofo.tasks.records import Record
+from zofo.tasks.records import Conversation, Record
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ def tokenize(
     """
     chats = [record for record in records if isinstance(record, Chat)]
     assert len(chats) in (0, len(records)), "the records of a set are put to the model in one way"
+    if not chats and any(isinstance(record, Conversation) for record in records):
+        raise ZofoError("rows with messages need the model's chat format: set chat_template: true")
     whole = _chat_examples(chats, tokenizer) if chats else _plain_examples(records, tokenizer)
     _warn_of_prefixes(whole)
     if chats:
@@ -223,7 +225,8 @@ def _truncate_chat(chat: Chat, example: Example, max_length: int, tokenizer: Pre
     if first == len(starts):
         raise ZofoError(
             f"max_length {max_length} is too short for the chat even without the user's words (the longest answer has "
-            f"{example.length - len(example.prompt)} tokens): raise max_length, or shorten system_prompt or the answers"
+            f"{example.length - len(example.prompt)} tokens): raise max_length, or shorten system_prompt, the earlier "
+            "turns or the answers"
         )
     shortest = made(starts[first])
     if shortest.length == max_length:

@@ -1,13 +1,17 @@
 """The usual metrics, from predictions and right answers."""
 
+import inspect
 import operator
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
-from typing import NamedTuple
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+from zofo.errors import ZofoError, did_you_mean
 
 _MARKS = re.escape(string.punctuation)
 _ARTICLES = re.compile(rf"\b(?<![{_MARKS}])(a|an|the)\b(?![{_MARKS}])")
@@ -29,6 +33,8 @@ _PARTS = re.compile(
 )
 
 References = Sequence[Sequence[str]]
+Function = Callable[[list[str], list[list[str]]], float | Mapping[str, float]]
+Metric = str | Function  # one of `METRICS`, or a function of predictions and references
 
 
 class Rows(NamedTuple):
@@ -82,6 +88,45 @@ def score(
     return METRICS[metric](Rows(predictions, references, options, groups))
 
 
+def compares_options(metrics: Sequence[Metric], has_options: bool) -> bool:
+    """Whether options are compared, and no text is generated: by the first metric with a name, else by the rows."""
+    named = next((metric for metric in metrics if isinstance(metric, str)), None)
+    return has_options if named is None else named in OPTION_METRICS
+
+
+def metric_name(metric: Metric) -> str:
+    """The name under which a metric is reported.
+
+    Raises:
+        ZofoError: if it is neither one of `METRICS` nor a function of predictions and references.
+    """
+    if isinstance(metric, str):
+        if metric not in METRICS:
+            raise ZofoError(f"unknown metric {metric!r}: {did_you_mean(metric, METRICS, ', '.join(METRICS))}")
+        return metric
+    if not isinstance(metric, FunctionType | MethodType) or not metric.__name__.isidentifier():
+        raise ZofoError(f"metric {metric!r:.80} has no name: give a name, or a function made with def")
+    try:
+        inspect.signature(metric).bind([], [])
+    except TypeError as error:
+        raise ZofoError(
+            f"metric {metric.__name__} must take (predictions, references), lists of texts and of lists of texts, "
+            f"but cannot: {error}; zofo has no logits to hand over"
+        ) from error
+    return metric.__name__
+
+
+def score_by(metric: Function, predictions: Sequence[str], references: References) -> dict[str, float]:
+    """What a function makes of predictions, by name: one number, or several."""
+    name = metric_name(metric)
+    value: Any = metric(list(predictions), [list(right) for right in references])
+    values: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {name: value}
+    try:
+        return {str(key): float(number) for key, number in values.items()}
+    except (TypeError, ValueError) as error:
+        raise ZofoError(f"metric {name} gave {value!r:.80}: return a number, or a dict of numbers") from error
+
+
 def _mean_best(of_pair: Callable[[str, str], float], rows: Rows) -> float:
     """The mean over the rows of the best value over the right answers."""
     best = [max(of_pair(p, right) for right in r) for p, r in zip(rows.predictions, rows.references, strict=True)]
@@ -127,14 +172,14 @@ def _token_f1(prediction: str, answer: str) -> float:
     return 2 * shared / (len(left) + len(right))
 
 
-Metric = Callable[[Rows], float]
-OPTION_METRICS: dict[str, Metric] = {
+_Named = Callable[[Rows], float]
+OPTION_METRICS: dict[str, _Named] = {
     "accuracy": partial(_mean_best, operator.eq),
     "macro_f1": _macro_f1,
     "f1": _f1,
     "group_exact_match": _group_exact_match,
 }
-TEXT_METRICS: dict[str, Metric] = {
+TEXT_METRICS: dict[str, _Named] = {
     "exact_match": partial(_mean_best, _exact),
     "token_f1": partial(_mean_best, _token_f1),
 }

@@ -12,7 +12,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
-from zofo.tasks.records import Record
+from zofo.tasks.conversations import Turn
+from zofo.tasks.records import Conversation, Record
 
 SEPARATOR = "\n\n"
 
@@ -75,7 +76,7 @@ def as_channel(record: Record) -> Record:
 
 
 @dataclass(frozen=True)
-class Chat(Record):
+class Chat(Conversation):
     """A record whose prompt is a whole chat, with its special tokens, around `said`, the words of the user's turn."""
 
     said: str = ""
@@ -87,12 +88,18 @@ class Chat(Record):
 
 
 def as_chat(record: Record, tokenizer: PreTrainedTokenizerBase, system: str | None) -> Chat:
-    """The prompt as a user's turn in the model's own chat format, after a system turn if one is given."""
+    """The prompt as a user's turn in the model's own chat format, after its earlier turns, if it has some.
+
+    In front of them is a system turn, if `system` is given and the record has none of its own.
+    """
     if not tokenizer.chat_template:
         raise ZofoError(
             "chat_template is true, but this model's tokenizer has none: leave it out, or take a chat model"
         )
-    said, rendered = record.prompt.rstrip(), partial(_rendered, tokenizer, system)
+    earlier = record.earlier if isinstance(record, Conversation) else ()
+    if system is not None and not any(role == "system" for role, _ in earlier):
+        earlier = (("system", system), *earlier)
+    said, rendered = record.prompt.rstrip(), partial(_rendered, tokenizer, earlier)
     made = Chat(**vars(record), said=said, rendered=rendered)
     return dataclasses.replace(
         made,
@@ -121,10 +128,9 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, system: str | None, said: str) -> str:
-    """A chat in which the user says this and the model is to answer."""
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    turns.append({"role": "user", "content": said})
+def _rendered(tokenizer: PreTrainedTokenizerBase, earlier: Sequence[Turn], said: str) -> str:
+    """A chat in which the user says this, after earlier turns, and the model is to answer."""
+    turns = [{"role": role, "content": words} for role, words in (*earlier, ("user", said))]
     template = _template(tokenizer)
     try:
         text: Any = tokenizer.apply_chat_template(
@@ -132,6 +138,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, system: str | None, said: str)
         )
     except TemplateError as error:
         raise ZofoError(
-            f"the model's chat template refuses this ({error}): leave out system_prompt, or chat_template"
+            f"the model's chat template refuses this ({error}): leave out system_prompt or the system turn, or "
+            "chat_template"
         ) from error
     return text

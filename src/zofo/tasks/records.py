@@ -1,13 +1,18 @@
 """One example as text: what a task makes of a row, and what becomes tokens."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from zofo.errors import ZofoError
+from zofo.habits import column_hint, dataset_hint
+from zofo.tasks.conversations import Turn, turns_of
 
 Row = dict[str, Any]
+_R = TypeVar("_R", bound="Record")
 
 
 @dataclass(frozen=True)
@@ -47,35 +52,88 @@ class Record:
         return (self.prompt, self.suffix, self.options) if self.suffix else (self.prompt,)
 
 
+@dataclass(frozen=True)
+class Conversation(Record):
+    """A record whose prompt is what the user says last, after the turns `earlier`; a chat format is needed for it."""
+
+    earlier: tuple[Turn, ...] = ()
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for two records that ask the same question after the same turns."""
+        return (*super().identity, self.earlier)
+
+
 Rows = Sequence[Record] | Sequence[Row]
 
 
-def records(rows: Rows) -> list[Record]:
-    """Rows with the texts `prompt` and `completion`, and perhaps `options`, as records."""
-    converted: list[Record] = []
-    for index, row in enumerate(rows):
-        if isinstance(row, Record):
-            converted.append(row)
-            continue
-        for key in ("prompt", "completion"):
-            if not isinstance(row.get(key), str):
-                raise ZofoError(f"row {index} has no text {key!r}: rows need prompt, completion and perhaps options")
-        converted.append(checked(Record(row["prompt"], row["completion"], tuple(row.get("options") or ()))))
-    return converted
+def records(rows: Rows, name: str = "the data set") -> list[Record]:
+    """Rows with the texts `prompt` and `completion`, and perhaps `options`, or conversations, as records.
+
+    `rows` may be a list, a datasets.Dataset or a pandas DataFrame; `name` is for messages.
+    """
+    return [_record(row, where) for row, where in _numbered(rows, name)]
 
 
 def questions(rows: Rows, example: str = "") -> list[Record]:
-    """Rows with the text `prompt`, and perhaps `options`, as records whose answer is not known; see `stand_in`."""
-    converted: list[Record] = []
-    for index, row in enumerate(rows):
-        if isinstance(row, Record):
-            converted.append(row)
-            continue
-        if not isinstance(row.get("prompt"), str):
-            raise ZofoError(f"row {index} has no text 'prompt': rows to predict need prompt, and perhaps options")
-        options = tuple(row.get("options") or ())
-        converted.append(checked(Record(row["prompt"], stand_in(row["prompt"], options, example), options)))
-    return converted
+    """Rows with the text `prompt`, and perhaps `options`, as records whose answer is not known; see `stand_in`.
+
+    A conversation may end with what the user says.
+    """
+    return [_question(row, where, example) for row, where in _numbered(rows, "the data set")]
+
+
+def _numbered(rows: Rows, name: str) -> Iterator[tuple[Record | Row, str]]:
+    """Each row, and what messages call it."""
+    if type(rows).__name__ == "DataFrame" and type(rows).__module__.startswith("pandas"):
+        table: list[Row] = cast(Any, rows).to_dict("records")
+        rows = [{key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in row.items()} for row in table]
+    if problem := dataset_hint(name, rows):
+        raise ZofoError(problem)
+    for index, row in enumerate(cast("Sequence[Any]", rows)):
+        if not isinstance(row, Record | dict):
+            raise ZofoError(
+                f"row {index} is {row!r:.80}: rows must be dicts with prompt, completion and perhaps options"
+            )
+        yield cast("Record | Row", row), f"row {index}"
+
+
+def _record(row: Record | Row, where: str) -> Record:
+    if isinstance(row, Record):
+        return row
+    options = _options(row, where)
+    turns = turns_of(row, where)
+    if turns:
+        return _conversation(turns, options)
+    for key in ("prompt", "completion"):
+        if not isinstance(row.get(key), str):
+            hint = column_hint(row) or "rows need prompt, completion and perhaps options, or messages"
+            raise ZofoError(f"{where} has no text {key!r}: {hint}")
+    return checked(Record(row["prompt"], row["completion"], options))
+
+
+def _question(row: Record | Row, where: str, example: str) -> Record:
+    if isinstance(row, Record):
+        return row
+    options = _options(row, where)
+    turns = turns_of(row, where, unknown=stand_in("", options, example))
+    if turns:
+        return _conversation(turns, options)
+    if not isinstance(row.get("prompt"), str):
+        raise ZofoError(f"{where} has no text 'prompt': rows to predict need prompt, and perhaps options")
+    return checked(Record(row["prompt"], stand_in(row["prompt"], options, example), options))
+
+
+def _options(row: Row, where: str) -> tuple[str, ...]:
+    options: Any = row.get("options") or ()
+    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+        raise ZofoError(f"{where}: options must be a list of texts, but are {options!r:.80}")
+    return tuple(cast("Sequence[str]", options))
+
+
+def _conversation(turns: Sequence[Turn], options: tuple[str, ...]) -> Conversation:
+    *earlier, (_, asked), (_, answered) = turns
+    return checked(Conversation(asked, answered, options, earlier=tuple(earlier)))
 
 
 def stand_in(prompt: str, options: Sequence[str], example: str = "") -> str:
@@ -93,7 +151,7 @@ def digest(records: Sequence[Record]) -> str:
     return sha.hexdigest()[:16]
 
 
-def checked(record: Record) -> Record:
+def checked(record: _R) -> _R:
     """The record itself. Refuses empty texts, equal options, and a completion that is none of the options."""
     if not record.prompt.strip():
         raise ZofoError("the prompt is empty")

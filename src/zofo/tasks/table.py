@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from zofo.errors import ZofoError, did_you_mean
+from zofo.errors import ZofoError, did_you_mean, listed
 from zofo.parse import Cell
 from zofo.tasks.records import Record, Row
 from zofo.tasks.sources import read_rows
@@ -14,7 +14,6 @@ from zofo.tasks.task import Task, parse_task
 
 TASK_FILE = "task.yaml"
 _MOST_LABELS = 20
-_MOST_NAMED = 30  # columns in a message
 _NUMBER = re.compile(r"[+-]?\d*\.?\d+")
 
 
@@ -74,9 +73,8 @@ def task_text(spec: dict[str, Any]) -> str:
 def _require_column(rows: list[Row], column: str, file: str) -> None:
     known = list(dict.fromkeys(key for row in rows for key in row))
     if column not in known:
-        first = ", ".join(map(repr, known[:_MOST_NAMED])) + ", ..." * (len(known) > _MOST_NAMED)
-        hint = did_you_mean(column, known, f"it has {first}")
-        raise ZofoError(f"{file} has no column {column!r}: {hint}")
+        hint = did_you_mean(column, known, "")
+        raise ZofoError(f"{file} has no column {column!r}: {hint}{' ' * bool(hint)}it has {listed(known)}")
     empty = [number for number, row in enumerate(rows, start=1) if not _cell_text(row.get(column))]
     if empty:
         first = ", ".join(map(str, empty[:3]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from zofo.errors import ZofoError, did_you_mean
+from zofo.habits import task_hint
 from zofo.parse import read_yaml
 from zofo.tasks.metrics import METRICS, OPTION_METRICS
 from zofo.tasks.records import Record, Row, checked, stand_in
@@ -168,8 +169,7 @@ def load_task(name: str, source: str | None = None) -> Task:
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         if name not in task_names():
-            hint = did_you_mean(name, task_names(), f"there are {', '.join(task_names())}.")
-            raise ZofoError(f"there is no task {name!r}: {hint} A task of your own is the path of a .yaml file")
+            raise ZofoError(f"there is no task {name!r}: {task_hint(name, task_names())}")
         path = Path(str(files("zofo.tasks").joinpath("builtin", f"{name}.yaml")))
     if not path.is_file():
         raise ZofoError(f"there is no task file {path}")

@@ -17,7 +17,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.filters import do_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from zofo.errors import ZofoError, first_line
+from zofo.errors import ZofoError, first_line, listed
 
 Render = Callable[[dict[str, Any]], Any]
 
@@ -105,7 +105,7 @@ def text_template(source: str, where: str) -> Render:
     """A Jinja2 template that renders a row, whose columns are its variables, to text; `where` is for messages."""
     names = _check(source, where)
     template: Template = _guarded(lambda: _ENVIRONMENT.from_string(source), where)
-    return lambda row: _guarded(lambda: _text(template, row), where, names - row.keys())
+    return lambda row: _guarded(lambda: _text(template, row), where, _lacking(names, row))
 
 
 def expression(source: str, where: str) -> Render:
@@ -121,7 +121,7 @@ def expression(source: str, where: str) -> Render:
             str(value)  # raises, and says which name is missing
         return value
 
-    return lambda row: _guarded(lambda: value_of(row), where, names - row.keys())
+    return lambda row: _guarded(lambda: value_of(row), where, _lacking(names, row))
 
 
 def condition(source: str, where: str) -> Render:
@@ -154,8 +154,14 @@ def _text(template: Template, row: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
-def _guarded(render: Callable[[], Any], where: str, missing: Set[str] = frozenset()) -> Any:
-    lacks = f"; the row has no column {', '.join(map(repr, sorted(missing)))}" if missing else ""
+def _lacking(names: Set[str], row: dict[str, Any]) -> str:
+    """The end of a message, that the row has not all columns that a template names; nothing if it has."""
+    missing = sorted(names - row.keys())
+    columns = listed(name for name in row if name != "row")
+    return f"; the row has no column {listed(missing)}, but {columns}" if missing else ""
+
+
+def _guarded(render: Callable[[], Any], where: str, lacks: str = "") -> Any:
     try:
         return render()
     except ZofoError:

@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from zofo.scoring.scorer import Tokens
 
@@ -78,6 +78,30 @@ def resident_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had there."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers' callback; a run that goes on counts from where its checkpoint stopped counting."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = _evaluations_without_progress(state)
+
+
+def early_stopping(patience: int | None) -> list[TrainerCallback]:
+    """The callback of the key `early_stopping_patience`, if it is given."""
+    return [EarlyStopping(patience)] if patience else []
+
+
+def is_over(state: TrainerState, patience: int | None) -> bool:
+    """Whether a run with this state has stopped early."""
+    return patience is not None and _evaluations_without_progress(state) >= patience
+
+
+def _evaluations_without_progress(state: TrainerState) -> int:
+    callbacks: Any = state.stateful_callbacks or {}
+    stored = callbacks.get(EarlyStopping.__name__, {}).get("attributes", {})
+    return int(stored.get("early_stopping_patience_counter", 0))
 
 
 _SHOWN = ("loss", "lower_loss", "penalty_gap", "projected_grad", "eval_loss", "eval_accuracy", "eval_lower_loss")

@@ -1,5 +1,6 @@
 """What a run starts with, of what it is given: a name, a model, or a model with an adapter; and that it can start."""
 
+import inspect
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,18 +11,36 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zofo.config import ZOFOConfig
+from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, first_line
+from zofo.habits import refuse_arguments
 from zofo.methods.settings import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model, require_fitting_tokenizer
 from zofo.models.peft import UPPER, adapter_config, described, taken_off
 from zofo.models.source import require_dense
+from zofo.tasks.metrics import Metric, metric_name
 from zofo.tasks.records import Record, Rows, records
 from zofo.tasks.splits import halves
 from zofo.training.trained_rows import trained_rows_of
 
 _SKIPPED_IN_A_ROW = 20
+
+
+def require_config(trainer: type, args: Any, others: Mapping[str, Any]) -> ZOFOConfig:
+    """The configuration; refuses what is none, and `others`, which are no arguments of the trainer."""
+    known = [name for name in inspect.signature(trainer).parameters if name != "others"]
+    refuse_arguments(others, known, field_names())
+    if args is None:
+        raise ZofoError("args is not given: give at least ZOFOConfig(output_dir='run'), where the run is written to")
+    if isinstance(args, dict):
+        raise ZofoError("args is a dict: write ZOFOConfig(**args)")
+    if not isinstance(args, ZOFOConfig):
+        raise ZofoError(
+            f"args is a {type(args).__name__}, which lacks the keys of zofo: write ZOFOConfig(...), which takes the "
+            "keys of TrainingArguments as well, such as ZOFOConfig(output_dir='run', method='bilevel', max_length=512)"
+        )
+    return args
 
 
 def starting_model(
@@ -40,6 +59,8 @@ def starting_model(
         tokenizer = tokenizer or loaded
     if tokenizer is None:
         raise ZofoError("a loaded model comes without its tokenizer: pass it as processing_class")
+    _require_kind("processing_class", tokenizer, PreTrainedTokenizerBase, "AutoTokenizer.from_pretrained(...)")
+    _require_kind("peft_config", peft_config, PeftConfig | None, "LoraConfig(...), of a dict LoraConfig(**it)")
     with _parts(model, args, peft_config) as (base, folder):
         require_fitting_tokenizer(tokenizer, base)
         if args.updates_backbone or not args.method_class.trains():  # Trainer takes no quantised model alone
@@ -54,6 +75,11 @@ def starting_model(
     if args.method_class.backpropagates and not adapted.adapters:
         _require_epsilon(args, adapted)
     return adapted, tokenizer, description
+
+
+def _require_kind(name: str, value: object, kind: Any, mend: str) -> None:
+    if not isinstance(value, kind):
+        raise ZofoError(f"{name} is a {type(value).__name__}, but must be what {mend} gives")
 
 
 @contextmanager
@@ -129,18 +155,28 @@ def require_progress(skipped: int, number: int, steps: int) -> None:
         )
 
 
-def require_known_metric(args: ZOFOConfig, metrics: Sequence[str]) -> None:
-    """Refuses a model selection by what no evaluation will report, before the first one has to be waited for."""
+def chosen_metrics(args: ZOFOConfig, given: Sequence[Metric] | Metric, first: Record) -> tuple[Metric, ...]:
+    """The metrics of evaluations: those that are given, else what fits the `first` row.
+
+    Refuses a model selection by what no evaluation will report, before the first one has to be waited for. A function
+    may report other names than its own; those are not known before.
+    """
+    default = ("accuracy" if first.options else "exact_match",)
+    metrics = (given,) if isinstance(given, str) or callable(given) else tuple(given) or default
     adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
-    known = [f"{adapter}{name}" for adapter in adapters for name in (*metrics, "loss")]
+    known = [f"{adapter}{name}" for adapter in adapters for name in (*map(metric_name, metrics), "loss")]
     wanted = args.metric_for_best_model
-    if wanted is not None and wanted.removeprefix("eval_") not in known:
+    if wanted is not None and wanted.removeprefix("eval_") not in known and all(isinstance(m, str) for m in metrics):
         raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
+    return metrics
 
 
-def training_rows(args: ZOFOConfig, train: Rows, upper: Rows | None) -> dict[str, list[Record]]:
+def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> dict[str, list[Record]]:
     """The training rows by the splits of the method."""
-    first, second = records(train), records(upper or [])
+    if train is None:
+        raise ZofoError("train_dataset is not given: give rows with prompt, completion and perhaps options")
+    first = records(train, "train_dataset")
+    second = [] if upper is None else records(upper, "upper_dataset")
     both = [*first, *second]
     if not first:
         raise ZofoError("train_dataset is empty: give it at least one row")

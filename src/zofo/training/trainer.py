@@ -31,11 +31,12 @@ from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.padding import probe
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
+from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import as_chat, chat_identity
 from zofo.tasks.records import Record, Rows, digest, questions, records
 from zofo.training import start
 from zofo.training.bundles import BundleCollator, IterationSampler
-from zofo.training.callbacks import Cost, CostCallback, LossBar
+from zofo.training.callbacks import Cost, CostCallback, LossBar, early_stopping, is_over
 from zofo.training.checkpoint import (
     last_sealed,
     loading,
@@ -64,15 +65,17 @@ class ZOFOTrainer(Trainer):
         model: the backbone, or what `load_model` takes, or a `PeftModel` with one adapter, whose values the run starts
             from. It is changed in place.
         args: the configuration.
-        train_dataset: rows with `prompt`, `completion` and, for a loss over options, `options`: a datasets.Dataset or
-            a list of dicts. With method bilevel and without `upper_dataset`, `args.lower_fraction` of them go to the
-            lower level and the others to the upper one.
+        train_dataset: rows with `prompt`, `completion` and, for a loss over options, `options`; or conversations, with
+            `messages`: a list of dicts, a datasets.Dataset or a pandas DataFrame. With method bilevel
+            and without `upper_dataset`, `args.lower_fraction` of them go to the lower level, the others to the upper.
         upper_dataset: rows of the upper level; methods without levels train on both together.
         eval_dataset: rows for model selection, which no level trains on.
         processing_class: the tokenizer; loaded with the model if not given.
         peft_config: of the adapter; by default what `args.adapter` names.
-        metrics: of evaluations, the first one decides; by default accuracy for rows with options, else exact_match.
+        metrics: of evaluations, the first one decides; by default accuracy for rows with options, else exact_match. A
+            function (predictions, references) -> number counts as well.
         callbacks: more transformers callbacks.
+        others: refused, with what to write for arguments of other trainers.
 
     Raises:
         ZofoError: if these do not go together, before any work.
@@ -89,15 +92,17 @@ class ZOFOTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | PeftModel | str,
-        args: ZOFOConfig,
-        train_dataset: Rows,
+        args: ZOFOConfig | None = None,
+        train_dataset: Rows | None = None,
         upper_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
-        metrics: Sequence[str] = (),
+        metrics: Sequence[Metric] | Metric = (),
         callbacks: list[TrainerCallback] | None = None,
+        **others: Any,
     ) -> None:
+        args = start.require_config(type(self), args, others)
         set_seed(args.seed)
         self.adapted, processing_class, kind = start.starting_model(model, args, processing_class, peft_config)
         model = self.adapted.base
@@ -108,8 +113,7 @@ class ZOFOTrainer(Trainer):
         self._trained_rows = start.rows_of_before(model)
         if args.method_class.trains():
             self._trained_rows |= digests([row for part in rows.values() for row in part])
-        self.metrics = tuple(metrics) or ("accuracy" if next(iter(rows.values()))[0].options else "exact_match",)
-        start.require_known_metric(args, self.metrics)
+        self.metrics = start.chosen_metrics(args, metrics, next(iter(rows.values()))[0])
         if args.method_class.backpropagates:
             require_optimizer(args)
         self.args = args
@@ -121,7 +125,7 @@ class ZOFOTrainer(Trainer):
         self._sizes = {split: len(examples) for split, examples in train.items()}
         self.span = AnswerSpan.of([example for examples in train.values() for example in examples], processing_class)
         start.require_rows_for_a_batch(args, self._sizes)
-        evaluated = self.examples(records(eval_dataset)) if eval_dataset else []
+        evaluated = [] if eval_dataset is None else self.examples(records(eval_dataset, "eval_dataset"))
         self.require_scorable(evaluated)
         use_cache = model.config.use_cache
         with start.setting_up(args):
@@ -131,7 +135,7 @@ class ZOFOTrainer(Trainer):
                 train_dataset=cast(Any, [example for examples in train.values() for example in examples]),
                 eval_dataset=cast(Any, evaluated or None),
                 processing_class=processing_class,
-                callbacks=[CostCallback(self.cost), *(callbacks or [])],
+                callbacks=[CostCallback(self.cost), *early_stopping(args.early_stopping_patience), *(callbacks or [])],
             )
         model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
         if self.pop_callback(ProgressCallback):
@@ -251,7 +255,7 @@ class ZOFOTrainer(Trainer):
         """Metric and loss of every adapter: `eval_loss` of the deployed one, `eval_lower_loss` of the lower one."""
         rows: Any = self.eval_dataset
         if eval_dataset is not None:
-            rows = self.examples(records(eval_dataset))
+            rows = self.examples(records(eval_dataset, "eval_dataset"))
         if rows is None:
             raise ZofoError("there is nothing to evaluate on: pass eval_dataset to ZOFOTrainer")
         metrics: dict[str, float] = {}
@@ -325,9 +329,10 @@ class ZOFOTrainer(Trainer):
 
     def _is_finished(self, folder: str) -> bool:
         """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
-        if steps_of(Path(folder)) < self._planned_steps():
+        state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
+        if steps_of(Path(folder)) < self._planned_steps() and not is_over(state, self.args.early_stopping_patience):
             return False
-        self.state = state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
+        self.state = state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(folder)
         if best is not None:
