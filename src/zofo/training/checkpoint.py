@@ -23,6 +23,7 @@ from zofo.errors import ZofoError, first_line
 SEAL = "seal.json"
 _HALF = f"{SEAL}.half"
 _DIGESTS = "sha256"  # as fast as blake2b where the processor has instructions for it
+_READ: dict[tuple[int, int, int, int], str] = {}  # digests by device, inode, time and size
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 _UNREADABLE = (
@@ -52,6 +53,32 @@ def unseal(folder: Path) -> None:
     """Marks a checkpoint that is about to be written over as incomplete."""
     for name in (SEAL, _HALF):
         (folder / name).unlink(missing_ok=True)
+
+
+def share(whole: Path, folder: Path, part: str) -> bool:
+    """Gives a folder the files of one part of a sealed one: by hard links, or as copies where there are none.
+
+    False if that part is not, or no longer, what was sealed, or lies elsewhere by a symbolic link.
+    """
+    try:
+        digests: dict[str, str] = _content(whole).get(_DIGESTS, {})
+        names = [name for name in digests if name.startswith(f"{part}/")]
+        home = whole.parent.resolve() / whole.name
+        if not names or any((whole / name).resolve() != home / name for name in names):
+            return False
+        if any(_digest(whole / name) != digests[name] for name in names):
+            return False
+    except (OSError, ZofoError):
+        return False
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # a file may have other names, and is never written over in place
+        try:
+            os.link(whole / name, file)
+        except OSError:
+            shutil.copyfile(whole / name, file)
+    return True
 
 
 @contextmanager
@@ -235,10 +262,20 @@ def _damaged(folder: Path, what: str) -> ZofoError:
 
 
 def _digest(file: Path) -> str:
+    """Of files with several names, which are never written over in place, each is read once in a process."""
+    stat = file.stat()
+    known = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    if known in _READ and stat.st_nlink > 1:
+        return _READ[known]
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, _DIGESTS).hexdigest()
+        digest = hashlib.file_digest(content, _DIGESTS).hexdigest()
+    if stat.st_nlink > 1:
+        _READ[known] = digest
+    return digest
 
 
 def _to_disk(file: Path) -> None:
+    if file.stat().st_nlink > 1:
+        return  # shared with a sealed folder, and so there already
     with open(file, "rb+") as content:  # Windows flushes only what may be written
         os.fsync(content.fileno())
