@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from zofo.config import identity_of_before
 from zofo.errors import ZofoError, first_line
+from zofo.identity import same
 
 SEAL = "seal.json"
 _HALF = f"{SEAL}.half"
@@ -231,11 +232,19 @@ def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) 
     # the words of the chat template, which older versions did not store, count as unchanged
     before = {"chat_template_digest": current.get("chat_template_digest"), **identity_of_before(stored)}
     for key, value in current.items():
-        if key != "rows" and before.get(key) != value:
+        if key != "rows" and not same(key, before.get(key), value):
+            found, given = before.get(key), value
+            if key == "peft_config" and found and given:
+                found, given = _differences(json.loads(found), json.loads(given))
             raise ZofoError(
-                f"{folder} was written with {key} = {before.get(key)!r}, but now it is {value!r}: resume with the "
+                f"{folder} was written with {key} = {found!r}, but now it is {given!r}: resume with the "
                 "same configuration, or start a new run in another output_dir"
             )
+
+
+def _differences(first: dict[str, Any], second: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    return {name: first.get(name) for name in names}, {name: second.get(name) for name in names}
 
 
 def _content(folder: Path) -> dict[str, Any]:
