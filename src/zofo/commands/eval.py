@@ -15,6 +15,7 @@ from zofo.config import ZOFOConfig, parse_config
 from zofo.errors import ZofoError, first_line
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model, on_device
+from zofo.models.peft import note_of_move
 from zofo.scoring.batch import Layout
 from zofo.scoring.evaluation import Evaluator, Scoring
 from zofo.scoring.padding import probe
@@ -115,6 +116,8 @@ def evaluate_model(
         raise ZofoError(f"two of the tasks are called {twice}: evaluate them one after the other")
     loaded, tokenizer = load_model(model, configs[0].dtype)
     base = AdaptedModel(on_device(loaded), stored=adapter)
+    if adapter and (note := note_of_move(Path(adapter).expanduser())):
+        say(note)
     layout = probe(base, tokenizer)
     results: dict[str, Any] = {}
     for rows in sets:
