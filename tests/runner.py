@@ -41,17 +41,18 @@ def _in_step(step):
 
 def _writing_weights(step):
     """With half of the backbone's file written."""
-    whole = AdaptedModel.save
+    whole = AdaptedModel.save_adapters
 
-    def save(self, folder):
-        home = whole(self, folder)
+    def save(self, folder, home=None):
+        whole(self, folder, home)
         if folder.name == f"checkpoint-{step}":
             file = next((folder / "backbone").glob("*.safetensors"))
-            os.truncate(file, file.stat().st_size // 2)
+            half = file.read_bytes()[: file.stat().st_size // 2]
+            file.unlink()  # it may be shared with an earlier checkpoint
+            file.write_bytes(half)
             _die()
-        return home
 
-    AdaptedModel.save = save
+    AdaptedModel.save_adapters = save
 
 
 def _writing_optimizer(step):

@@ -15,6 +15,7 @@ from transformers.hf_argparser import string_to_bool
 from zofo import parse
 from zofo.errors import ZofoError, first_line
 from zofo.habits import key_hint, refuse_values
+from zofo.identity import anywhere, known
 from zofo.keys import AUTO, POSITIVE, Keys, field, numbers, refuse_unknown, refusing_unknown, require_honoured
 from zofo.methods import METHODS, Method
 from zofo.methods.settings import (
@@ -25,7 +26,7 @@ from zofo.methods.settings import (
     require_schedule,
     require_single_process,
 )
-from zofo.models.peft import KINDS, require_fresh, require_start
+from zofo.models.peft import require_fresh, require_start
 
 _INHERITED_IDENTITY = (
     "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
@@ -37,7 +38,6 @@ _TIMELESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_p
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
 _FREE = ("overwrite_output_dir", "on_nonfinite", "early_stopping_patience")
 _CHOOSING = ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity")
-_PATHS = ("model", "task", "adapter", "adapter_init", "source", "data")
 
 
 @refusing_unknown
@@ -212,7 +212,7 @@ class ZOFOConfig(Keys):
         lasting = self.method_class.depends_on_length or self.penalty_schedule != "constant" or not timeless
         keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in _FREE)]
         keys += ["max_steps", "num_train_epochs"] if lasting else []  # what a step does depends on how many there are
-        return {key: _as_json(_anywhere(key, vars(self)[key])) for key in keys}
+        return {key: _as_json(known(key, vars(self)[key])) for key in keys}
 
     def resolved(self) -> dict[str, Any]:
         """Every key that differs from its default, or is one of zofo's own: what reading it back needs."""
@@ -227,7 +227,7 @@ class ZOFOConfig(Keys):
             if _is_default(own, value) and (idle or own.name not in own_keys()):
                 continue
             if _plain(value):
-                kept[own.name] = _anywhere(own.name, value)
+                kept[own.name] = anywhere(own.name, value)
         if self.activation_checkpointing:  # by the name that people give it: two would contradict each other
             kept["gradient_checkpointing"] = True
             if self.activation_checkpointing_kwargs:
@@ -256,20 +256,6 @@ def _method_keys() -> frozenset[str]:
 
 def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, Enum) else value
-
-
-def _anywhere(key: str, value: Any) -> Any:
-    """A path among the values as an absolute one, so that a run can be repeated from any folder."""
-    if key not in _PATHS or not isinstance(value, str):
-        return value
-    path = Path(value).expanduser()
-    is_path = path.suffix in (".yaml", ".yml", ".json", ".gguf") or (key == "model" and path.is_dir())
-    is_path = (
-        is_path
-        or key in ("source", "data", "adapter_init")
-        or (key == "adapter" and path.is_dir() and value not in KINDS)
-    )
-    return str(path.resolve()) if is_path and path.exists() else value
 
 
 def _plain(value: Any) -> bool:

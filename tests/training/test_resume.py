@@ -248,9 +248,9 @@ def test_a_kill_while_an_old_checkpoint_is_written_over_leaves_no_mixture_of_bot
     sealed_while_writing = []
     save = AdaptedModel.save
 
-    def watched(self, folder):
+    def watched(self, folder, home=None):
         sealed_while_writing.append((folder / "seal.json").exists())
-        return save(self, folder)
+        return save(self, folder, home)
 
     monkeypatch.setattr(AdaptedModel, "save", watched)
     again = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from zofo.commands.stored import Loaded, StoredRun
 from zofo.config import ZOFOConfig, parse_config
 from zofo.errors import ZofoError
+from zofo.models.peft import note_of_move
 from zofo.scoring.evaluation import Answer, Evaluator, Scoring
 from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.tokens import Example, tokenize
@@ -122,6 +124,8 @@ def evaluate_model(
         twice = next(name for name in names if names.count(name) > 1)
         raise ZofoError(f"two of the tasks are called {twice}: evaluate them one after the other")
     loaded, run = Loaded.of(model, adapter, configs[0].dtype), StoredRun.of(model, adapter)
+    if adapter and (note := note_of_move(Path(adapter).expanduser())):
+        say(note)
     results: dict[str, Any] = {}
     for rows in sets:
         for note in rows.notes:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zofo.errors import ZofoError
 from zofo.models.export import save_model, save_tokenizer
 from zofo.models.load import DType, load_tokenizer, load_weights, stored_dtype
-from zofo.models.peft import UPPER, is_prompt, merged
+from zofo.models.peft import UPPER, is_prompt, merged, note_of_move
 from zofo.training.checkpoint import writing
 from zofo.training.folder import reading
 from zofo.training.trained_rows import trained_rows_of, write_trained_rows
@@ -49,6 +49,8 @@ def _loaded(
             "adapter); give the output_dir of zofo train"
         )
     backbone, beside = str(run / "backbone"), None
+    if (run / adapter).is_dir() and (note := note_of_move(run / adapter)):
+        say(note)
     dtype = dtype or stored_dtype(backbone)
     if (run / adapter).is_dir() and is_prompt(run / adapter):
         beside, model = adapter, load_weights(backbone, dtype)

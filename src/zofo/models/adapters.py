@@ -20,6 +20,7 @@ from zofo.models.export import save_model
 from zofo.models.load import load_weights
 from zofo.models.peft import UPPER, attach, mixing_layers, real_keys_and_values, with_adapters
 
+BACKBONE = "backbone"
 _UNLIMITED = 1 << 30
 _TRAINED = "adapters.safetensors"  # in a checkpoint: the trained parameters of every adapter
 
@@ -193,24 +194,30 @@ class AdaptedModel:
         A quantised backbone is not written: it has not changed, and transformers cannot write every kind. Returns the
         folder that the tokenizer belongs to. `home` is where the folder's content will be in the end, if elsewhere.
         """
-        backbone = folder / "backbone"
+        backbone = folder / BACKBONE
         if self._peft is None:
             save_model(self.base, backbone)
             return backbone
         if not self.quantised:
             state = get_base_model_state_dict(self._peft)
             save_model(self.base, backbone, state)
+        self.save_adapters(folder, home)
+        return folder / "tokenizer" if self.quantised else backbone
+
+    def save_adapters(self, folder: Path, home: Path | None = None) -> None:
+        """Writes what `save` does beside the backbone."""
+        if self._peft is None:
+            return
         for config in self._peft.peft_config.values():
             # an adapter belongs to the updated backbone: on the original one it would be silently wrong
             config.base_model_name_or_path = (
-                self.base.name_or_path if self.quantised else str((home or folder).resolve() / backbone.name)
+                self.base.name_or_path if self.quantised else str((home or folder).resolve() / BACKBONE)
             )
         card = folder / "README.md"
         if card.is_file() and not card.read_bytes().strip():
             card.unlink()  # left by a save that was killed; peft would add to it
         # without the last argument, peft asks the Hub whether the vocabulary grew, which needs a network
         self._peft.save_pretrained(str(folder), selected_adapters=list(self.adapters), save_embedding_layers=False)
-        return folder / "tokenizer" if self.quantised else backbone
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: p for adapter in self.adapters for name, p in self.adapter_parameters(adapter).items()}
@@ -238,7 +245,7 @@ class AdaptedModel:
         dtypes = {p.dtype for p in self.backbone.values()}
         # float32 holds the values of all dtypes
         dtype: Any = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
-        stored = dict(load_weights(str(folder / "backbone"), dtype).named_parameters())
+        stored = dict(load_weights(str(folder / BACKBONE), dtype).named_parameters())
         if stored.keys() != self.backbone.keys():
             odd = sorted(stored.keys() ^ self.backbone.keys())[0]
             raise ZofoError(f"{folder} holds another model's backbone: {odd} is in one and not in the other")

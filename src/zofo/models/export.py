@@ -29,7 +29,13 @@ _MAMBA = {"granitemoehybrid": "layer_types", "zamba": "layers_block_type", "zamb
 
 
 def save_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Writes a model (or other values for it) as `save_pretrained` does, with the old keys in config.json."""
+    """Writes a model (or other values for it) as `save_pretrained` does, with the old keys in config.json.
+
+    A file that has other names as well is not written into, since its content would change under these too.
+    """
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.is_file() and file.lstat().st_nlink > 1:
+            file.unlink()
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     _rewrite(folder / "config.json", with_old_keys)
 

@@ -365,3 +365,15 @@ def merged(backbone: str, adapter: str, dtype: DType = "float32") -> tuple[PreTr
 def is_prompt(adapter: Path) -> bool:
     """Whether a PEFT folder holds virtual tokens, which cannot be merged."""
     return PeftConfig.from_pretrained(str(adapter)).is_prompt_learning
+
+
+def note_of_move(adapter: Path) -> str | None:
+    """What to say of an adapter whose config names a backbone that is gone, or is not the one beside it."""
+    named = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    beside = adapter.resolve().parent / "backbone"
+    if not named or not beside.is_dir() or not Path(named).is_absolute() or Path(named).resolve() == beside:
+        return None
+    return (
+        f"{adapter} was moved: AutoPeftModelForCausalLM would look for its backbone in {named}; load {beside} by "
+        "AutoModelForCausalLM, and the adapter by PeftModel.from_pretrained(model, FOLDER)"
+    )

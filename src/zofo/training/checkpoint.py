@@ -19,10 +19,12 @@ from transformers.trainer_pt_utils import safe_globals
 
 from zofo.config import identity_of_before
 from zofo.errors import ZofoError, first_line
+from zofo.identity import same
 
 SEAL = "seal.json"
 _HALF = f"{SEAL}.half"
 _DIGESTS = "sha256"  # as fast as blake2b where the processor has instructions for it
+_READ: dict[tuple[int, int, int, int], str] = {}  # digests by device, inode, time and size
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 _UNREADABLE = (
@@ -52,6 +54,32 @@ def unseal(folder: Path) -> None:
     """Marks a checkpoint that is about to be written over as incomplete."""
     for name in (SEAL, _HALF):
         (folder / name).unlink(missing_ok=True)
+
+
+def share(whole: Path, folder: Path, part: str) -> bool:
+    """Gives a folder the files of one part of a sealed one: by hard links, or as copies where there are none.
+
+    False if that part is not, or no longer, what was sealed, or lies elsewhere by a symbolic link.
+    """
+    try:
+        digests: dict[str, str] = _content(whole).get(_DIGESTS, {})
+        names = [name for name in digests if name.startswith(f"{part}/")]
+        home = whole.parent.resolve() / whole.name
+        if not names or any((whole / name).resolve() != home / name for name in names):
+            return False
+        if any(_digest(whole / name) != digests[name] for name in names):
+            return False
+    except (OSError, ZofoError):
+        return False
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # a file may have other names, and is never written over in place
+        try:
+            os.link(whole / name, file)
+        except OSError:
+            shutil.copyfile(whole / name, file)
+    return True
 
 
 @contextmanager
@@ -204,11 +232,19 @@ def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) 
     # the words of the chat template, which older versions did not store, count as unchanged
     before = {"chat_template_digest": current.get("chat_template_digest"), **identity_of_before(stored)}
     for key, value in current.items():
-        if key != "rows" and before.get(key) != value:
+        if key != "rows" and not same(key, before.get(key), value):
+            found, given = before.get(key), value
+            if key == "peft_config" and found and given:
+                found, given = _differences(json.loads(found), json.loads(given))
             raise ZofoError(
-                f"{folder} was written with {key} = {before.get(key)!r}, but now it is {value!r}: resume with the "
+                f"{folder} was written with {key} = {found!r}, but now it is {given!r}: resume with the "
                 "same configuration, or start a new run in another output_dir"
             )
+
+
+def _differences(first: dict[str, Any], second: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    return {name: first.get(name) for name in names}, {name: second.get(name) for name in names}
 
 
 def _content(folder: Path) -> dict[str, Any]:
@@ -235,10 +271,20 @@ def _damaged(folder: Path, what: str) -> ZofoError:
 
 
 def _digest(file: Path) -> str:
+    """Of files with several names, which are never written over in place, each is read once in a process."""
+    stat = file.stat()
+    known = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    if known in _READ and stat.st_nlink > 1:
+        return _READ[known]
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, _DIGESTS).hexdigest()
+        digest = hashlib.file_digest(content, _DIGESTS).hexdigest()
+    if stat.st_nlink > 1:
+        _READ[known] = digest
+    return digest
 
 
 def _to_disk(file: Path) -> None:
+    if file.stat().st_nlink > 1:
+        return  # shared with a sealed folder, and so there already
     with open(file, "rb+") as content:  # Windows flushes only what may be written
         os.fsync(content.fileno())

@@ -23,7 +23,6 @@ from zofo.config import ZOFOConfig
 from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.methods.levels import require_optimizer
 from zofo.methods.method import Bundle
-from zofo.models.export import save_tokenizer
 from zofo.models.peft import UPPER
 from zofo.scoring.batch import collate
 from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
@@ -38,6 +37,7 @@ from zofo.training import start
 from zofo.training.bundles import BundleCollator, IterationSampler
 from zofo.training.callbacks import Cost, CostCallback, LossBar, early_stopping, is_over
 from zofo.training.checkpoint import (
+    is_of,
     last_sealed,
     loading,
     read_seal,
@@ -52,8 +52,9 @@ from zofo.training.checkpoint import (
     writing,
 )
 from zofo.training.folder import claim, drop_old, owned
+from zofo.training.parts import save_parts
 from zofo.training.rehearsal import require_finite, require_schedule_and_batches
-from zofo.training.trained_rows import digests, write_trained_rows
+from zofo.training.trained_rows import digests
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class ZOFOTrainer(Trainer):
         self._skipped = self._skipped_in_a_row = 0
         self._own_checkpoints: set[str] = set()  # which alone `save_total_limit` removes
         self._resumable: Path | None = None  # the checkpoint that was found to be whole
+        self._whole: Path | None = None  # the last one of this run; an unchanging backbone is shared with it
 
     def examples(self, rows: Sequence[Record]) -> list[Example]:
         """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
@@ -311,12 +313,15 @@ class ZOFOTrainer(Trainer):
             ZofoError: if there is no such checkpoint, or it is incomplete, damaged, of another configuration or other
                 rows; and at a loss that is not finite, unless `on_nonfinite` is skip.
         """
+        self._whole = None
         if resume_from_checkpoint:
             last = resume_from_checkpoint is True
             given = Path(str(resume_from_checkpoint)).expanduser()
-            folder = last_sealed(Path(str(self.args.output_dir))) if last else given
+            run = Path(str(self.args.output_dir))
+            folder = last_sealed(run) if last else given
             self.require_resumable(folder)
-            self._own_checkpoints = siblings(folder, Path(str(self.args.output_dir)), self.identity)
+            self._own_checkpoints = siblings(folder, run, self.identity)
+            self._whole = folder if is_of(folder, run) else None
             resume_from_checkpoint = str(folder)
         if self.args.method_class.zeroth_order:
             parameter = next(iter(self.adapted.backbone.values()))
@@ -348,7 +353,7 @@ class ZOFOTrainer(Trainer):
     def save_final(self, folder: Path, home: Path) -> None:
         """Writes what a run ends with into a folder that will be renamed, or whose parts will, to `home`."""
         with writing(folder):
-            self._save_parts(folder, self.adapted.save(folder, home))
+            self._save_parts(folder, home, own=True)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def require_finite(self) -> None:
@@ -358,13 +363,12 @@ class ZOFOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         with writing(folder):
-            self._save_parts(folder, self.adapted.save(folder))
+            own = folder.name == f"checkpoint-{self.state.global_step}"
+            self._save_parts(folder, own=own and is_of(folder, Path(str(self.args.output_dir))))
 
-    def _save_parts(self, folder: Path, tokenizer: Path) -> None:
-        save_tokenizer(self._tokenizer, tokenizer)
-        for part in ("", "backbone", *self.adapted.adapters):
-            if (folder / part).is_dir():
-                write_trained_rows(folder / part, self._trained_rows)
+    def _save_parts(self, folder: Path, home: Path | None = None, own: bool = False) -> None:
+        whole = self._whole if own and not self.args.updates_backbone else None
+        save_parts(folder, self.adapted, self._tokenizer, self._trained_rows, home=home, whole=whole)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite()
@@ -380,6 +384,7 @@ class ZOFOTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.adapted.save_trained(folder)
                 seal(folder, {"config": self.identity, "cost": asdict(self.cost)})
+                self._whole = folder
                 drop_old(run)
         finally:
             self.args.save_total_limit = limit

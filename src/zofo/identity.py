@@ -1,0 +1,73 @@
+"""Keys that name files: by absolute path where they are stored, and by content where a resumed run must share them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from zofo.models.peft import KINDS
+
+_DESCRIBED = ("task", "source", "data", "adapter")  # their content is compared anyway: as rows, or as `peft_config`
+_WEIGHTS = ("model", "adapter_init")
+_FILE = "a file"
+_SHA = " (sha256 "
+_CONFIGS = ("config.json", "tokenizer.json")
+_BLOCK, _BLOCKS = 1 << 14, 512  # bytes, and how many of them at most stand for a file
+
+
+def anywhere(key: str, value: Any) -> Any:
+    """A path among the values as an absolute one, so that a run can be repeated from any folder."""
+    place = _place(key, value)
+    return value if place is None else str(place)
+
+
+def known(key: str, value: Any) -> Any:
+    """What a resumed run must share of a key: files may be moved, and weights are known by a digest of theirs."""
+    place = _place(key, value)
+    if key in _DESCRIBED and (place or _is_absolute(value)):
+        return _FILE
+    return f"{place.name}{_SHA}{_digest(place)})" if place and key in _WEIGHTS else value
+
+
+def same(key: str, before: Any, now: Any) -> bool:
+    """Whether a key names the same for a stored run as for this one.
+
+    Older versions stored absolute paths. Weights that are gone from there count as moved if their name is the same.
+    """
+    if key in _DESCRIBED and _FILE in (known(key, before), now):
+        return True
+    if before == now or key not in _WEIGHTS or not isinstance(before, str) or not isinstance(now, str):
+        return before == now
+    if _is_absolute(before) and not Path(before).exists():
+        return now.startswith(f"{Path(before).name}{_SHA}")
+    return _SHA in now and str(known(key, before)).rpartition(_SHA)[2] == now.rpartition(_SHA)[2]
+
+
+def _place(key: str, value: Any) -> Path | None:
+    """The absolute path that a key names, if it names one and that exists."""
+    if key not in (*_DESCRIBED, *_WEIGHTS) or not isinstance(value, str):
+        return None
+    path = Path(value).expanduser()
+    is_path = (
+        path.suffix in (".yaml", ".yml", ".json", ".gguf")
+        or key in ("source", "data", "adapter_init")
+        or (path.is_dir() and (key == "model" or (key == "adapter" and value not in KINDS)))
+    )
+    return path.resolve() if is_path and path.exists() else None
+
+
+def _is_absolute(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_absolute()
+
+
+def _digest(place: Path) -> str:
+    """Of the files of a model or an adapter, and of large ones in blocks all over them: another model differs there."""
+    found = hashlib.sha256()
+    files = [place] if place.is_file() else [*(place / name for name in _CONFIGS), *sorted(place.glob("*.safetensors"))]
+    for file in [file for file in files if file.is_file()]:
+        size = file.stat().st_size
+        found.update(f"{size} ".encode())
+        with open(file, "rb") as content:
+            for start in range(0, size, max(_BLOCK, -(-size // _BLOCKS))):
+                content.seek(start)
+                found.update(content.read(_BLOCK))
+    return found.hexdigest()[:16]
