@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from digests import RUNS, differences, run, torch, write_inputs
-
 from zofo import ZofoError
 from zofo.training.checkpoint import SEAL, checkpoints, last_sealed
 from zofo.training.folder import MARKER

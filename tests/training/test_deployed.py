@@ -7,6 +7,7 @@ from peft import PeftModel
 from plain import make_rows, make_trainer
 from tiny import token_batch
 from zofo import ZofoError
+from zofo.scoring.evaluation import Evaluator
 
 ROWS = make_rows(6, first=50)
 
@@ -41,14 +42,14 @@ def test_after_an_exception_in_a_level(tmp_path, where):
 
 def test_after_an_exception_in_an_evaluation(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, eval_rows=ROWS)
-    whole = trainer._evaluate_rows
+    whole = Evaluator.evaluate
 
-    def fail(rows):
+    def fail(self, rows):
         if trainer.adapted.model.active_adapter == "lower":
             raise KeyboardInterrupt
-        return whole(rows)
+        return whole(self, rows)
 
-    monkeypatch.setattr(trainer, "_evaluate_rows", fail)
+    monkeypatch.setattr(Evaluator, "evaluate", fail)
     with pytest.raises(KeyboardInterrupt):
         trainer.evaluate()
     assert is_deployed(trainer)

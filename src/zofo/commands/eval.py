@@ -128,8 +128,6 @@ def evaluate_model(
         say(note)
     results: dict[str, Any] = {}
     for rows in sets:
-        for note in rows.notes:
-            say(f"{rows.task.name}: {note}")
         own = run is not None and run.is_of_task(str(rows.config.task))
         span = run.span if run and own else ONE_LINE
         scores: list[dict[str, float]] = []
@@ -138,6 +136,9 @@ def evaluate_model(
             scores.append(scored)
             if samples is not None:
                 samples += found
+        counted = "" if own or manner.split == "train" else rows.counted  # a run's own test rows are all there are
+        for note in filter(None, (counted, rows.note)):
+            say(f"{rows.task.name}: {note}")
         results[rows.task.name] = {"templates": scores, **spread(scores)} if manner.template == ALL else scores[0]
     return results
 
@@ -166,7 +167,8 @@ class _EvalSet:
     task: Task
     splits: Splits
     rows: list[Record]
-    notes: list[str]  # what to say of these rows
+    note: str  # what to say of these rows
+    counted: str  # and of their number
     templates: list[int]
     config: ZOFOConfig
     manner: Manner
@@ -182,8 +184,7 @@ class _EvalSet:
         templates = _templates(task, config, manner)
         for template in templates:
             task.reworded(rows, template)
-        notes = [part for part in ("" if manner.split == "train" else counted, note) if part]
-        return cls(task, splits, rows, notes, templates, config, manner)
+        return cls(task, splits, rows, note, counted, templates, config, manner)
 
     def score(
         self, loaded: Loaded, template: int, span: AnswerSpan, say: Say

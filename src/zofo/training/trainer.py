@@ -4,7 +4,6 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -40,26 +39,21 @@ from zofo.training.checkpoint import (
     is_of,
     last_sealed,
     loading,
-    read_seal,
     require_optimizer_state,
     require_same,
     require_whole,
-    rotate_checkpoints,
-    seal,
     siblings,
     steps_of,
-    unseal,
-    writing,
 )
-from zofo.training.folder import claim, drop_old, owned
-from zofo.training.parts import save_parts
-from zofo.training.rehearsal import require_finite, require_schedule_and_batches
+from zofo.training.folder import owned
+from zofo.training.rehearsal import require_schedule_and_batches
+from zofo.training.storing import StoringTrainer
 from zofo.training.trained_rows import digests
 
 logger = logging.getLogger(__name__)
 
 
-class ZOFOTrainer(Trainer):
+class ZOFOTrainer(StoringTrainer):
     """Trains a backbone, its adapters, or both, by the method that `args` names.
 
     Args:
@@ -87,8 +81,6 @@ class ZOFOTrainer(Trainer):
     References:
         R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604).
     """
-
-    args: ZOFOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -349,68 +341,6 @@ class ZOFOTrainer(Trainer):
             return self.args.max_steps
         per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
         return math.ceil(self.args.num_train_epochs * per_epoch)
-
-    def save_final(self, folder: Path, home: Path) -> None:
-        """Writes what a run ends with into a folder that will be renamed, or whose parts will, to `home`."""
-        with writing(folder):
-            self._save_parts(folder, home, own=True)
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-    def require_finite(self) -> None:
-        """Refuses weights that the last step has made infinite or not a number."""
-        require_finite(self.adapted, self.args, self.state.global_step)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        with writing(folder):
-            own = folder.name == f"checkpoint-{self.state.global_step}"
-            self._save_parts(folder, own=own and is_of(folder, Path(str(self.args.output_dir))))
-
-    def _save_parts(self, folder: Path, home: Path | None = None, own: bool = False) -> None:
-        whole = self._whole if own and not self.args.updates_backbone else None
-        save_parts(folder, self.adapted, self._tokenizer, self._trained_rows, home=home, whole=whole)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.require_finite()
-        run = Path(self._get_output_dir(trial))
-        folder = run / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                claim(run, folder.name)
-                unseal(folder)
-                (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
-                super()._save_checkpoint(model, trial)
-                self.adapted.save_trained(folder)
-                seal(folder, {"config": self.identity, "cost": asdict(self.cost)})
-                self._whole = folder
-                drop_old(run)
-        finally:
-            self.args.save_total_limit = limit
-        # only now that the new one is whole may an old one go
-        self._own_checkpoints.add(folder.name)
-        rotate_checkpoints(run, limit, self.state.best_model_checkpoint, self._own_checkpoints)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with loading(Path(resume_from_checkpoint)):
-            self.adapted.load(Path(resume_from_checkpoint))
-        vars(self.cost).update(read_seal(Path(resume_from_checkpoint))["cost"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with loading(Path(str(checkpoint))):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with loading(Path(str(checkpoint))):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint))
-        own = Path(str(self.args.output_dir)) / best.name  # a run may have been moved
-        folder = own if own.is_dir() else best
-        with loading(folder):
-            self.adapted.load(folder)
 
     def _evaluator(self, progress: str, metrics: Sequence[str] = ()) -> Evaluator:
         return Evaluator(

@@ -1,0 +1,98 @@
+"""What `ZOFOTrainer` saves and loads: the backbone and all adapters, in checkpoints that are sealed when whole."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from zofo.config import ZOFOConfig
+from zofo.models.adapters import AdaptedModel
+from zofo.training.callbacks import Cost
+from zofo.training.checkpoint import (
+    is_of,
+    loading,
+    read_seal,
+    rotate_checkpoints,
+    seal,
+    unseal,
+    writing,
+)
+from zofo.training.folder import claim, drop_old
+from zofo.training.parts import save_parts
+from zofo.training.rehearsal import require_finite
+
+
+class StoringTrainer(Trainer):
+    """Transformers' `Trainer` with the backbone in its checkpoints."""
+
+    args: ZOFOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    adapted: AdaptedModel
+    cost: Cost
+    identity: dict[str, Any]
+    _tokenizer: PreTrainedTokenizerBase
+    _trained_rows: frozenset[bytes]
+    _own_checkpoints: set[str]
+
+    def save_final(self, folder: Path, home: Path) -> None:
+        """Writes what a run ends with into a folder that will be renamed, or whose parts will, to `home`."""
+        with writing(folder):
+            self._save_parts(folder, home, own=True)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def require_finite(self) -> None:
+        """Refuses weights that the last step has made infinite or not a number."""
+        require_finite(self.adapted, self.args, self.state.global_step)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        with writing(folder):
+            own = folder.name == f"checkpoint-{self.state.global_step}"
+            self._save_parts(folder, own=own and is_of(folder, Path(str(self.args.output_dir))))
+
+    def _save_parts(self, folder: Path, home: Path | None = None, own: bool = False) -> None:
+        whole = self._whole if own and not self.args.updates_backbone else None
+        save_parts(folder, self.adapted, self._tokenizer, self._trained_rows, home=home, whole=whole)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite()
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                claim(run, folder.name)
+                unseal(folder)
+                (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
+                super()._save_checkpoint(model, trial)
+                self.adapted.save_trained(folder)
+                seal(folder, {"config": self.identity, "cost": asdict(self.cost)})
+                self._whole = folder
+                drop_old(run)
+        finally:
+            self.args.save_total_limit = limit
+        # only now that the new one is whole may an old one go
+        self._own_checkpoints.add(folder.name)
+        rotate_checkpoints(run, limit, self.state.best_model_checkpoint, self._own_checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with loading(Path(resume_from_checkpoint)):
+            self.adapted.load(Path(resume_from_checkpoint))
+        vars(self.cost).update(read_seal(Path(resume_from_checkpoint))["cost"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(Path(str(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(Path(str(checkpoint))):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        own = Path(str(self.args.output_dir)) / best.name  # a run may have been moved
+        folder = own if own.is_dir() else best
+        with loading(folder):
+            self.adapted.load(folder)
