@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401  before the f
 from zofo import cli
 from zofo.commands import train as commands
 from zofo.models.adapters import AdaptedModel
-from zofo.training import trainer
+from zofo.training import storing, trainer
 from zofo.training.checkpoint import last_sealed
 
 
@@ -70,20 +70,20 @@ def _writing_optimizer(step):
 
 def _before_seal(step):
     """With everything written but the seal."""
-    whole = trainer.seal
-    trainer.seal = lambda folder, content: _die() if folder.name == f"checkpoint-{step}" else whole(folder, content)
+    whole = storing.seal
+    storing.seal = lambda folder, content: _die() if folder.name == f"checkpoint-{step}" else whole(folder, content)
 
 
 def _before_rotation(step):
     """With the new checkpoint whole and the old one still there."""
-    whole = trainer.rotate_checkpoints
+    whole = storing.rotate_checkpoints
 
     def rotate(*args, **kwargs):
         if os.path.exists(os.path.join(args[0], f"checkpoint-{step}", "seal.json")):
             _die()
         whole(*args, **kwargs)
 
-    trainer.rotate_checkpoints = rotate
+    storing.rotate_checkpoints = rotate
 
 
 def _in_final_save(step):

@@ -167,6 +167,7 @@ OTHER = {
 }  # fmt: skip
 # ... but those that alone change nothing, and those that are refused where they do not count.
 WITHOUT_OTHER = {
+    "early_stopping_patience",  # tested with its evaluations
     "num_train_epochs", "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "optim_args",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",

@@ -76,7 +76,7 @@ def eval_config(
         if "data" in table:
             arguments = [*arguments, "--source", table.pop("data")]
     if task is None and not table:
-        raise ZofoError("task is not given: add --task; or --data with --text and --label; or the --run that knows it")
+        raise ZofoError("task is not given: add --task; or --data with --text and --label; or --harness; or the --run that knows it")
     if run and (task is None or not run.is_of_task(task)):
         stored = {key: stored.get(key) for key in _ANY_TASK}  # its rows are of another task
     elif stored and stored.get("data_seed") is None:
@@ -136,7 +136,8 @@ def evaluate_model(
             scores.append(scored)
             if samples is not None:
                 samples += found
-        counted = "" if own or manner.split == "train" else rows.counted  # a run's own test rows are all there are
+        asked = own or manner.split == "train" or rows.config.test_size is not None
+        counted = "" if asked else rows.counted
         for note in filter(None, (counted, rows.note)):
             say(f"{rows.task.name}: {note}")
         results[rows.task.name] = {"templates": scores, **spread(scores)} if manner.template == ALL else scores[0]
