@@ -76,7 +76,9 @@ def eval_config(
         if "data" in table:
             arguments = [*arguments, "--source", table.pop("data")]
     if task is None and not table:
-        raise ZofoError("task is not given: add --task; or --data with --text and --label; or --harness; or the --run that knows it")
+        raise ZofoError(
+            "task is not given: add --task; or --data with --text and --label; or --harness; or the --run that knows it"
+        )
     if run and (task is None or not run.is_of_task(task)):
         stored = {key: stored.get(key) for key in _ANY_TASK}  # its rows are of another task
     elif stored and stored.get("data_seed") is None:
