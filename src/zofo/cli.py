@@ -1,4 +1,4 @@
-"""The command line: `zofo train`, `estimate`, `eval`, `merge`, `tasks`. Libraries are imported once a verb runs."""
+"""The command line: `zofo train`, `estimate`, `eval`, `predict`, `merge`, `tasks`. Libraries come once a verb runs."""
 
 import argparse
 import json
@@ -231,6 +231,9 @@ def _eval(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands.harness import evaluate_with_harness
     from zofo.commands.predict import write
 
+    for name in ("text", "label", "log_samples") if options.harness else ():
+        if vars(options)[name]:
+            raise ZofoError(f"--{name} is of zofo's own tasks: the harness has its own rows, words and scores")
     _quiet_libraries()
     model, adapter = _parts(options)
     whole = bool(options.data or "source" in given_keys(keys)) and options.split == "test"

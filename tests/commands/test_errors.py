@@ -304,6 +304,10 @@ EVAL = {
     "an unknown option": ({"taks": "tweets"}, "--taks"),
     "an option of another verb": ({"method": "fo"}, "unknown option --method: it is a key of zofo train"),
     "another library's name of a key": ({"max_seq_length": 9}, "unknown option --max_seq_length: write max_length"),
+    "samples of the harness": (
+        {"task": None, "harness": "boolq", "log_samples": "{file}.jsonl"},
+        "--log_samples is of zofo's own tasks",
+    ),
     "no task": ({"task": None}, "task is not given: add --task; or --data with --text and --label"),
     "an output below a file": ({"output": "{file}/scores.json"}, "scores.json"),
     "an output that exists": ({"output": "{file}"}, "exists already and is not overwritten: give a new file"),
@@ -313,7 +317,7 @@ EVAL = {
 @pytest.mark.parametrize(("changes", "message"), EVAL.values(), ids=EVAL)
 def test_eval(capsys, tmp_path, keys, changes, message):
     (tmp_path / "file").write_text("mine")
-    given = {key: value if key != "output" else value.format(file=tmp_path / "file") for key, value in changes.items()}
+    given = {k: v.format(file=tmp_path / "file") if isinstance(v, str) else v for k, v in changes.items()}
     words = arguments("eval", **{"model": keys["model"], "task": keys["task"], "test_size": 5, **given})
     assert message in refused(capsys, words, tmp_path)
 

@@ -233,6 +233,7 @@ def test_a_trainer_predicts_with_what_is_deployed(tmp_path):
         scores = [trainer.model(i).logits[0, -2].log_softmax(-1)[i[0, -1]] for i in ids]
         torch.testing.assert_close(answer.scores, torch.stack(scores).detach(), rtol=0, atol=1e-5)
         assert answer.text == row["options"][int(answer.scores.argmax())]
+    assert trainer.predict([]) == []
     texts = trainer.predict([{"prompt": "the film was"}])
     assert texts[0].scores is None
     assert isinstance(texts[0].text, str)

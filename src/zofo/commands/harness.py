@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from zofo.commands.eval import EVAL_KEYS, Manner
+from zofo.commands.eval import EVAL_KEYS, Manner, given_keys
 from zofo.config import parse_config
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
@@ -24,7 +24,7 @@ def evaluate_with_harness(
     dtype and max_length have a meaning; without max_length, all positions of the model are read.
     """
     config = parse_config({"method": "none"}, keys, EVAL_KEYS)
-    given = [word.lstrip("-").split("=")[0] for word in keys if word.startswith("--")]
+    given = [*given_keys(keys)]
     given += [name for name in ("split", "template", "scoring") if vars(manner)[name] != vars(Manner())[name]]
     foreign = [name for name in given if name not in ("dtype", "max_length")]
     if foreign:

@@ -1,4 +1,4 @@
-"""What the verbs of the command line do, as functions."""
+"""`zofo train`: one run, from its configuration to its folder."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     )
     test = trainer.examples(splits.test)
     if trainer.truncated:
-        longer = f"{trainer.truncated} rows are longer than {config.max_length} tokens"
+        longer = f"{trainer.truncated} rows are longer than {trainer.longest} tokens"
         say(f"{longer}: their prompts were truncated from the left")
     trainer.require_scorable(test)
     texts = _texts(config, spec)

@@ -10,15 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from zofo.config import ZOFOConfig
 from zofo.models.adapters import AdaptedModel
 from zofo.training.callbacks import Cost
-from zofo.training.checkpoint import (
-    is_of,
-    loading,
-    read_seal,
-    rotate_checkpoints,
-    seal,
-    unseal,
-    writing,
-)
+from zofo.training.checkpoint import is_of, loading, read_seal, rotate_checkpoints, seal, unseal, writing
 from zofo.training.folder import claim, drop_old
 from zofo.training.parts import save_parts
 from zofo.training.rehearsal import require_finite
@@ -33,7 +25,8 @@ class StoringTrainer(Trainer):
     identity: dict[str, Any]
     _tokenizer: PreTrainedTokenizerBase
     _trained_rows: frozenset[bytes]
-    _own_checkpoints: set[str]
+    _own_checkpoints: set[str]  # which alone `save_total_limit` removes
+    _whole: Path | None  # the last whole checkpoint of this run; a backbone that does not change is shared with it
 
     def save_final(self, folder: Path, home: Path) -> None:
         """Writes what a run ends with into a folder that will be renamed, or whose parts will, to `home`."""

@@ -113,7 +113,7 @@ class ZOFOTrainer(StoringTrainer):
         self.cost = Cost()
         self.truncated = 0
         self._tokenizer = processing_class
-        self._longest = min(args.max_length, self.adapted.positions)
+        self.longest = min(args.max_length, self.adapted.positions)
         train = {split: self.examples(part) for split, part in rows.items()}
         self._sizes = {split: len(examples) for split, examples in train.items()}
         self.span = AnswerSpan.of([example for examples in train.values() for example in examples], processing_class)
@@ -138,13 +138,13 @@ class ZOFOTrainer(StoringTrainer):
         self._micro: list[Bundle] = []
         self._logs: dict[str, list[float]] = defaultdict(list)
         self._skipped = self._skipped_in_a_row = 0
-        self._own_checkpoints: set[str] = set()  # which alone `save_total_limit` removes
+        self._own_checkpoints = set()
         self._resumable: Path | None = None  # the checkpoint that was found to be whole
-        self._whole: Path | None = None  # the last one of this run; an unchanging backbone is shared with it
+        self._whole = None
 
     def examples(self, rows: Sequence[Record]) -> list[Example]:
         """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
-        made, cut = tokenize(self.posed(rows), self._tokenizer, self._longest)
+        made, cut = tokenize(self.posed(rows), self._tokenizer, self.longest)
         self.truncated += cut
         return made
 
@@ -285,8 +285,11 @@ class ZOFOTrainer(StoringTrainer):
         Examples:
             `[answer.text for answer in trainer.predict([{"prompt": "a dull film. It was", "options": [" bad", ...]}])]`
         """
-        examples = self.examples(questions(test_dataset, self.span.example))
-        metrics = ["accuracy" if examples and len(examples[0].answers) > 1 else "exact_match"]
+        rows = questions(test_dataset, self.span.example)
+        if not rows:
+            return []
+        examples = self.examples(rows)
+        metrics = ["accuracy" if len(examples[0].answers) > 1 else "exact_match"]
         with self.adapted.deployed_after():
             self.adapted.use(UPPER)
             return self._evaluator("predict", metrics).answers(examples)
