@@ -49,8 +49,30 @@ def test_a_value_that_is_none_of_the_choices_is_refused(key, value):
 
 def test_the_best_model_needs_evaluations():
     with pytest.raises(ZofoError, match="load_best_model_at_end needs evaluations"):
-        config(load_best_model_at_end=True)
-    assert str(config(load_best_model_at_end=True, eval_steps=5, save_steps=5).eval_strategy.value) == "steps"
+        config(load_best_model_at_end=True, eval_strategy="no")
+
+
+def test_evaluations_and_checkpoints_are_a_fifth_of_the_run_apart_and_the_last_three_stay():
+    keys = config()
+    assert (keys.eval_strategy, keys.eval_steps, keys.save_steps, keys.save_total_limit) == ("steps", 0.2, 0.2, 3)
+    assert config(eval_strategy="no", eval_steps=5).eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [({"eval_steps": 5}, 5), ({"save_steps": 7}, 7), ({}, 0.2), ({"eval_strategy": "epoch"}, None)]
+)
+def test_for_the_best_model_evaluations_and_checkpoints_follow_each_other(given, steps):
+    keys = config(load_best_model_at_end=True, **given)
+    assert keys.eval_strategy == keys.save_strategy
+    assert steps is None or keys.eval_steps == keys.save_steps == steps
+
+
+def test_without_dev_rows_evaluations_are_off_unless_somebody_asked_for_them():
+    keys = config()
+    keys.settle_evaluations(0)
+    assert keys.eval_strategy == "no"
+    with pytest.raises(ZofoError, match="eval_steps asks for evaluations, but no row is left for dev"):
+        config(eval_steps=5).settle_evaluations(0)
 
 
 def test_a_run_takes_one_device_of_several(monkeypatch):

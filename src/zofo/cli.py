@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -57,8 +58,9 @@ _INHERITED = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        return _run(words)
     except ZofoError as error:
         return _fail(" ".join(str(error).split()), 2)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -66,13 +68,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or ''} - free space or choose another folder", 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; checkpoints written so far are whole (resume_from_checkpoint: true goes on)", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(_interrupted(words, str(stop)), 130)
 
 
 def _fail(message: str, status: int) -> int:
     print(f"zofo: {message}", file=sys.stderr)
     return status
+
+
+def _interrupted(words: list[str], whole: str) -> str:
+    """What an interrupted run has left, and how to go on; `whole` says which checkpoint there is."""
+    if words[0] != "train":
+        return "interrupted"
+    command = shlex.join(["zofo", *_without(_without(words, "resume_from_checkpoint"), "overwrite_output_dir")])
+    if not whole:
+        return f"interrupted before the first checkpoint; nothing of this run is kept\n  start anew: {command}"
+    return (
+        f"interrupted; {whole}\n  go on:      {command} --resume_from_checkpoint true\n"
+        f"  start anew: {command} --overwrite_output_dir true"
+    )
+
+
+def _without(words: list[str], name: str) -> list[str]:
+    """A command line without one of its keys."""
+    kept: list[str] = []
+    skips = False
+    for word in words:
+        is_key = word.startswith("--")
+        if is_key:
+            skips = word.partition("=")[0].replace("-", "_") == f"__{name}"
+        if not skips:
+            kept.append(word)
+    return kept
 
 
 def _run(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import IntervalStrategy
 
 from zofo import parse
 from zofo.errors import ZofoError, first_line
@@ -25,6 +26,7 @@ from zofo.methods.settings import (
     require_optim_args,
     require_schedule,
     require_single_process,
+    settle_checkpoints,
 )
 from zofo.models.peft import require_fresh, require_start
 
@@ -86,8 +88,7 @@ class ZOFOConfig(Keys):
             require_fresh(self.adapter)
         self._check_zo_learning_rate()
         self._check_selection()
-        if str(self.eval_strategy) == "no" and self.eval_steps:
-            self.eval_strategy = "steps"
+        settle_checkpoints(self, self._given)
         self._settle_checkpointing()
         self._check_combinations()
         try:
@@ -152,6 +153,19 @@ class ZOFOConfig(Keys):
         values[meant], values[key] = values[key], defaults[key]
         self._given = (self._given - {key}) | {meant}
         self._notices.append(f"{key} is taken as {meant}: {values[meant]}")
+
+    def settle_evaluations(self, dev_rows: int) -> None:
+        """Without dev rows there are no evaluations; refuses that where somebody asked for them.
+
+        Raises:
+            ZofoError: if a key that was given needs evaluations.
+        """
+        asked = [key for key in ("eval_strategy", "eval_steps", "load_best_model_at_end") if key in self._given]
+        if dev_rows or name_of(self.eval_strategy) == "no":
+            return
+        if asked:
+            raise ZofoError(f"{asked[0]} asks for evaluations, but no row is left for dev: give more rows, or dev_size")
+        self.eval_strategy = IntervalStrategy.NO
 
     def _settle_checkpointing(self) -> None:
         """One meaning under both names; transformers would warn of the shorter one, which most people know."""

@@ -73,8 +73,8 @@ Count = Annotated[int, POSITIVE]
 # Keys whose fields are those of transformers.
 _INHERITED = {
     **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_steps",
-         "eval_steps", "num_train_epochs"),
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+         "num_train_epochs"),
         POSITIVE,
     ),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay"), NOT_NEGATIVE),
@@ -237,6 +237,10 @@ class Keys(TrainingArguments):
     on_nonfinite: Literal["raise", "skip"] = field("raise", "at a loss that is not finite: raise, or skip the step")
     overwrite_output_dir: bool = field(False, "remove the run that output_dir holds already")
     lr_scheduler_type: str = field("constant", "as in TrainingArguments; scales all learning rates alike")
+    eval_strategy: str = field("steps", "as in TrainingArguments; no evaluations without dev rows")
+    eval_steps: Annotated[float, POSITIVE] | None = field(0.2, "as in TrainingArguments: below 1, a part of the run")
+    save_steps: Annotated[float, POSITIVE] = field(0.2, "as in TrainingArguments: below 1, a part of the run")
+    save_total_limit: int | None = field(3, "as in TrainingArguments: the checkpoints that are kept")
     logging_steps: Annotated[float, POSITIVE] = field(10, "as in TrainingArguments")
     logging_nan_inf_filter: bool = field(False, "off: a loss that is not finite must be seen")
     remove_unused_columns: bool = field(False, "off: rows are no model inputs")

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -499,9 +500,14 @@ def test_ctrl_c_ends_with_130_and_one_line_and_the_last_checkpoint_is_whole(tmp_
     finally:
         process.kill()
     assert process.returncode == 130
-    assert said.count("\n") == 1
-    assert said.startswith("zofo: interrupted; checkpoints written so far are whole (resume_from_checkpoint: true")
     number = int(last_sealed(run).name.removeprefix("checkpoint-"))
+    command = shlex.join(["zofo", *words])
+    assert said.splitlines()[-3:] == [
+        f"zofo: interrupted; {run}/checkpoint-{number} is whole, after {number} iterations",
+        f"  go on:      {command} --resume_from_checkpoint true",
+        f"  start anew: {command} --overwrite_output_dir true",
+    ]
+    assert said.startswith("\nzofo: ends after this step, or evaluation, with a checkpoint; Ctrl-C again ends at once")
     before = snapshot(run / "backbone") if (run / "backbone").exists() else {}
     assert not before  # nothing that looks like the end of a run
     resumed = {**keys, "max_steps": number + 1, "resume_from_checkpoint": "true"}

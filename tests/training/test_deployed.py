@@ -42,14 +42,14 @@ def test_after_an_exception_in_a_level(tmp_path, where):
 
 def test_after_an_exception_in_an_evaluation(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, eval_rows=ROWS)
-    whole = Evaluator.evaluate
+    whole = Evaluator.answers
 
     def fail(self, rows):
         if trainer.adapted.model.active_adapter == "lower":
             raise KeyboardInterrupt
         return whole(self, rows)
 
-    monkeypatch.setattr(Evaluator, "evaluate", fail)
+    monkeypatch.setattr(Evaluator, "answers", fail)
     with pytest.raises(KeyboardInterrupt):
         trainer.evaluate()
     assert is_deployed(trainer)

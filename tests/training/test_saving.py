@@ -366,7 +366,7 @@ def test_there_is_no_pickle_outside_checkpoints(folder, trainers):
         files = [f for f in (folder / name).rglob("*") if f.is_file() and "checkpoint-" not in str(f)]
         assert len(files) > 5
         for file in files:
-            assert file.suffix in (".json", ".yaml", ".md", ".png", ".safetensors", ".jinja", ".txt")
+            assert file.suffix in (".json", ".yaml", ".md", ".png", ".safetensors", ".jinja", ".txt", ".jsonl")
             assert file.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04")
 
 

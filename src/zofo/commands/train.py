@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -14,24 +14,29 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError, first_line
+from zofo.methods.settings import name_of
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import DType, load_model, load_weights, require_movable
 from zofo.models.peft import UPPER
 from zofo.report.card import Shown, model_card
 from zofo.report.curves import plot_curves
+from zofo.report.words import duration, size
+from zofo.scoring.evaluation import Answer
 from zofo.scoring.tokens import Example
-from zofo.tasks.records import Record
+from zofo.tasks.metrics import row_scores
+from zofo.tasks.records import Record, digest
 from zofo.tasks.splits import Splits, two_levels
 from zofo.tasks.table import TASK_FILE, introduction, task_text
 from zofo.tasks.task import Task
-from zofo.training.checkpoint import is_of, last_sealed, read_seal, require_same, seal, writing
-from zofo.training.folder import claim, final_parts, owned, replacing, require_free, require_own, written
+from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, seal, steps_of, writing
+from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
 from zofo.training.rows import run_splits, run_task
 from zofo.training.trainer import ZOFOTrainer
 
 Say = Callable[[str], None]
 
 _PART = 1 << 24  # numbers in double precision at a time
+_ZERO_SHOT = "zero_shot"
 _READ = ("model", "task", "data", "source", "adapter", "adapter_init")
 
 
@@ -45,12 +50,16 @@ def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict
 
     Raises:
         ZofoError: if anything that was given cannot work; nothing has been overwritten then.
+        KeyboardInterrupt: after Ctrl-C, with the last whole checkpoint, if there is one.
     """
     if not config.model:
         raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
     run = Path(str(config.output_dir))
     with owned(run):
-        return _train(config, run, say, _resume_point(config, run, config_file))
+        try:
+            return _train(config, run, say, _resume_point(config, run, config_file))
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(*_last_of(config, run)) from stop
 
 
 def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict[str, Any]:
@@ -61,7 +70,9 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     parts = _training_parts(splits, config)
     named = dict(zip(config.method_class.splits, parts, strict=True)) | {"dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
-    _require_rows(splits, config)
+    if not splits.test:
+        raise ZofoError("no row is left for test: give more rows, or test_size")
+    config.settle_evaluations(len(splits.dev))
     for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
         say(line)
     if config.updates_backbone:
@@ -80,21 +91,72 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         trainer.require_trainable()
     if resume:
         trainer.require_resumable(resume)
+    zero_shot: dict[str, float] = {}
     with _begun(run, resume, texts):
-        zero_shot = trainer.score_backbone(test)
-        say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
         if config.method_class.trains():
+            say(_plan(trainer, resume))
+            zero_shot = _zero_shot(trainer, splits.test, test, resume)
+            say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             trainer.require_finite()
-            metrics = trainer.score(test)
-        else:
-            metrics = {UPPER: zero_shot}
+        scored = trainer.scored(test)
+        metrics = {adapter: scores for adapter, (scores, _) in scored.items()}
+        texts[PREDICTIONS] = _predictions(task, splits.test, test, scored[UPPER][1])
+        scores = {"metrics": metrics, "zero_shot": zero_shot or metrics[UPPER]}
         with final_parts(run) as new:
-            shown = _shown(trainer, splits.test, test)
-            results = _write_final(trainer, task, {"metrics": metrics, "zero_shot": zero_shot}, shown, new, texts)
-    for adapter, scores in metrics.items():
-        say(f"{adapter} on test: {_words(scores)}")
+            results = _write_final(trainer, task, scores, _shown(trainer, splits.test, test), new, texts)
+    for adapter, own in metrics.items():
+        say(f"{adapter if zero_shot else 'zero-shot'} on {len(test)} test rows: {_words(own)}")
     return results
+
+
+def _plan(trainer: ZOFOTrainer, resume: Path | None) -> str:
+    """What the run will do and take: iterations, time, memory, and where its checkpoints are."""
+    config, steps = trainer.args, trainer.planned_steps()
+    done = steps_of(resume) if resume else 0
+    parts = [
+        f"goes on from {resume}: {max(0, steps - done)} of {steps} iterations left" if resume else f"{steps} iterations"
+    ]
+    tried = trainer.try_step() if done < steps else None
+    if tried:
+        parts.append(f"about {duration(tried.seconds * (steps - done))} without evaluations")
+        parts.append(f"{size(tried.peak)} at the peak")
+    return f"{config.method}: {', '.join(parts)}; {_checkpoints(config, steps)}"
+
+
+def _checkpoints(config: ZOFOConfig, steps: int) -> str:
+    kind = name_of(config.save_strategy)
+    if kind == "no":
+        return "no checkpoints (save_strategy: no)"
+    every = math.ceil(config.save_steps * steps if config.save_steps < 1 else config.save_steps)
+    steadily = f"every {every} iterations" if every < steps else "at the end"
+    when = {"steps": steadily, "epoch": "after every epoch", "best": "of better evaluations"}[kind]
+    limit = config.save_total_limit
+    kept = f", of which the last {limit} stay" if limit and limit > 1 else ", of which the last stays" if limit else ""
+    return f"checkpoints {when} in {config.output_dir}{kept if when != 'at the end' else ''}"
+
+
+def _zero_shot(
+    trainer: ZOFOTrainer, records: Sequence[Record], test: Sequence[Example], resume: Path | None
+) -> dict[str, float]:
+    """The scores before training; a checkpoint of the same run on the same rows knows them."""
+    rows = digest(records)
+    stored = read_seal(resume).get(_ZERO_SHOT) if resume else None
+    if not isinstance(stored, dict) or stored.get("rows") != rows:
+        stored = {"rows": rows, "scores": trainer.score_backbone(test)}
+    trainer.notes[_ZERO_SHOT] = stored
+    return cast("dict[str, float]", stored["scores"])
+
+
+def _predictions(task: Task, records: Sequence[Record], examples: Sequence[Example], answers: Sequence[Answer]) -> str:
+    """JSON lines: of each test row a digest, what the deployed model answers, what is right, and the row's score."""
+    texts, right = [answer.text for answer in answers], [example.right for example in examples]
+    scores = row_scores(task.metrics[0], texts, right)
+    rows = [
+        {"row": digest([record]), "group": record.group, "prediction": text, "right": [*given], "score": score}
+        for record, text, given, score in zip(records, texts, right, scores, strict=True)
+    ]
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def _write_final(
@@ -164,13 +226,6 @@ def _training_parts(splits: Splits, config: ZOFOConfig) -> Sequence[list[Record]
     return two_levels(splits.train, config.lower_fraction)
 
 
-def _require_rows(splits: Splits, config: ZOFOConfig) -> None:
-    wanted = ["test"] if config.eval_strategy == "no" else ["test", "dev"]
-    for name in wanted:
-        if not vars(splits)[name]:
-            raise ZofoError(f"no row is left for {name}: give more rows, or {name}_size")
-
-
 def _resume_point(config: ZOFOConfig, run: Path, config_file: Path | None) -> Path | None:
     """The checkpoint to resume from; refuses to write over what `run` holds, unless it goes on from there."""
     wanted, folder = config.resume_from_checkpoint, None
@@ -185,6 +240,15 @@ def _resume_point(config: ZOFOConfig, run: Path, config_file: Path | None) -> Pa
     read |= {"resume_from_checkpoint": folder} if folder else {}
     require_free(run, bool(config.overwrite_output_dir), read)
     return folder
+
+
+def _last_of(config: ZOFOConfig, run: Path) -> list[str]:
+    """The last checkpoint that this run could go on from, if there is one."""
+    for folder in reversed(checkpoints(run)):
+        with suppress(ZofoError):  # half written, or of the run before
+            require_same(read_seal(folder)["config"], config.identity(), folder)
+            return [f"{folder} is whole, after {steps_of(folder)} iterations"]
+    return []
 
 
 def _texts(config: ZOFOConfig, spec: dict[str, Any] | None) -> dict[str, str]:

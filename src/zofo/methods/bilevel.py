@@ -93,6 +93,7 @@ class Bilevel(Method):
         super().skip()
         if self._before is not None:
             self.s.restore(self._before)  # the lower steps of a skipped iteration are taken back as well
+            self._before = None
 
     def learning_rates(self) -> Mapping[str, float]:
         upper = self.p.optimizer.param_groups[0]["lr"]

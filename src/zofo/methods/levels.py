@@ -54,7 +54,7 @@ class FirstOrderLevel:
         if not adapted.adapters:
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
-        self.optimizer = _first_order_optimizer(self._parameters, learning_rate, keys)
+        self.optimizer = first_order_optimizer(self._parameters, learning_rate, keys)
 
     def gradient(self, batches: Sequence[Batch], label: str, factor: float = 1.0) -> float:
         """Adds the gradient of `factor` times the mean loss over all batches to `.grad`; returns the mean loss.
@@ -204,12 +204,12 @@ def require_optimizer(keys: Keys) -> None:
     if name.startswith("schedule_free"):
         raise ZofoError(f"optim {name} keeps weights of its own for training, which zofo does not: take adamw_torch")
     try:
-        _first_order_optimizer([torch.zeros(1, requires_grad=True)], keys.learning_rate, keys)
+        first_order_optimizer([torch.zeros(1, requires_grad=True)], keys.learning_rate, keys)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ZofoError(f"optim {name} cannot be used ({first_line(error)}): take adamw_torch, say") from error
 
 
-def _first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, keys: Keys) -> Optimizer:
+def first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, keys: Keys) -> Optimizer:
     """`optim` as the trainer would make it; biases and norms are not decayed."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": keys.weight_decay},

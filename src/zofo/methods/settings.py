@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Collection
 from enum import Enum
 from typing import Any, cast
 
@@ -30,15 +31,24 @@ def require_single_process(keys: Keys) -> None:
         )
 
 
+def settle_checkpoints(keys: Keys, given: Collection[str]) -> None:
+    """The best model can be loaded only if evaluations and checkpoints fall together: one follows the other."""
+    if not keys.load_best_model_at_end:
+        return
+    if not {"save_steps", "save_strategy"}.intersection(given):
+        keys.save_steps, keys.save_strategy = keys.eval_steps or keys.save_steps, keys.eval_strategy
+    elif not {"eval_steps", "eval_strategy"}.intersection(given):
+        keys.eval_steps, keys.eval_strategy = keys.save_steps, keys.save_strategy
+
+
 def require_evaluations(keys: Keys) -> None:
     """Refuses to choose the best model, or to stop early, without evaluations."""
     if keys.load_best_model_at_end and name_of(keys.eval_strategy) == "no":
-        raise ZofoError("load_best_model_at_end needs evaluations to choose by: give eval_steps, and save_steps alike")
+        raise ZofoError("load_best_model_at_end needs evaluations to choose by: leave out eval_strategy: no")
     if keys.early_stopping_patience and not keys.load_best_model_at_end:
         raise ZofoError(
-            f"early_stopping_patience is {keys.early_stopping_patience}, but without evaluations nothing says when to "
-            "stop: give load_best_model_at_end: true, eval_steps, save_steps alike, and metric_for_best_model (by "
-            "default the loss)"
+            f"early_stopping_patience is {keys.early_stopping_patience}, but without a best model nothing says when to "
+            "stop: give load_best_model_at_end: true, eval_steps, and metric_for_best_model (by default the loss)"
         )
 
 

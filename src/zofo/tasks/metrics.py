@@ -88,6 +88,18 @@ def score(
     return METRICS[metric](Rows(predictions, references, options, groups))
 
 
+def row_scores(metric: Metric, predictions: Sequence[str], references: References) -> list[float]:
+    """What each row adds to a metric that is a mean over rows; for others, whether the row is right.
+
+    Examples:
+        >>> row_scores("macro_f1", ["a", "b"], [["a"], ["a"]])
+        [1.0, 0.0]
+    """
+    fitting = "accuracy" if metric in OPTION_METRICS else "exact_match"
+    named = metric if isinstance(metric, str) and metric in _MEANS else fitting
+    return [score(named, [p], [right]) for p, right in zip(predictions, references, strict=True)]
+
+
 def compares_options(metrics: Sequence[Metric], has_options: bool) -> bool:
     """Whether options are compared, and no text is generated: by the first metric with a name, else by the rows."""
     named = next((metric for metric in metrics if isinstance(metric, str)), None)
@@ -184,6 +196,7 @@ TEXT_METRICS: dict[str, _Named] = {
     "token_f1": partial(_mean_best, _token_f1),
 }
 METRICS = OPTION_METRICS | TEXT_METRICS
+_MEANS = ("accuracy", "exact_match", "token_f1")
 
 
 def _form_for(answer: str) -> Callable[[str], str]:

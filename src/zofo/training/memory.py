@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
+from zofo.methods.levels import first_order_optimizer
+from zofo.methods.method import Method
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_hollow, replace_tensors
 from zofo.models.peft import adapter_config
@@ -29,6 +31,7 @@ from zofo.scoring.scorer import Scorer, Tokens
 from zofo.zo.optimizers import JointOptimizer
 
 OTHER = "activations"
+_PROBE = 256  # rows and columns of a matrix for which an optimizer makes its states
 
 
 @dataclass
@@ -174,6 +177,19 @@ def step_memory(config: ZOFOConfig, adapted: AdaptedModel, longest: Batch) -> Me
             f"({error}), so its memory cannot be found without them: measure it with --max_steps 2"
         ) from error
     return Memory(**tracker.at_peak())
+
+
+def optimizer_states(method: Method, config: ZOFOConfig) -> int:
+    """Bytes that a first-order optimizer will keep for the backbone; for an adapter they are next to nothing."""
+    if method.adapted.adapters or not method.backpropagates:
+        return 0
+    probe = torch.zeros(_PROBE, _PROBE, dtype=next(iter(method.adapted.backbone.values())).dtype, requires_grad=True)
+    optimizer = first_order_optimizer([probe], config.learning_rate, config)
+    probe.grad = torch.zeros_like(probe)
+    optimizer.step()
+    states = [value for value in optimizer.state[probe].values() if torch.is_tensor(value)]
+    weights = sum(p.numel() for p in method.adapted.backbone.values())
+    return sum(state.nbytes for state in states if state.ndim) * weights // probe.numel()
 
 
 def checkpoint(config: ZOFOConfig, adapted: AdaptedModel) -> None:

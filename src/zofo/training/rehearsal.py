@@ -25,7 +25,7 @@ def require_schedule_and_batches(
     try:
         with _restored(optimizer):
             schedule()
-        with _same_randomness():
+        with same_randomness():
             batch()
     except ZofoError:
         raise
@@ -70,7 +70,7 @@ def _restored(optimizer: Optimizer) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _same_randomness() -> Generator[None]:
+def same_randomness() -> Generator[None]:
     """Puts back the global random states, which the workers of a data loader are seeded from."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

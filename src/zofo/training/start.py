@@ -1,6 +1,7 @@
 """What a run starts with, of what it is given: a name, a model, or a model with an adapter; and that it can start."""
 
 import inspect
+import logging
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zofo import noise
 from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, first_line
 from zofo.habits import refuse_arguments
@@ -23,6 +25,8 @@ from zofo.tasks.metrics import Metric, metric_name
 from zofo.tasks.records import Record, Rows, records
 from zofo.tasks.splits import halves
 from zofo.training.trained_rows import trained_rows_of
+
+logger = logging.getLogger(__name__)
 
 _SKIPPED_IN_A_ROW = 20
 
@@ -129,6 +133,13 @@ def setting_up(args: ZOFOConfig) -> Generator[None]:
         reports: list[str] = list(cast(Any, args.report_to) or [])
         mend = f": report_to is {', '.join(reports)}: install what that needs, or set report_to: none"
         raise ZofoError(f"the run cannot be set up ({first_line(error)}){mend if reports else ''}") from error
+
+
+def warm_up(adapted: AdaptedModel) -> None:
+    """Makes the noise kernels ready, and says so if there are none."""
+    parameter = next(iter(adapted.backbone.values()))
+    if not noise.warm_up(parameter.dtype, parameter.device):
+        logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
 
 
 def require_rows_for_a_batch(args: ZOFOConfig, sizes: Mapping[str, int]) -> None:

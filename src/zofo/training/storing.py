@@ -22,6 +22,7 @@ class StoringTrainer(Trainer):
     args: ZOFOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     adapted: AdaptedModel
     cost: Cost
+    notes: dict[str, Any]  # what else the seals of checkpoints hold
     identity: dict[str, Any]
     _tokenizer: PreTrainedTokenizerBase
     _trained_rows: frozenset[bytes]
@@ -61,7 +62,7 @@ class StoringTrainer(Trainer):
                 (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
                 super()._save_checkpoint(model, trial)
                 self.adapted.save_trained(folder)
-                seal(folder, {"config": self.identity, "cost": asdict(self.cost)})
+                seal(folder, {"config": self.identity, "cost": asdict(self.cost), **self.notes})
                 self._whole = folder
                 drop_old(run)
         finally:

@@ -1,6 +1,5 @@
 """`ZOFOTrainer`: transformers' `Trainer` with another step, and with the backbone in what it saves and loads."""
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,13 +16,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from zofo import noise
 from zofo.config import ZOFOConfig
 from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.methods.levels import require_optimizer
 from zofo.methods.method import Bundle
+from zofo.methods.settings import name_of
 from zofo.models.peft import UPPER
-from zofo.scoring.batch import collate
+from zofo.scoring.batch import collate, width
 from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.padding import probe
@@ -46,11 +45,11 @@ from zofo.training.checkpoint import (
     steps_of,
 )
 from zofo.training.folder import owned
+from zofo.training.interrupt import Interrupt
 from zofo.training.rehearsal import require_schedule_and_batches
 from zofo.training.storing import StoringTrainer
 from zofo.training.trained_rows import digests
-
-logger = logging.getLogger(__name__)
+from zofo.training.trial import Trial, trial
 
 
 class ZOFOTrainer(StoringTrainer):
@@ -120,6 +119,7 @@ class ZOFOTrainer(StoringTrainer):
         start.require_rows_for_a_batch(args, self._sizes)
         evaluated = [] if eval_dataset is None else self.examples(records(eval_dataset, "eval_dataset"))
         self.require_scorable(evaluated)
+        args.settle_evaluations(len(evaluated))
         use_cache = model.config.use_cache
         with start.setting_up(args):
             super().__init__(
@@ -133,6 +133,10 @@ class ZOFOTrainer(StoringTrainer):
         model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBar())
+        self._interrupt = Interrupt()
+        self.add_callback(self._interrupt)
+        if args.method_class.zeroth_order:
+            start.warm_up(self.adapted)
         self._layout = probe(self.adapted, processing_class)
         self.method = args.method_class(self.adapted, Scorer(self.adapted, self.cost, self._layout), args)
         self._micro: list[Bundle] = []
@@ -141,6 +145,7 @@ class ZOFOTrainer(StoringTrainer):
         self._own_checkpoints = set()
         self._resumable: Path | None = None  # the checkpoint that was found to be whole
         self._whole = None
+        self.notes: dict[str, Any] = {}
 
     def examples(self, rows: Sequence[Record]) -> list[Example]:
         """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
@@ -166,7 +171,7 @@ class ZOFOTrainer(StoringTrainer):
         require_same(content["config"], self.identity, folder)
         with loading(folder):
             Cost(**content["cost"])
-        if steps_of(folder) < self._planned_steps():
+        if steps_of(folder) < self.planned_steps():
             require_optimizer_state(folder)
         self._resumable = folder
 
@@ -175,11 +180,20 @@ class ZOFOTrainer(StoringTrainer):
         try:
             require_schedule_and_batches(
                 self.create_optimizer(),
-                schedule=lambda: self.create_scheduler(self._planned_steps()),
+                schedule=lambda: self.create_scheduler(self.planned_steps()),
                 batch=lambda: next(iter(self.get_train_dataloader())),
             )
         finally:
             self.lr_scheduler, self._created_lr_scheduler = None, False
+
+    def try_step(self) -> Trial | None:
+        """Runs two steps and takes them back: what `trial` says of the longest rows, and of the first ones."""
+        rows: list[Example] = list(cast(Any, self.train_dataset))
+        size, kind = self.args.per_device_train_batch_size, self.args.loss
+        longest = sorted(rows, key=lambda example: width(example, kind), reverse=True)
+        pad_id, layout = cast(int, self._tokenizer.pad_token_id), self.method.scorer.layout
+        both: list[Any] = [collate(part[:size], kind, pad_id, layout) for part in (longest, rows)]
+        return trial(self.method, self.args, self.cost, *map(cast(Any, self._prepare_inputs), both))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
@@ -262,12 +276,18 @@ class ZOFOTrainer(StoringTrainer):
 
     def score(self, rows: Sequence[Example]) -> dict[str, dict[str, float]]:
         """{adapter: {metric, loss, rows}}; a model without adapters counts as `upper`, which is what is deployed."""
-        scores: dict[str, dict[str, float]] = {}
+        return {adapter: scores for adapter, (scores, _) in self.scored(rows).items()}
+
+    def scored(self, rows: Sequence[Example]) -> dict[str, tuple[dict[str, float], list[Answer]]]:
+        """The same with the answers that were scored."""
+        found: dict[str, tuple[dict[str, float], list[Answer]]] = {}
         with self.adapted.deployed_after():
             for adapter in self.adapted.adapters or (UPPER,):
                 self.adapted.use(adapter)
-                scores[adapter] = self._evaluator(f"evaluate {adapter}").evaluate(rows)
-        return scores
+                evaluator = self._evaluator(f"evaluate {adapter}")
+                answers = evaluator.answers(rows)
+                found[adapter] = evaluator.measure(rows, answers), answers
+        return found
 
     def score_backbone(self, rows: Sequence[Example]) -> dict[str, float]:
         """The scores of the backbone alone: before training, the zero-shot ones."""
@@ -307,6 +327,7 @@ class ZOFOTrainer(StoringTrainer):
         Raises:
             ZofoError: if there is no such checkpoint, or it is incomplete, damaged, of another configuration or other
                 rows; and at a loss that is not finite, unless `on_nonfinite` is skip.
+            KeyboardInterrupt: after Ctrl-C, once the last whole step has a checkpoint; a second one does not wait.
         """
         self._whole = None
         if resume_from_checkpoint:
@@ -318,19 +339,16 @@ class ZOFOTrainer(StoringTrainer):
             self._own_checkpoints = siblings(folder, run, self.identity)
             self._whole = folder if is_of(folder, run) else None
             resume_from_checkpoint = str(folder)
-        if self.args.method_class.zeroth_order:
-            parameter = next(iter(self.adapted.backbone.values()))
-            if not noise.warm_up(parameter.dtype, parameter.device):
-                logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
         with owned(Path(str(self.args.output_dir))), self.adapted.deployed_after():
             if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
                 return TrainOutput(self.state.global_step, 0.0, {})
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with self._interrupt.listening(saves=name_of(self.args.save_strategy) != "no"):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _is_finished(self, folder: str) -> bool:
         """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
         state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
-        if steps_of(Path(folder)) < self._planned_steps() and not is_over(state, self.args.early_stopping_patience):
+        if steps_of(Path(folder)) < self.planned_steps() and not is_over(state, self.args.early_stopping_patience):
             return False
         self.state = state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
@@ -339,7 +357,8 @@ class ZOFOTrainer(StoringTrainer):
             self._load_best_model()
         return True
 
-    def _planned_steps(self) -> int:
+    def planned_steps(self) -> int:
+        """Iterations of the whole run."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps

@@ -1,0 +1,74 @@
+"""A step that is tried before a run and taken back: whether it fits, how long it takes, and its memory at the peak."""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+
+from zofo.config import ZOFOConfig
+from zofo.errors import NonFiniteLossError, ZofoError
+from zofo.methods.method import Bundle, Method
+from zofo.scoring.batch import Batch
+from zofo.training.callbacks import Cost, peak_memory, reset_peak_memory
+from zofo.training.memory import checkpoint, optimizer_states
+from zofo.training.rehearsal import same_randomness
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a step takes: seconds, without the update of its weights; bytes at the peak, on the longest rows."""
+
+    seconds: float
+    peak: int
+
+
+def trial(method: Method, config: ZOFOConfig, cost: Cost, longest: Batch, typical: Batch) -> Trial | None:
+    """Runs a step on the longest rows, which must fit, and one on other rows, which is timed; nothing is changed.
+
+    None if a loss is not finite, of which the run itself has more to say.
+
+    Raises:
+        ZofoError: if the longest rows do not fit into the memory.
+    """
+    checkpoint(config, method.adapted)
+    counted, method.keys = copy.copy(vars(cost)), copy.copy(config)
+    method.keys.on_nonfinite = "skip"  # so that lower steps are taken back as well
+    reset_peak_memory(config.device)
+    try:
+        with same_randomness():
+            _steps(method, config, longest)
+            peak = peak_memory(config.device) + optimizer_states(method, config)
+            started = time.perf_counter()
+            _steps(method, config, typical)
+            return Trial((time.perf_counter() - started) / len(method.stages), peak)
+    except NonFiniteLossError:
+        return None
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise ZofoError(
+            f"a step on the longest rows ({longest['input_ids'].shape[1]} tokens) does not fit into the memory: lower "
+            "per_device_train_batch_size and raise gradient_accumulation_steps, lower max_length, set "
+            "gradient_checkpointing: true, or see zofo estimate"
+        ) from error
+    finally:
+        method.keys = config
+        vars(cost).update(counted)
+
+
+def _steps(method: Method, config: ZOFOConfig, batch: Batch) -> None:
+    """One in each stage of the run, all on the same rows."""
+    bundle: Bundle = {name: [batch] * stream.batches for name, stream in method.streams(config).items()}
+    for stage in method.stages:
+        try:
+            method.step(0, stage, [bundle] * config.gradient_accumulation_steps)
+        finally:
+            method.skip()
+    if config.device.type == "cuda":
+        torch.cuda.synchronize(config.device)
+
+
+def is_lack_of_memory(error: RuntimeError) -> bool:
+    """Whether torch had no memory left, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
