@@ -93,9 +93,7 @@ def test_a_step_that_does_not_fit_is_said_before_the_run(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.method, "step", fail)
-    with pytest.raises(
-        ZofoError, match=r"a step on the longest rows .* does not fit into the memory: lower"
-    ):
+    with pytest.raises(ZofoError, match=r"a step on the longest rows .* does not fit into the memory: lower"):
         trainer.try_step()
 
 
