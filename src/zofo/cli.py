@@ -249,8 +249,13 @@ def _estimate(options: argparse.Namespace, keys: list[str]) -> None:
 
     config = parse_config(options.config, keys)
     _quiet_libraries()
-    rows = estimate.estimate(config, timed=not options.memory_only)
-    _say(estimate.table(rows, config))
+    rows: list[estimate.Row] = []
+    for row in estimate.estimate(config, timed=not options.memory_only):
+        if not rows:
+            _say(estimate.head(config))
+        rows.append(row)
+        _say(estimate.line(row, config))
+    _say(estimate.notes(rows, config))
     _write(estimate.as_json(rows, config), options.output)
 
 

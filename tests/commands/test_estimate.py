@@ -15,6 +15,7 @@ from zofo import ZOFOConfig
 from zofo.cli import main
 from zofo.commands import estimate as estimates
 from zofo.commands.estimate import estimate, seconds
+from zofo.commands.train import train
 from zofo.methods import METHODS
 from zofo.methods.method import Work
 from zofo.training.memory import fake, step_memory
@@ -122,7 +123,37 @@ def test_an_adapter_that_zeroth_order_moves_is_timed_by_itself(tmp_path, model_f
     keys = {"method": "zo", "adapter": "lora", "zo_parameters": None}
     rows = rows_of(tmp_path, timed=True, model=str(model_folder), **keys)
     assert rows["zo", "lora"].seconds > 0
-    assert [all("lora" in name for name in names) for names in moved] == [False, False, True]
+    assert [all("lora" in name for name in names) for names in moved] == [True, False, False]
+
+
+def test_the_run_s_own_method_comes_first_and_before_the_others_are_looked_at(tmp_path, model_folder, monkeypatch):
+    looked, memory = [], estimates.step_memory
+    monkeypatch.setattr(
+        estimates, "step_memory", lambda config, *rest: looked.append(config.method) or memory(config, *rest)
+    )
+    keys = {**BATCH, "model": str(model_folder), "method": "zo", "adapter": "none", "use_cpu": True}
+    rows = estimate(ZOFOConfig(output_dir=str(tmp_path), **keys), timed=False)
+    assert next(rows).chosen
+    assert looked == ["zo"]
+    assert [(row.method, row.adapter) for row in rows] == [("fo", "none"), ("fo", "lora"), ("bilevel", "lora")]
+
+
+@pytest.mark.parametrize("method", ["fo", "bilevel", "two_stage"])
+@pytest.mark.parametrize("length", [{"num_train_epochs": 3}, {"max_steps": 7}, {"num_train_epochs": 1.5}])
+def test_steps_are_those_that_the_run_takes(tmp_path, model_folder, method, length):
+    task = write_task(tmp_path / "task")
+    keys = {"model": str(model_folder), "task": str(task), "method": method, **length, "gradient_accumulation_steps": 2}
+    keys |= {"lower_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
+    keys |= {
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 3,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    config = ZOFOConfig(**keys)
+    row = next(estimate(config, timed=False))
+    train(config, lambda line: None)
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == row.steps
 
 
 def test_the_command_prints_a_table_and_writes_the_same_once(capsys, tmp_path, model_folder):

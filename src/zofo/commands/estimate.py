@@ -1,7 +1,7 @@
 """`zofo estimate`: the memory and the time that each method would take, before the run."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,20 +18,24 @@ from zofo.methods.method import Work
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_hollow, load_tokenizer, load_weights
 from zofo.models.peft import UPPER, adapter_config
+from zofo.report.words import duration
 from zofo.scoring.batch import Batch, collate, width
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.training.callbacks import free_memory, resident_memory
 from zofo.training.memory import Memory, checkpoint, fake, step_memory
-from zofo.training.rows import run_splits, run_task
+from zofo.training.rows import run_length, run_splits, run_task
 from zofo.zo.estimators import Estimate
 
 _SAMPLE = 1000  # rows that are searched for the longest ones
 _TIMED = 3  # batches
 _HOLES = 0.6  # of the activations: what glibc's malloc kept between freed tensors in nine runs, docs/performance.md
 
-_NOTES = """{config.model} in {config.dtype}, batches of {config.per_device_train_batch_size} rows; memory at the
-longest. Activations are whatever is in no other column; libraries are Python with all that it has loaded (on a CPU).
+_TIMES = ("steps", "s/step", "all steps")
+_NOTES = """
+{config.model} in {config.dtype}, batches of {config.per_device_train_batch_size} rows; memory at the
+longest, in MiB. Activations are whatever is in no other column; libraries are Python with all that it has loaded (on a
+CPU).
 Evaluations take time and memory of their own (per_device_eval_batch_size), which are not counted.
 The allocator is the holes that malloc keeps between freed tensors, taken as 60 % of the activations (on a CPU); with
 MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives them back, and steps take longer."""
@@ -39,21 +43,29 @@ MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives them back, and steps ta
 
 @dataclass
 class Row:
-    """What one method would take: numbers that it updates, bytes at the peak, seconds per step if it was timed."""
+    """What one method would take: numbers that it updates, bytes at the peak, steps; seconds per step if timed."""
 
     method: str
     adapter: str
     chosen: bool
     parameters: int
     memory: Memory
+    steps: int | None = None
     seconds: float | None = None
 
+    @property
+    def whole(self) -> float | None:
+        """Seconds of all steps."""
+        return self.seconds and self.steps and self.seconds * self.steps
 
-def estimate(config: ZOFOConfig, timed: bool = True) -> list[Row]:
+
+def estimate(config: ZOFOConfig, timed: bool = True) -> Generator[Row]:
     """The memory and the time of a step by each method, for a configuration's model, adapter and batches.
 
-    Memory: the steps of every method run on tensors that have shapes but no values, on the longest rows of the task;
-    the peak of what is alive is counted. On a CPU the size of this process is added, for the libraries.
+    The run's own method comes first, and every row as soon as it is known.
+
+    Memory: the steps of a method run on tensors that have shapes but no values, on the longest rows of the task; the
+    peak of what is alive is counted. On a CPU the size of this process is added, for the libraries.
 
     Time, of the methods that fit into the free memory: what a step consists of, as each method says it, is timed piece
     by piece: a forward at θ + εz, a forward with its backward, a step of each optimizer.
@@ -69,81 +81,89 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> list[Row]:
         raise ZofoError(f"method {config.method} trains nothing, so there is nothing to estimate: leave it out")
     base = load_hollow(config.model, config.dtype)
     tokenizer = load_tokenizer(config.model, base)
-    batches = _Batches(config, tokenizer, _examples(config, tokenizer, base))
-    libraries = resident_memory(config.device)
-    rows: list[Row] = []
-    for variant in _variants(config):
-        adapted = fake(variant)
-        memory = step_memory(variant, adapted, batches.longest(adapted))
-        memory.libraries = libraries
-        memory.allocator = int(_HOLES * memory.activations) if libraries else 0  # a GPU counts what is allocated
-        chosen = (variant.method, variant.adapter) == (config.method, config.adapter)
-        rows.append(Row(variant.method, variant.adapter, chosen, _updated(variant, adapted), memory))
-    if timed:
-        _time(config, rows, batches)
-    return rows
+    examples, count = _examples(config, tokenizer, base)
+    batches = _Batches(config, tokenizer, examples)
+    libraries, free = resident_memory(config.device), free_memory(config.device)
+    pairs = _pairs(config)
+    for adapter in dict.fromkeys(adapter for _, adapter in pairs):  # one after the other: none can be taken off again
+        variants = [config.variant(*pair) for pair in pairs if pair[1] == adapter]
+        clock: _Clock | None = None
+        for variant in variants:
+            hollow = fake(variant)
+            memory = step_memory(variant, hollow, batches.longest(hollow))
+            memory.libraries = libraries
+            memory.allocator = int(_HOLES * memory.activations) if libraries else 0  # a GPU counts what is allocated
+            chosen = (variant.method, variant.adapter) == (config.method, config.adapter)
+            steps = run_length(variant, count) if count or variant.max_steps > 0 else None
+            row = Row(variant.method, adapter, chosen, _updated(variant, hollow), memory, steps)
+            if timed and memory.peak - libraries <= free:
+                clock = clock or _Clock(variants, batches)
+                row.seconds = clock.seconds(variant)
+            yield row
 
 
 def as_json(rows: Sequence[Row], config: ZOFOConfig) -> dict[str, Any]:
     """What `zofo estimate --output` writes: bytes, seconds, and of which configuration."""
-    steps = config.max_steps if config.max_steps > 0 else None
     return {
         "config": config.resolved(),
         "rows": [
             {
                 **asdict(row),
                 "memory": {**asdict(row.memory), "peak": row.memory.peak},
-                "seconds": row.seconds,
                 "steps_per_second": row.seconds and 1 / row.seconds,
-                "seconds_of_max_steps": row.seconds and steps and row.seconds * steps,
+                "seconds_of_all_steps": row.whole,
             }
             for row in rows
         ],
     }
 
 
-def table(rows: Sequence[Row], config: ZOFOConfig) -> str:
-    """The rows as aligned text, in MiB; `>` stands before the run's own method."""
-    steps = config.max_steps if config.max_steps > 0 else None
-    parts = list(vars(Memory()))
-    whole_run = f"s for {steps or '?'} steps"
-    lines = [["  method", "adapter", "trained", *parts, "peak MiB", "s/step", "steps/s", whole_run]]
-    for row in rows:
-        sizes = [f"{size / 2**20:,.0f}" for size in [*vars(row.memory).values(), row.memory.peak]]
-        seconds = ["-"] * 3
-        if row.seconds:
-            seconds = [f"{row.seconds:.3g}", f"{1 / row.seconds:.3g}", f"{row.seconds * steps:,.0f}" if steps else "-"]
-        name = f"{'>' if row.chosen else ' '} {row.method}"
-        lines.append([name, Path(row.adapter).name, f"{row.parameters:,}", *sizes, *seconds])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = [
-        "  ".join(
-            word.ljust(width) if i < 2 else word.rjust(width)
-            for i, (word, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    notes = [_NOTES.format(config=config)]
-    if any(row.seconds is None for row in rows):
-        notes.append("- was not timed: --memory_only, or more memory than is free on this machine.")
-    return "\n".join([*aligned, "", *notes])
+def head(config: ZOFOConfig) -> str:
+    """The line above the rows; sizes are in MiB."""
+    return _aligned(config, "  method", "adapter", ["trained", *vars(Memory()), "peak", *_TIMES])
 
 
-def _variants(config: ZOFOConfig) -> list[ZOFOConfig]:
-    """The runs of the table, in its order: the four that are always of interest, and the configuration's own."""
+def line(row: Row, config: ZOFOConfig) -> str:
+    """A row as text; `>` stands before the run's own method."""
+    sizes = [f"{size / 2**20:,.0f}" for size in [*vars(row.memory).values(), row.memory.peak]]
+    times = [f"{row.steps:,}" if row.steps else "?", "-", "-"]
+    if row.seconds:
+        times[1:] = f"{row.seconds:.3g}", duration(row.whole) if row.whole else "?"
+    name = f"{'>' if row.chosen else ' '} {row.method}"
+    return _aligned(config, name, Path(row.adapter).name, [f"{row.parameters:,}", *sizes, *times])
+
+
+def notes(rows: Sequence[Row], config: ZOFOConfig) -> str:
+    """What stands below the rows."""
+    untimed = "\n- was not timed: --memory_only, or more memory than is free on this machine."
+    return _NOTES.format(config=config) + untimed * any(row.seconds is None for row in rows)
+
+
+def _aligned(config: ZOFOConfig, method: str, adapter: str, words: Sequence[str]) -> str:
+    names = [[f"  {pair[0]}", Path(pair[1]).name] for pair in _pairs(config)]
+    first, second = (max(map(len, column)) for column in zip(*names, ("  method", "adapter"), strict=True))
+    widths = [13, *(max(7, len(part)) for part in vars(Memory())), 7, 7, 7, 12]
+    cells = [word.rjust(width) for word, width in zip(words, widths, strict=True)]
+    return "  ".join([method.ljust(first), adapter.ljust(second), *cells])
+
+
+def _pairs(config: ZOFOConfig) -> list[tuple[str, str]]:
+    """Method and adapter of the rows: the run's own, then the four that are always of interest."""
     adapter = "lora" if config.adapter == "none" else config.adapter
     always = [("fo", "none"), ("fo", adapter), ("zo", "none"), ("bilevel", adapter)]
-    return [config.variant(*pair) for pair in dict.fromkeys([*always, (config.method, config.adapter)])]
+    return [*dict.fromkeys([(config.method, config.adapter), *always])]
 
 
-def _examples(config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> list[Example]:
-    """A sample of the training rows; without a task, one row of the greatest length."""
+def _examples(
+    config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
+) -> tuple[list[Example], int]:
+    """A sample of the training rows, and how many there are; without a task, one row of the greatest length, and 0."""
     width = min(config.max_length, AdaptedModel(base).positions)
     if config.task is None and config.data is None:
-        return [Example((0,) * (width - 1), ((0,), (1,)), 0, ("a", "b"))]
+        return [Example((0,) * (width - 1), ((0,), (1,)), 0, ("a", "b"))], 0
     task, _ = run_task(config)
-    rows = run_splits(task, config).train[:_SAMPLE]
-    return tokenize(task.reworded(rows, config.template), tokenizer, width)[0]
+    rows = run_splits(task, config).train
+    return tokenize(task.reworded(rows[:_SAMPLE], config.template), tokenizer, width)[0], len(rows)
 
 
 class _Batches:
@@ -175,31 +195,18 @@ def _updated(config: ZOFOConfig, adapted: AdaptedModel) -> int:
     return sum(p.numel() for p in [*adapters, *backbone])
 
 
-def _time(config: ZOFOConfig, rows: Sequence[Row], batches: _Batches) -> None:
-    """Fills in the seconds of the rows that fit; those without an adapter first, as it cannot be taken off again."""
-    assert config.model is not None
-    free = free_memory(config.device)
-    rows = [row for row in rows if row.memory.peak - row.memory.libraries <= free]
-    model = load_weights(config.model, config.dtype) if rows else None
-    for adapter in sorted({row.adapter for row in rows}, key=lambda name: name != "none"):
-        assert model is not None
-        group = [(config.variant(row.method, adapter), row) for row in rows if row.adapter == adapter]
-        names = max((variant.method_class.adapters for variant, _ in group), key=len)
-        adapted = AdaptedModel(model, adapter_config(adapter, model), names)
-        cast(nn.Module, adapted.model).to(config.device)
-        checkpoint(config, adapted)
-        clock = _Clock(adapted, batches.typical(adapted))
-        for variant, row in group:
-            row.seconds = clock.seconds(variant)
-
-
 class _Clock:
-    """Times the pieces of steps on one adapted model, each once; weights are written, but with what they hold."""
+    """Times the pieces of steps of several methods with one adapter, each once, on a model of its own."""
 
-    def __init__(self, adapted: AdaptedModel, batches: Sequence[Batch]) -> None:
-        self._adapted = adapted
-        self._batches = batches
-        self._scorer = Scorer(adapted, Tokens())
+    def __init__(self, variants: Sequence[ZOFOConfig], batches: _Batches) -> None:
+        config = variants[0]
+        model = load_weights(str(config.model), config.dtype)
+        names = max((variant.method_class.adapters for variant in variants), key=len)
+        self._adapted = AdaptedModel(model, adapter_config(config.adapter, model), names)
+        cast(nn.Module, self._adapted.model).to(config.device)
+        checkpoint(config, self._adapted)
+        self._batches = batches.typical(self._adapted)
+        self._scorer = Scorer(self._adapted, Tokens())
         self._first_order: tuple[float, float] | None = None
         self._zeroth_order: dict[tuple[str, ...], tuple[float, float]] = {}
 

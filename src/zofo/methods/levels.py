@@ -51,9 +51,8 @@ class FirstOrderLevel:
         self._remedy = remedy
         named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
         self._parameters = list(named.values())
-        if not adapted.adapters:
-            for parameter in self._parameters:
-                parameter.requires_grad_(True)
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
         self.optimizer = first_order_optimizer(self._parameters, learning_rate, keys)
 
     def gradient(self, batches: Sequence[Batch], label: str, factor: float = 1.0) -> float:

@@ -3,7 +3,7 @@
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from zofo.tasks.records import Record
 
 DEV_ROWS = 200
 TEST_ROWS = 400
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def split_records(
     return Splits(train, dev, test, (repeats,) if taker.dropped else (), sum(map(len, records.values())))
 
 
-def two_levels(rows: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
+def two_levels(rows: list[_T], fraction: float) -> tuple[list[_T], list[_T]]:
     """The rows of the lower and of the upper level: the first `fraction` of stratified rows, and the rest."""
     cut = round(len(rows) * fraction)
     if not 0 < cut < len(rows):

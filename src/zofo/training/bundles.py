@@ -1,5 +1,6 @@
 """Which rows go into which step: a pure function of the data seed and the step, so that a run can resume anywhere."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from zofo.keys import Keys
 from zofo.methods.method import Bundle, Stream
 from zofo.scoring.batch import Batch
 from zofo.scoring.tokens import Example
@@ -65,6 +67,15 @@ class IterationSampler(Sampler[list[int]]):
         places = range(number * self.batch_size, (number + 1) * self.batch_size)
         order = stream.order
         return [first + int(_permutation(self._seed, order, place // rows, rows)[place % rows]) for place in places]
+
+
+def planned_steps(keys: Keys, rows: Mapping[str, int], streams: Mapping[str, Stream]) -> int:
+    """Iterations of a run: `max_steps`, or those of `num_train_epochs` passes over the rows of each split."""
+    if keys.max_steps > 0:
+        return keys.max_steps
+    accumulation = keys.gradient_accumulation_steps
+    sampler = IterationSampler(rows, streams, keys.per_device_train_batch_size, accumulation, seed=0)
+    return math.ceil(keys.num_train_epochs * (len(sampler) // accumulation))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from zofo.models.load import load_hollow, replace_tensors
 from zofo.models.peft import adapter_config
 from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, Tokens
-from zofo.zo.optimizers import JointOptimizer
+from zofo.zo.optimizers import JointOptimizer, ZerothOrderOptimizer
 
 OTHER = "activations"
 _PROBE = 256  # rows and columns of a matrix for which an optimizer makes its states
@@ -166,11 +166,11 @@ def step_memory(config: ZOFOConfig, adapted: AdaptedModel, longest: Batch) -> Me
     _mark_in_steps(method.optimizer, tracker)
     try:
         with tracker:
+            _make_states(method.optimizer)
             for stage in method.stages:
-                for number in range(2):  # the second time the states of the optimizers are there as well
-                    method.step(number, stage, micro)
-                    method.optimizer.step()
-                    method.optimizer.zero_grad()
+                method.step(0, stage, micro)
+                method.optimizer.step()
+                method.optimizer.zero_grad()
     except (DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise ZofoError(
             f"a forward of this {adapted.base.config.model_type} model depends on the values of its weights "
@@ -200,6 +200,20 @@ def checkpoint(config: ZOFOConfig, adapted: AdaptedModel) -> None:
         adapted.base.activation_checkpointing_enable(every_n_layers=options.get("every_n_layers", 1))
 
 
+def _members(optimizer: Optimizer) -> list[Optimizer]:
+    return [*optimizer.members.values()] if isinstance(optimizer, JointOptimizer) else [optimizer]
+
+
+def _make_states(optimizer: Optimizer) -> None:
+    """A step of the first-order optimizers, which keep their states from the first one on."""
+    for member in _members(optimizer):
+        if not isinstance(member, ZerothOrderOptimizer):
+            for parameter in (p for group in member.param_groups for p in group["params"]):
+                parameter.grad = torch.empty_like(parameter)
+            member.step()
+            member.zero_grad()
+
+
 def _mark_in_steps(optimizer: Optimizer, tracker: MemoryTracker) -> None:
     """Whenever an optimizer steps, its gradients and states are booked as such."""
 
@@ -211,6 +225,6 @@ def _mark_in_steps(optimizer: Optimizer, tracker: MemoryTracker) -> None:
         values = [value for state in member.state.values() for value in state.values()]
         tracker.mark("optimizer", filter(torch.is_tensor, values))
 
-    for member in optimizer.members.values() if isinstance(optimizer, JointOptimizer) else [optimizer]:
+    for member in _members(optimizer):
         member.register_step_pre_hook(gradients)
         member.register_step_post_hook(states)

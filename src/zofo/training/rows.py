@@ -4,9 +4,10 @@ from typing import Any
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.tasks.splits import Splits, split_records
+from zofo.tasks.splits import Splits, split_records, two_levels
 from zofo.tasks.table import make_table_task
 from zofo.tasks.task import Task, load_task
+from zofo.training.bundles import planned_steps
 
 
 def run_task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
@@ -26,6 +27,14 @@ def run_task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
             "your own with --data, --text and --label"
         )
     return load_task(config.task, config.source), None
+
+
+def run_length(config: ZOFOConfig, rows: int) -> int:
+    """Iterations of a run on so many training rows."""
+    splits = config.method_class.splits
+    parts = [[0] * rows] if len(splits) == 1 else two_levels([0] * rows, config.lower_fraction)
+    sizes = {split: len(part) for split, part in zip(splits, parts, strict=True)}
+    return planned_steps(config, sizes, config.method_class.streams(config))
 
 
 def run_splits(task: Task, config: ZOFOConfig) -> Splits:

@@ -1,6 +1,5 @@
 """`ZOFOTrainer`: transformers' `Trainer` with another step, and with the backbone in what it saves and loads."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -32,7 +31,7 @@ from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import as_chat, chat_identity
 from zofo.tasks.records import Record, Rows, digest, questions, records
 from zofo.training import start
-from zofo.training.bundles import BundleCollator, IterationSampler
+from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
 from zofo.training.callbacks import Cost, CostCallback, LossBar, early_stopping, is_over
 from zofo.training.checkpoint import (
     is_of,
@@ -359,10 +358,7 @@ class ZOFOTrainer(StoringTrainer):
 
     def planned_steps(self) -> int:
         """Iterations of the whole run."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
-        return math.ceil(self.args.num_train_epochs * per_epoch)
+        return planned_steps(self.args, self._sizes, self.method.streams(self.args))
 
     def _evaluator(self, progress: str, metrics: Sequence[str] = ()) -> Evaluator:
         return Evaluator(
