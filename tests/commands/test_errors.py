@@ -301,9 +301,9 @@ EVAL = {
     "a size that is no number": ({"test_size": "all"}, "test_size: invalid"),
     "more rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it"),
     "an unknown task": ({"task": "tweet"}, "there is no task 'tweet': did you mean tweets?"),
-    "an unknown option": ({"taks": "tweets"}, "--taks"),
-    "an option of another verb": ({"method": "fo"}, "unknown option --method: it is a key of zofo train"),
-    "another library's name of a key": ({"max_seq_length": 9}, "unknown option --max_seq_length: write max_length"),
+    "an unknown option": ({"taks": "tweets"}, "zofo eval has no --taks: did you mean task?"),
+    "an option of another verb": ({"method": "fo"}, "zofo eval has no --method: it is a key of zofo train"),
+    "another library's name of a key": ({"max_seq_length": 9}, "zofo eval has no --max_seq_length: write max_length"),
     "samples of the harness": (
         {"task": None, "harness": "boolq", "log_samples": "{file}.jsonl"},
         "--log_samples is of zofo's own tasks",
@@ -331,6 +331,8 @@ OTHERS = {
     "a key": (["tasks", "--data", "x.csv"], "zofo tasks has no --data: it is a key of zofo train"),
     "an option": (["tasks", "--shots=3"], "zofo tasks has no --shots: it is an option of zofo eval"),
     "of no verb": (["tasks", "--qqqq"], "zofo tasks has no --qqqq: see zofo tasks --help"),
+    "misspelt": (["tasks", "--souce", "a.csv"], "zofo tasks has no --souce: did you mean source?"),
+    "misspelt in estimate": (["estimate", "--memory_onl"], "unknown key 'memory_onl': did you mean memory_only?"),
     "a word": (["tasks", "tweets", "sms_spam"], "unrecognized arguments: sms_spam; see zofo tasks --help"),
     "in merge": (["merge", "--run", "a", "--output", "b", "--data", "c"], "zofo merge has no --data: it is a key of"),
 }
