@@ -157,6 +157,23 @@ def test_task_files(capsys, tmp_path, keys, changes, message):
     assert message in refused(capsys, arguments(**{**keys, "task": task}), tmp_path)
 
 
+def test_an_answer_that_is_the_same_for_all_training_rows(capsys, tmp_path, keys, monkeypatch):
+    rows = [{**row, "useful": 0} for row in ROWS]
+    task = write_task(tmp_path / "bad", rows, templates=[{"answer": "{{ [' bad', ' good'][useful] }}"}])
+    words = arguments(**{**keys, "task": task, "template": 1, "train_size": 20})
+    with monkeypatch.context() as patch:
+        patch.setattr("zofo.commands.train.load_model", lambda *_: pytest.fail("loaded"))
+        line = refused(capsys, words, tmp_path)
+    assert "all 20 training rows of task task have the answer ' bad', so nothing is learned: check" in line
+    assert main([*words, "--method", "none"]) == 0  # which trains on none of them
+    assert "answers of" not in capsys.readouterr().out
+
+
+def test_the_answers_of_the_training_rows_are_counted(capsys, keys):
+    assert main(arguments(**{**keys, "train_size": 20})) == 0
+    assert "answers of the 20 training rows: bad 10, good 10\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("content", "message"), DATA.values(), ids=DATA)
 def test_data_files(capsys, tmp_path, keys, content, message):
     (tmp_path / "task" / "rows.jsonl").write_bytes(content)

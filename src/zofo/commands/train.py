@@ -20,6 +20,7 @@ from zofo.models.peft import UPPER
 from zofo.report.card import Shown, model_card
 from zofo.report.curves import plot_curves
 from zofo.scoring.tokens import Example
+from zofo.tasks.answers import answer_counts
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits, two_levels
 from zofo.tasks.table import TASK_FILE, introduction, task_text
@@ -62,6 +63,8 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     named = dict(zip(config.method_class.splits, parts, strict=True)) | {"dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
     _require_rows(splits, config)
+    if config.method_class.trains():
+        say(answer_counts(splits.train, task.name))
     for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
         say(line)
     if config.updates_backbone:
