@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import sys
@@ -10,10 +9,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from zofo.errors import ZofoError
-from zofo.habits import key_hint
+from zofo.spelling import require_known
 
 _TRAIN = """One run: loads a model and a task, trains, evaluates on test rows, and writes a run folder with backbone/,
 the adapters, checkpoints, results.json, curves.png and a model card. Keys come from a flat YAML file; the command line
@@ -106,15 +105,22 @@ def _without(words: list[str], name: str) -> list[str]:
 def _run(arguments: list[str]) -> int:
     parser = _parser()
     options, keys = parser.parse_known_args(arguments or ["--help"])
-    if keys and not options.takes_keys:
-        _refuse_options(options.verb, keys)
+    if keys:
+        require_known(options.verb, _own(options), keys)
     for name in ("output", "log_samples") if options.takes_keys else ():
         _require_new(name, vars(options).get(name))
     # before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     options.run(options, keys)
     return 0
+
+
+def _own(options: argparse.Namespace) -> set[str]:
+    """The names of a verb's own options."""
+    names = vars(options).keys() - {"run", "verb", "takes_keys", "name"}
+    return {"run" if name == "folder" else name for name in names}
 
 
 def _require_new(name: str, file: Path | None) -> None:
@@ -124,16 +130,6 @@ def _require_new(name: str, file: Path | None) -> None:
         raise ZofoError(f"{name} is {file}, but there is no folder {file.parent}: make it, or give another file")
     if file and name == "log_samples" and file.suffix != ".jsonl":
         raise ZofoError(f"log_samples is {file}, but must end in .jsonl: it has one row a line")
-
-
-def _refuse_options(verb: str, words: list[str]) -> NoReturn:
-    """Refuses what a verb without keys does not know, and names the verb that does."""
-    name = words[0].lstrip("-").partition("=")[0].replace("-", "_")
-    if not words[0].startswith("--") or not name:
-        raise ZofoError(f"unrecognized arguments: {' '.join(words)}; see zofo {verb} --help")
-    from zofo.config import field_names
-
-    raise ZofoError(f"zofo {verb} has no --{name}: {key_hint(name, (), f'see zofo {verb} --help', field_names())}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -289,11 +285,11 @@ def _eval(options: argparse.Namespace, keys: list[str]) -> None:
 
 def _predict(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands import predict
-    from zofo.commands.eval import PREDICT_KEYS, eval_config
+    from zofo.commands.eval import eval_config
 
     _quiet_libraries()
     model, adapter = _parts(options)
-    config = eval_config(model, options.task, keys, adapter, known=PREDICT_KEYS)
+    config = eval_config(model, options.task, keys, adapter)
     rows = predict.rows_of(options.data, options.output)
     found = predict.predict(model, adapter, config, rows, options.batch_size, _note)
     if options.output:
@@ -326,7 +322,6 @@ def _merge(options: argparse.Namespace, keys: list[str]) -> None:
 def _tasks(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands import tasks
 
-    _quiet_libraries()
     _say(tasks.page(options.name, options.source) if options.name else tasks.listing())
 
 
@@ -336,7 +331,6 @@ def _quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
 def _positive(text: str) -> int:

@@ -15,9 +15,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from zofo import parse
 from zofo.errors import ZofoError, first_line
-from zofo.habits import key_hint, refuse_values
+from zofo.habits import refuse_values
 from zofo.identity import anywhere, known
-from zofo.keys import AUTO, POSITIVE, Keys, field, numbers, refuse_unknown, refusing_unknown, require_honoured
+from zofo.keys import AUTO, POSITIVE, Keys, field, numbers, refusing_unknown, require_honoured
 from zofo.methods import METHODS, Method
 from zofo.methods.settings import (
     name_of,
@@ -29,6 +29,7 @@ from zofo.methods.settings import (
     settle_checkpoints,
 )
 from zofo.models.peft import require_fresh, require_start
+from zofo.spelling import key_of, refuse_unknown
 
 _INHERITED_IDENTITY = (
     "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
@@ -294,12 +295,10 @@ def key_help() -> list[str]:
     return [f"  {n:22} {fields[n].metadata['help']} (default {fields[n].default})" for n in names]
 
 
-def parse_config(
-    stored: Path | Mapping[str, Any] | None, arguments: Sequence[str], known: Sequence[str] = ()
-) -> ZOFOConfig:
+def parse_config(stored: Path | Mapping[str, Any] | None, arguments: Sequence[str]) -> ZOFOConfig:
     """A config from a flat YAML file, or its content, and `--key value` arguments; the arguments win.
 
-    Among the arguments only `known` keys may stand, if there are some. An unknown key is refused with the nearest one.
+    An unknown key is refused with the nearest one.
 
     Examples:
         >>> parse_config(None, ["--penlty", "1"])
@@ -307,9 +306,6 @@ def parse_config(
         ...
         zofo.errors.ZofoError: unknown key 'penlty': did you mean penalty?
     """
-    for name in (_key_name(word) for word in arguments if known and word.startswith("--")):
-        if name not in known:
-            raise ZofoError(f"unknown option --{name}: {key_hint(name, known, 'see --help', field_names())}")
     parser = _Parser(cast(Any, ZOFOConfig), allow_abbrev=False, add_help=False)
     values = {**(parser.stored(stored) if stored else {}), **parser.words(arguments)}
     return ZOFOConfig(**values, given=frozenset(values))
@@ -331,7 +327,7 @@ class _Parser(HfArgumentParser):
             action.default = SUPPRESS
         found, rest = self.parse_known_args(list(arguments))
         if rest:
-            refuse_unknown(_key_name(rest[0]), "", field_names())
+            refuse_unknown(key_of(rest[0]), "", field_names())
         return vars(found)
 
     def stored(self, stored: Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -393,7 +389,3 @@ def _read_config(file: Path) -> dict[str, Any]:
 def field_names() -> list[str]:
     """All keys."""
     return [f.name for f in dataclasses.fields(ZOFOConfig) if f.init]
-
-
-def _key_name(word: str) -> str:
-    return word.lstrip("-").split("=")[0].replace("-", "_")

@@ -9,18 +9,19 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from zofo.errors import ZofoError
-from zofo.habits import INSTEAD, key_hint
+from zofo.habits import INSTEAD
 from zofo.models.load import DType
 from zofo.noise import Distribution
 from zofo.scoring.tokens import LossKind
+from zofo.spelling import refuse_unknown
 from zofo.zo.bilevel import Schedule
 from zofo.zo.estimators import EstimatorName
 from zofo.zo.rules import RuleName
@@ -132,11 +133,6 @@ def require_honoured(given: Mapping[str, Any], stated: bool) -> None:
             continue
         instead = INSTEAD.get("push_to_hub" if name.startswith("hub_") else name, "leave it out")
         raise ZofoError(f"{name} is given, but has no effect in zofo: {instead}")
-
-
-def refuse_unknown(name: str, where: str, known: Collection[str]) -> NoReturn:
-    """Refuses a key that there is not; `where` is what stands in front of the message."""
-    raise ZofoError(f"{where}unknown key {name!r}: {key_hint(name, known, 'see `zofo train --help`')}")
 
 
 def refusing_unknown(made: type[_T]) -> type[_T]:

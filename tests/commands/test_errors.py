@@ -157,6 +157,23 @@ def test_task_files(capsys, tmp_path, keys, changes, message):
     assert message in refused(capsys, arguments(**{**keys, "task": task}), tmp_path)
 
 
+def test_an_answer_that_is_the_same_for_all_training_rows(capsys, tmp_path, keys, monkeypatch):
+    rows = [{**row, "useful": 0} for row in ROWS]
+    task = write_task(tmp_path / "bad", rows, templates=[{"answer": "{{ [' bad', ' good'][useful] }}"}])
+    words = arguments(**{**keys, "task": task, "template": 1, "train_size": 20})
+    with monkeypatch.context() as patch:
+        patch.setattr("zofo.commands.train.load_model", lambda *_: pytest.fail("loaded"))
+        line = refused(capsys, words, tmp_path)
+    assert "all 20 training rows of task task have the answer ' bad', so nothing is learned: check" in line
+    assert main([*words, "--method", "none"]) == 0  # which trains on none of them
+    assert "answers of" not in capsys.readouterr().out
+
+
+def test_the_answers_of_the_training_rows_are_counted(capsys, keys):
+    assert main(arguments(**{**keys, "train_size": 20})) == 0
+    assert "answers of the 20 training rows: bad 10, good 10\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("content", "message"), DATA.values(), ids=DATA)
 def test_data_files(capsys, tmp_path, keys, content, message):
     (tmp_path / "task" / "rows.jsonl").write_bytes(content)
@@ -301,9 +318,9 @@ EVAL = {
     "a size that is no number": ({"test_size": "all"}, "test_size: invalid"),
     "more rows than exist": ({"test_size": 61}, "test_size is 61, but only 60 rows are left for it"),
     "an unknown task": ({"task": "tweet"}, "there is no task 'tweet': did you mean tweets?"),
-    "an unknown option": ({"taks": "tweets"}, "--taks"),
-    "an option of another verb": ({"method": "fo"}, "unknown option --method: it is a key of zofo train"),
-    "another library's name of a key": ({"max_seq_length": 9}, "unknown option --max_seq_length: write max_length"),
+    "an unknown option": ({"taks": "tweets"}, "zofo eval has no --taks: did you mean task?"),
+    "an option of another verb": ({"method": "fo"}, "zofo eval has no --method: it is a key of zofo train"),
+    "another library's name of a key": ({"max_seq_length": 9}, "zofo eval has no --max_seq_length: write max_length"),
     "samples of the harness": (
         {"task": None, "harness": "boolq", "log_samples": "{file}.jsonl"},
         "--log_samples is of zofo's own tasks",
@@ -331,6 +348,8 @@ OTHERS = {
     "a key": (["tasks", "--data", "x.csv"], "zofo tasks has no --data: it is a key of zofo train"),
     "an option": (["tasks", "--shots=3"], "zofo tasks has no --shots: it is an option of zofo eval"),
     "of no verb": (["tasks", "--qqqq"], "zofo tasks has no --qqqq: see zofo tasks --help"),
+    "misspelt": (["tasks", "--souce", "a.csv"], "zofo tasks has no --souce: did you mean source?"),
+    "misspelt in estimate": (["estimate", "--memory_onl"], "unknown key 'memory_onl': did you mean memory_only?"),
     "a word": (["tasks", "tweets", "sms_spam"], "unrecognized arguments: sms_spam; see zofo tasks --help"),
     "in merge": (["merge", "--run", "a", "--output", "b", "--data", "c"], "zofo merge has no --data: it is a key of"),
 }

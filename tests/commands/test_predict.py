@@ -193,7 +193,7 @@ WRONG = {
     "no such adapter": ({"adapter": "lower"}, {"text": "a"}, "has no adapter 'lower'"),
     "no such run": ({"run": "{folder}"}, {"text": "a"}, "is no run: it holds no config.yaml"),
     "no rows": ({}, None, "new.jsonl is empty"),
-    "a key of training": ({"max_steps": 3}, {"text": "a"}, "unknown option --max_steps"),
+    "a key of training": ({"max_steps": 3}, {"text": "a"}, "zofo predict has no --max_steps"),
     "a file that is there": ({"output": "{folder}/new.jsonl"}, {"text": "a"}, "is not overwritten"),
 }
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -228,6 +229,25 @@ def test_a_task_loads_from_the_hub_as_from_local_files(name, folder, loaded):
         "train": answers,
         "test": answers[::-1],
     }
+
+
+def offline(**places):
+    """The tasks that `zofo tasks` calls offline where the caches are in these places."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | places
+    command = [sys.executable, "-m", "zofo.cli", "tasks"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()[1:-2]]
+    return {name for name, *line in lines if "yes" in line} & HUB.keys()
+
+
+def test_what_has_been_loaded_is_listed_as_here_offline(folder, loaded, tmp_path):
+    assert offline(HF_HOME=str(folder / "home")) == HUB.keys()
+    assert offline(HF_HOME=str(tmp_path), HF_DATASETS_CACHE=str(folder / "home" / "datasets")) == HUB.keys()
+    shutil.copytree(folder / "home" / "datasets" / "aps___super_glue" / "cb", tmp_path / "datasets/aps___super_glue/cb")
+    assert offline(HF_HOME=str(tmp_path)) == {"cb"}
+    assert offline(HF_HOME=str(tmp_path), XDG_CACHE_HOME=str(folder)) == {"cb"}
+    (folder / "huggingface").symlink_to(folder / "home")
+    assert offline(XDG_CACHE_HOME=str(folder)) == HUB.keys()
 
 
 @pytest.mark.parametrize(("source", "reason"), MISSING.items(), ids=MISSING)

@@ -5,12 +5,12 @@ import gzip
 import json
 import sys
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from zofo.errors import ZofoError
-from zofo.tasks import sources
 from zofo.tasks.sources import read_rows
 
 ROWS = [
@@ -176,7 +176,7 @@ def test_of_a_hub_data_set_only_the_wanted_split_is_read(tmp_path, monkeypatch):
         asked.append((name, config, split))
         return [{"text": split}] if split else {"train": [{"text": "a"}], "test": [{"text": "b"}]}
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_rows("owner/set:part#validation", tmp_path) == {"all": [{"text": "validation"}]}
     assert read_rows("owner/set", tmp_path) == {"train": [{"text": "a"}], "test": [{"text": "b"}]}
     assert asked == [("owner/set", "part", "validation"), ("owner/set", None, None)]
@@ -186,7 +186,7 @@ def test_a_hub_error_without_a_message_is_told_by_its_type(tmp_path, monkeypatch
     def load_dataset(*_, **__):
         raise TimeoutError
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ZofoError, match=r"cannot load the data set 'owner/set' \(TimeoutError\)"):
         read_rows("owner/set", tmp_path)
 
@@ -312,7 +312,7 @@ def test_rows_that_say_two_things_or_none_are_refused(tmp_path, content, message
 
 def test_splits_of_a_hub_data_set_have_names_that_are_known(tmp_path, monkeypatch):
     splits = {"train": [{"text": "a"}], "val": [{"text": float("nan")}]}
-    monkeypatch.setattr(sources, "load_dataset", lambda *_, **__: splits)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
     assert read_rows("owner/set", tmp_path) == {"train": [{"text": "a"}], "dev": [{"text": None}]}
     splits["unsupervised"] = []
     with pytest.raises(ZofoError, match=r"unsupervised is none of train, dev and test.*\{train: owner/set#train"):

@@ -16,6 +16,7 @@ from zofo.models.peft import note_of_move
 from zofo.scoring.evaluation import Answer, Evaluator, Scoring
 from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.tokens import Example, tokenize
+from zofo.spelling import ANY_TASK_KEYS, EVAL_KEYS, key_of
 from zofo.tasks.metrics import OPTION_METRICS
 from zofo.tasks.prompts import as_channel, as_chat, behind_premise, demonstrations, in_context
 from zofo.tasks.records import Record
@@ -27,11 +28,6 @@ from zofo.training.trained_rows import trained_rows_of, was_trained_on
 Say = Callable[[str], None]
 
 ALL = "all"
-# Which rows are read, and how; then those that are the same for any task.
-_ROWS = ("train_size", "test_size", "dev_size", "data_seed", "source", "template")
-_ANY_TASK = ("loss", "dtype", "max_length", "chat_template", "system_prompt")
-EVAL_KEYS = (*_ROWS[:-1], *_ANY_TASK)
-PREDICT_KEYS = ("template", *_ANY_TASK)
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,6 @@ def eval_config(
     arguments: Sequence[str] = (),
     adapter: str | None = None,
     table: Mapping[str, str | None] | None = None,
-    known: Sequence[str] = EVAL_KEYS,
 ) -> ZOFOConfig:
     """The keys of the run that `model` or `adapter` is of, if there is one, and over them those on the command line.
 
@@ -80,7 +75,7 @@ def eval_config(
             "task is not given: add --task; or --data with --text and --label; or --harness; or the --run that knows it"
         )
     if run and (task is None or not run.is_of_task(task)):
-        stored = {key: stored.get(key) for key in _ANY_TASK}  # its rows are of another task
+        stored = {key: stored.get(key) for key in ANY_TASK_KEYS}  # its rows are of another task
     elif stored and stored.get("data_seed") is None:
         stored["data_seed"] = stored.get("seed")
     named = given_keys(arguments)
@@ -88,15 +83,15 @@ def eval_config(
         stored["train_size"] = None  # of rows that are divided otherwise
     if "source" in named:
         stored["test_size"] = stored["dev_size"] = None
-    kept = {key: stored.get(key) for key in (*_ROWS, *_ANY_TASK)}
-    config = parse_config({"method": "none", "task": task, **kept, **table}, arguments, known)
+    kept = {key: stored.get(key) for key in (*EVAL_KEYS, "template")}
+    config = parse_config({"method": "none", "task": task, **kept, **table}, arguments)
     config.data_seed = config.order_seed
     return config
 
 
 def given_keys(arguments: Sequence[str]) -> set[str]:
     """The keys among the words of a command line."""
-    return {word.lstrip("-").split("=")[0] for word in arguments if word.startswith("--")}
+    return {key_of(word) for word in arguments if word.startswith("--")}
 
 
 def settings_of(config: ZOFOConfig, manner: Manner) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from zofo.commands.eval import EVAL_KEYS, Manner, given_keys
+from zofo.commands.eval import Manner, given_keys
 from zofo.config import parse_config
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
@@ -23,7 +23,7 @@ def evaluate_with_harness(
     Tasks are names of the harness's own, or paths of task files in its format. Of the keys on the command line, only
     dtype and max_length have a meaning; without max_length, all positions of the model are read.
     """
-    config = parse_config({"method": "none"}, keys, EVAL_KEYS)
+    config = parse_config({"method": "none"}, keys)
     given = [*given_keys(keys)]
     given += [name for name in ("split", "template", "scoring") if vars(manner)[name] != vars(Manner())[name]]
     foreign = [name for name in given if name not in ("dtype", "max_length")]

@@ -1,13 +1,14 @@
 """`zofo tasks`: the built-in tasks, and what a model sees of them."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets.config
+from huggingface_hub import constants
 
 from zofo.errors import ZofoError
-from zofo.models.source import PACKAGE_SCHEME, package_file
+from zofo.packages import PACKAGE_SCHEME, package_file
 from zofo.tasks.records import Record
 from zofo.tasks.task import Task, load_task, task_names
 
@@ -17,12 +18,13 @@ _OPTIONS = 12
 
 
 def listing() -> str:
-    """A table of all tasks: name, kind, rows, templates, metric, what is here offline, source, licence."""
-    head = ("name", "kind", "rows", "templates", "metric", "offline", "source", "licence")
+    """A table of all tasks: name, kind, templates, metric, what is here offline, source, licence."""
+    head = ("name", "kind", "templates", "metric", "offline", "source", "licence")
     lines = [head, *(_line(load_task(name)) for name in task_names())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*table, "", "zofo tasks NAME shows one row in the words of each template."])
+    more = "zofo tasks NAME counts the rows of a task, and shows one in the words of each template."
+    return "\n".join([*table, "", more])
 
 
 def page(name: str, source: str | None = None) -> str:
@@ -47,18 +49,12 @@ def page(name: str, source: str | None = None) -> str:
 
 
 def _line(task: Task) -> Sequence[str]:
-    here = all(map(_offline, task.source.values()))
-    try:
-        splits = task.records() if here else {}
-    except ZofoError:
-        splits, here = {}, False
     return (
         task.name,
         "options" if task.has_options else "generation",
-        " + ".join(f"{len(rows):,}" for rows in splits.values()) or "?",
         str(len(task.templates)),
         ", ".join(task.metrics),
-        "yes" if here else "no",
+        "yes" if all(map(_offline, task.source.values())) else "no",
         _places(task),
         task.licence,
     )
@@ -71,8 +67,13 @@ def _offline(source: str) -> bool:
             return package_file(source).is_file()
         except ZofoError:
             return False
-    name = source.partition("#")[0].partition(":")[0]
-    return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir() or Path(name).exists()
+    name, _, config = source.partition("#")[0].partition(":")
+    return (_hub_cache() / name.replace("/", "___") / config).is_dir() or Path(name).exists()
+
+
+def _hub_cache() -> Path:
+    """`datasets.config.HF_DATASETS_CACHE`, without the second that its import takes."""
+    return Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
 
 
 def _places(task: Task) -> str:

@@ -23,6 +23,7 @@ from zofo.report.curves import plot_curves
 from zofo.report.words import duration, size
 from zofo.scoring.evaluation import Answer
 from zofo.scoring.tokens import Example
+from zofo.tasks.answers import answer_counts
 from zofo.tasks.metrics import row_scores
 from zofo.tasks.records import Record, digest
 from zofo.tasks.splits import Splits, two_levels
@@ -73,6 +74,8 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     if not splits.test:
         raise ZofoError("no row is left for test: give more rows, or test_size")
     config.settle_evaluations(len(splits.dev))
+    if config.method_class.trains():
+        say(answer_counts(splits.train, task.name))
     for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
         say(line)
     if config.updates_backbone:

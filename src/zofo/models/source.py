@@ -1,7 +1,6 @@
 """Where a model is, and what is checked of its files before it is loaded: no pickles, nothing damaged or absurd."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -20,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from zofo.cache import cache_folder
 from zofo.errors import ZofoError, first_line
+from zofo.packages import PACKAGE_SCHEME, package_file
 
-PACKAGE_SCHEME = "pkg://"
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # without it, transformers asks on standard input
 # Parts that a checkpoint may hold beside the text model, and buffers that models used to store.
@@ -47,20 +46,6 @@ def local_source(name: str) -> str:
             f"safetensors files, a .gguf file, or {PACKAGE_SCHEME}PACKAGE/PATH"
         )
     return name
-
-
-def package_file(name: str) -> Path:
-    """The file behind `pkg://PACKAGE/PATH`, without importing the package."""
-    package, _, inner = name.removeprefix(PACKAGE_SCHEME).partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ZofoError(
-            f"{name} names the package {package!r}, which is not installed: pip install it (see the README)"
-        )
-    path = Path(spec.submodule_search_locations[0]) / inner
-    if not path.exists() or ".." in Path(inner).parts:
-        raise ZofoError(f"{name}: the installed package {package} has no file {inner!r}")
-    return path
 
 
 def _converted(file: Path) -> Path:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.config import ZOFOConfig
 from zofo.models.peft import KINDS
-from zofo.models.source import PACKAGE_SCHEME, package_file
+from zofo.packages import PACKAGE_SCHEME, package_file
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.tokens import Example
 from zofo.tasks.prompts import Chat

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-import numpy as np
-
 from zofo.errors import ZofoError
 from zofo.habits import column_hint, dataset_hint
 from zofo.tasks.conversations import Turn, turns_of
@@ -86,6 +84,8 @@ def questions(rows: Rows, example: str = "") -> list[Record]:
 def _numbered(rows: Rows, name: str) -> Iterator[tuple[Record | Row, str]]:
     """Each row, and what messages call it."""
     if type(rows).__name__ == "DataFrame" and type(rows).__module__.startswith("pandas"):
+        import numpy as np  # which `zofo tasks` need not wait for
+
         table: list[Row] = cast(Any, rows).to_dict("records")
         rows = [{key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in row.items()} for row in table]
     if problem := dataset_hint(name, rows):

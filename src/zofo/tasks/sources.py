@@ -9,12 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import pyarrow
-import pyarrow.parquet
-from datasets import load_dataset
-
 from zofo.errors import ZofoError, first_line
-from zofo.models.source import PACKAGE_SCHEME, package_file
+from zofo.packages import PACKAGE_SCHEME, package_file
 from zofo.parse import plain_values, read_json, read_table, require_unique
 from zofo.tasks.records import Row
 
@@ -156,7 +152,7 @@ def _read_file(path: Path) -> list[Row]:
         text = _read_text(path)
     except UnicodeDecodeError as error:
         raise ZofoError(f"{path} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
-    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ZofoError(f"cannot read {path}: {first_line(error)}") from error
     if suffix == ".txt":
         return [{"text": line.rstrip("\r")} for line in text.split("\n") if line.strip()]
@@ -171,7 +167,12 @@ def _read_text(path: Path) -> str:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    table = pyarrow.parquet.ParquetFile(path).read()
+    import pyarrow.parquet  # here and not above: most sources need neither this nor `datasets`, which take a second
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path).read()
+    except pyarrow.ArrowException as error:
+        raise ZofoError(f"cannot read {path}: {first_line(error)}") from error
     require_unique(table.column_names, str(path))
     return _plain_rows(table.to_pylist(), str(path))
 
@@ -199,6 +200,8 @@ def _row(value: Any, where: str) -> Row:
 
 
 def _hub(source: str, split: str) -> dict[str, list[Row]]:
+    from datasets import load_dataset
+
     name, _, config = source.partition(":")
     try:
         loaded: Any = load_dataset(name, config or None, split=split or None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.utils.hub import cached_file
 
 from zofo.errors import ZofoError
-from zofo.models.source import PACKAGE_SCHEME
+from zofo.packages import PACKAGE_SCHEME
 from zofo.tasks.records import Record
 
 FILE = "trained_rows.json"
