@@ -53,7 +53,13 @@ def test_beside_tabs_quotation_marks_are_characters():
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [('text\tlabel\na\tb\n"He said ""no"""\tc\n', 3), ('"text"\t"label"\n"a"\t"b"\n', 1)]
+    ("text", "line"),
+    [
+        ('text\tlabel\na\tb\n"He said ""no"""\tc\n', 3),
+        ('"text"\t"label"\n"a"\t"b"\n', 1),
+        ('\n\r\n"text"\t"label"\n"a"\t"b"\n', 3),
+        ('sep=\t\n\n"text"\t"label"\n"a"\t"b"\n', 3),
+    ],
 )
 def test_a_quoted_table_with_tabs_is_refused_by_its_line(text, line):
     with pytest.raises(ZofoError, match=f"t.csv, line {line}: .*beside tabs quotation marks are characters"):

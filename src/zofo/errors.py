@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# of torch's allocators on Linux, on Windows and on accelerators, of cuBLAS, and of the operating system
+_NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
+
 
 class ZofoError(ValueError):
     """Raised for bad input: before any work starts, wherever that can be known.
@@ -14,6 +17,16 @@ class ZofoError(ValueError):
 
 class NonFiniteLossError(ZofoError):
     """A loss or gradient that is not finite; nothing has changed because of it."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed, which says nothing of what was given: torch raises a plain RuntimeError on a CPU.
+
+    Examples:
+        >>> is_lack_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+        True
+    """
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

@@ -202,10 +202,10 @@ def read_table(text: str, where: str, delimiter: str | None = None) -> list[dict
         delimiter, text = named[1], text[named.end() :]
     delimiter = delimiter or _delimiter(text, where)
     records = _records(text, delimiter, where, first=2 if named else 1)
-    _, header = next(records, (0, list[str]()))
+    line, header = next(records, (1, list[str]()))
     require_unique(header, where)
     if delimiter == "\t" and header and all(map(_QUOTED.fullmatch, header)):
-        _refuse_quoted_tabs(where, 1, header[0])
+        _refuse_quoted_tabs(where, line, header[0])
     rows: list[dict[str, Any]] = []
     for line, cells in records:
         if len(cells) != len(header):

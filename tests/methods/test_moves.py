@@ -190,6 +190,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_whole_or_raises(tmp_path, mo
             trainer.train()
         assert len(history) == 1
         history.append(snapshot())
+        assert all(p.grad is None for p in adapted.model.parameters())
     else:
         trainer.train()
         assert len(history) == 3
@@ -205,3 +206,24 @@ def test_a_run_without_training_rows_of_its_own_upper_level_divides_them(tmp_pat
     texts = [example.prompt for example in trainer.train_dataset]
     assert len(texts) == len(set(texts)) == 12
     assert trainer._sizes == {"lower": 9, "upper": 3}
+
+
+@pytest.mark.parametrize("kind", ["skip", "raise"])
+@pytest.mark.parametrize("keys", [{}, {"adapter": "none"}, {"method": "two_stage"}], ids=str)
+def test_no_gradient_is_left_of_a_step_whose_second_batch_is_not_finite(tmp_path, monkeypatch, keys, kind):
+    keys = {"method": "fo", **keys, "gradient_accumulation_steps": 2, "max_steps": 2, "on_nonfinite": kind}
+    trainer = make_trainer(tmp_path, **keys)
+    whole_loss, calls = levels.Scorer.loss, []
+
+    def loss(self, batch):
+        calls.append([p.grad is not None for p in self.adapted.model.parameters()])
+        return whole_loss(self, batch) * (math.nan if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(levels.Scorer, "loss", loss)
+    if kind == "raise":
+        with pytest.raises(ZofoError, match=r"step 0: the training loss is nan"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert any(calls[1]), "the first batch has left a gradient"
+    assert all(p.grad is None for p in trainer.model.parameters())

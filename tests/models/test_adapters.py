@@ -41,6 +41,11 @@ def disturb(adapted, adapter):
         parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
 
 
+def fill_memory(*_, **__):
+    """Raises what torch raises where there is no more memory."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_twins_start_equal_and_are_independent(family, kind):
@@ -252,3 +257,23 @@ def test_a_path_may_start_at_home(tmp_path, monkeypatch):
     (tmp_path / "lora.json").write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2}')
     assert adapter_config("~/lora.json", tiny_model()).r == 2
     assert attach(tiny_model(), f"~/{stored.relative_to(tmp_path)}")
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_a_lack_of_memory_is_not_taken_for_an_unfit_model(kind):
+    adapted = twins(kind=kind)
+    adapted.require_prompts()
+    adapted.base.register_forward_pre_hook(fill_memory)
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        adapted.require_prompts()
+    assert not isinstance(caught.value, ZofoError)
+
+
+def test_a_lack_of_memory_is_not_taken_for_an_unfit_adapter(tmp_path, monkeypatch):
+    twins().save(tmp_path)
+    attach(tiny_model(), str(tmp_path / UPPER))
+    model = tiny_model()
+    monkeypatch.setattr(torch.nn.Linear, "__init__", fill_memory)  # of the matrices of the adapter
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        attach(model, str(tmp_path / UPPER))
+    assert not isinstance(caught.value, ZofoError)

@@ -191,6 +191,20 @@ def test_a_model_that_does_not_run_on_token_ids_is_refused_by_name():
         probe(AdaptedModel(model), TOKENIZER)
 
 
+@pytest.mark.parametrize("rows", [1, 2], ids=["one row", "a batch"])
+def test_a_lack_of_memory_is_not_taken_for_a_model_that_cannot_read(rows):
+    model = tiny_model(vocab_size=len(TOKENIZER))
+
+    def fill_memory(_, args, given):
+        if given["input_ids"].shape[0] >= rows:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    model.register_forward_pre_hook(fill_memory, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        probe(AdaptedModel(model), TOKENIZER)
+    assert not isinstance(caught.value, ZofoError)
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_with_virtual_tokens_rows_are_padded_on_the_right_and_the_backbone_s_own_on_the_left(kind):
     model = tiny_model(vocab_size=len(TOKENIZER))

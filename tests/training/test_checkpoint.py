@@ -1,13 +1,17 @@
 """Checkpoints of older versions: what they do not know yet counts as its default; all else must be the same."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from plain import make_trainer, same, trained, weights
 from zofo import ZOFOConfig, ZofoError
 from zofo.config import own_keys
-from zofo.training.checkpoint import SEAL, require_same
+from zofo.training.checkpoint import SEAL, loading, require_same
+from zofo.training.rehearsal import require_schedule_and_batches
+from zofo.training.start import setting_up
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -52,3 +56,40 @@ def test_every_key_of_zofo_counts_as_its_default_where_it_is_missing(tmp_path, k
     require_same({name: value for name, value in current.items() if name != key}, current, tmp_path)
     with pytest.raises(ZofoError, match=f"was written with {key} = "):
         require_same(current, {**current, key: "another"}, tmp_path)
+
+
+def rehearsed(fail):
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    require_schedule_and_batches(optimizer, schedule=lambda: None, batch=fail)
+
+
+def loaded(fail):
+    with loading(Path("run/checkpoint-1")):
+        fail()
+
+
+def set_up(fail):
+    with setting_up(ZOFOConfig(output_dir="run", use_cpu=True, report_to=["tensorboard"])):
+        fail()
+
+
+def fill_memory():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def fill_accelerator():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB in all.")
+
+
+def refuse_matrices():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize("fail", [fill_memory, fill_accelerator, refuse_matrices])
+@pytest.mark.parametrize("guarded", [rehearsed, loaded, set_up])
+def test_a_lack_of_memory_is_not_taken_for_damage_or_for_a_wrong_key(guarded, fail):
+    with pytest.raises(RuntimeError) as caught:
+        guarded(fail)
+    with pytest.raises(type(caught.value)) as plain:
+        fail()
+    assert str(caught.value) == str(plain.value)

@@ -351,3 +351,19 @@ def test_a_marker_that_cannot_be_read_removes_nothing(tmp_path, text):
     (tmp_path / folders.MARKER).write_text(text)
     with pytest.raises(ZofoError, match="cannot be read: choose another output_dir"):
         require_free(tmp_path, True, {})
+
+
+def test_a_marker_that_is_a_folder_removes_nothing(tmp_path):
+    begin(tmp_path, "old")
+    (tmp_path / folders.MARKER).unlink()
+    put(tmp_path / folders.MARKER / "mine.txt", "mine")
+    before = sorted(tmp_path.rglob("*"))
+    for use in (written, settle_parts_of, lambda run: claim(run, "backbone"), lambda run: require_free(run, True, {})):
+        with pytest.raises(ZofoError, match=rf"{folders.MARKER}, where .* cannot be read: choose another output_dir"):
+            use(tmp_path)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def settle_parts_of(run):
+    with reading(run):
+        pass

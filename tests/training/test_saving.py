@@ -309,7 +309,8 @@ def test_the_model_card_tells_base_model_method_and_metrics(folder, trainers):
         assert "Licence: not stated." in card
         assert "license" not in front
         assert "zofo train --config config.yaml --output_dir NEW" in card
-        assert f" { {'epoch': 9, 'none': 0}.get(name, 3) } steps" in card
+        assert f" { {'epoch': 9, 'none': 0}.get(name, 3) } steps" in " ".join(card.split())
+        assert ("; zo_optimizer: sgd;" in card) == (name in ("bilevel", "zo", "prompt"))
 
 
 def test_the_licence_of_a_base_model_is_that_of_its_card_or_its_gguf(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.export import save_model
 from zofo.models.load import load_weights
 from zofo.models.peft import UPPER, attach, mixing_layers, real_keys_and_values, with_adapters
@@ -150,6 +150,8 @@ class AdaptedModel:
         try:
             self.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+            if is_lack_of_memory(error):
+                raise
             raise ZofoError(
                 f"this {self.base.config.model_type} model does not work with {PeftType(self._config.peft_type).value}"
                 f" of peft ({' '.join(str(error).split())[:200]}): choose another adapter, such as lora"

@@ -31,7 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.load import DTYPES, DType, load_weights
 
 UPPER = "upper"
@@ -320,6 +320,8 @@ def attach(model: PreTrainedModel, adapter: str, name: str = UPPER, config: Peft
                 attached.prompt_encoder.requires_grad_(True)
         stored = load_peft_weights(str(folder), device="cpu").keys()
     except (*_PEFT_ERRORS, RuntimeError, OSError, SafetensorError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise ZofoError(f"the adapter {folder} does not fit this model: {' '.join(str(error).split())}") from error
     missing = next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), "")
     if missing:

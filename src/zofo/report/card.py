@@ -63,6 +63,7 @@ def model_card(
         steps=steps,
         backbone=backbone,
         summary=config.method_class.summary,
+        rule=config.method_class.zeroth_order,
         adapter="upper" in results["metrics"] and config.adapter != "none",
         tokenizer="backbone" if backbone == "backbone" else "tokenizer",
         shown=shown,

@@ -5,7 +5,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.adapters import AdaptedModel
 from zofo.scoring.batch import Layout, collate
 from zofo.scoring.scorer import Scorer, Tokens, widest_layout
@@ -50,9 +50,9 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
     examples = _random_examples(adapted, tokenizer)
     try:
         alone = torch.cat([_alone(adapted, e.prompt, answer) for e in examples for answer in e.answers])
-    except torch.OutOfMemoryError:
-        raise
     except _FORWARD_ERRORS as error:
+        if is_lack_of_memory(error):
+            raise
         raise ZofoError(
             f"this {_family(adapted)} model cannot score token ids alone ({' '.join(str(error).split())[:200]}): "
             "choose another model"
@@ -102,9 +102,9 @@ def _in_a_batch(
     batch = collate(examples, "options", pad_id, scorer.layout)
     try:
         return scorer.log_probabilities(send_to_device(batch, adapted.base.device))
-    except torch.OutOfMemoryError:
-        raise
-    except _FORWARD_ERRORS:
+    except _FORWARD_ERRORS as error:
+        if is_lack_of_memory(error):
+            raise
         return None
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from zofo.config import identity_of_before
-from zofo.errors import ZofoError, first_line
+from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.identity import same
 
 SEAL = "seal.json"
@@ -104,6 +104,8 @@ def loading(folder: Path) -> Generator[None]:
     except ZofoError:
         raise
     except _UNREADABLE as error:
+        if is_lack_of_memory(error):
+            raise
         raise _damaged(folder, f"it cannot be loaded ({first_line(error)[:200]})") from error
 
 

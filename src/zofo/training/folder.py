@@ -301,7 +301,7 @@ def _marker(run: Path) -> dict[str, Any] | None:
         marker: Any = json.loads((run / MARKER).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         marker = None
     if not isinstance(marker, dict) or marker.get("format") != _FORMAT or not all(map(_is_names, _lists(marker))):
         raise ZofoError(

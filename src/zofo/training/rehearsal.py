@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from zofo.config import ZOFOConfig
-from zofo.errors import ZofoError, first_line
+from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.models.adapters import AdaptedModel
 from zofo.models.peft import UPPER
 
@@ -30,6 +30,8 @@ def require_schedule_and_batches(
     except ZofoError:
         raise
     except (ValueError, TypeError, KeyError, ArithmeticError, ImportError, RuntimeError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise ZofoError(
             f"the schedule or the batches of this run cannot be made ({first_line(error)}): change lr_scheduler_type, "
             "lr_scheduler_kwargs, warmup_steps, num_train_epochs or the dataloader_* keys"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zofo import noise
 from zofo.config import ZOFOConfig, field_names
-from zofo.errors import ZofoError, first_line
+from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.habits import refuse_arguments
 from zofo.methods.settings import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
@@ -130,6 +130,8 @@ def setting_up(args: ZOFOConfig) -> Generator[None]:
     try:
         yield
     except (ImportError, ValueError, RuntimeError) as error:
+        if is_lack_of_memory(error):
+            raise
         reports: list[str] = list(cast(Any, args.report_to) or [])
         mend = f": report_to is {', '.join(reports)}: install what that needs, or set report_to: none"
         raise ZofoError(f"the run cannot be set up ({first_line(error)}){mend if reports else ''}") from error

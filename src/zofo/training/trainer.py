@@ -227,9 +227,9 @@ class ZOFOTrainer(StoringTrainer):
         try:
             logs = self.method.step(number, number / self.state.max_steps, cast(Any, micro))
         except NonFiniteLossError:
+            self.method.skip()
             if self.args.on_nonfinite == "raise":
                 raise
-            self.method.skip()
             self._skipped += 1
             self._skipped_in_a_row += 1
             start.require_progress(self._skipped_in_a_row, number, self.state.max_steps)
