@@ -185,7 +185,7 @@ def _time(config: ZOFOConfig, rows: Sequence[Row], batches: _Batches) -> None:
         assert model is not None
         group = [(config.variant(row.method, adapter), row) for row in rows if row.adapter == adapter]
         names = max((variant.method_class.adapters for variant, _ in group), key=len)
-        adapted = AdaptedModel(model, adapter_config(adapter, model), names)
+        adapted = AdaptedModel(model, adapter_config(adapter, model, group[0][0].adapter_layers), names)
         cast(nn.Module, adapted.model).to(config.device)
         checkpoint(config, adapted)
         clock = _Clock(adapted, batches.typical(adapted))

@@ -20,6 +20,7 @@ from zofo.models.peft import UPPER
 from zofo.report.card import Shown, model_card
 from zofo.report.curves import plot_curves
 from zofo.scoring.tokens import Example
+from zofo.tasks.prompts import demonstrations, in_context, tokens_of_chat
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits, two_levels
 from zofo.tasks.table import TASK_FILE, introduction, task_text
@@ -59,7 +60,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     task, spec = run_task(config)
     splits = _splits(task, config, say)
     parts = _training_parts(splits, config)
-    named = dict(zip(config.method_class.splits, parts, strict=True)) | {"dev": splits.dev, "test": splits.test}
+    named = dict(zip(config.method_class.splits(config), parts, strict=True)) | {"dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
     _require_rows(splits, config)
     for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
@@ -75,6 +76,8 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         longer = f"{trainer.truncated} rows are longer than {trainer.longest} tokens"
         say(f"{longer}: their prompts were truncated from the left")
     trainer.require_scorable(test)
+    asked, fitting = _in_context(trainer, splits, say)
+    in_front = trainer.examples(asked) if fitting else test
     texts = _texts(config, spec)
     if config.method_class.trains():
         trainer.require_trainable()
@@ -88,10 +91,11 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
             trainer.require_finite()
             metrics = trainer.score(test)
         else:
-            metrics = {UPPER: zero_shot}
+            metrics = {UPPER: trainer.score_backbone(in_front) if fitting else zero_shot}
         with final_parts(run) as new:
-            shown = _shown(trainer, splits.test, test)
-            results = _write_final(trainer, task, {"metrics": metrics, "zero_shot": zero_shot}, shown, new, texts)
+            shown = _shown(trainer, asked, in_front)
+            scores = {"metrics": metrics, "zero_shot": zero_shot, **fitting}
+            results = _write_final(trainer, task, scores, shown, new, texts)
     for adapter, scores in metrics.items():
         say(f"{adapter} on test: {_words(scores)}")
     return results
@@ -159,9 +163,21 @@ def _splits(task: Task, config: ZOFOConfig, say: Say) -> Splits:
 
 def _training_parts(splits: Splits, config: ZOFOConfig) -> Sequence[list[Record]]:
     """The training rows as the method reads them: all, or those of the lower and of the upper level."""
-    if len(config.method_class.splits) == 1:
+    if len(config.method_class.splits(config)) == 1:
         return (splits.train,)
-    return two_levels(splits.train, config.lower_fraction)
+    return two_levels(splits.train, cast(float, config.lower_fraction))
+
+
+def _in_context(trainer: ZOFOTrainer, splits: Splits, say: Say) -> tuple[list[Record], dict[str, Any]]:
+    """The test rows behind `shots` training rows, which `seed` chooses, and how many fit; or just the test rows."""
+    config, tokenizer = trainer.args, cast(PreTrainedTokenizerBase, trainer.processing_class)
+    if config.method_class.trains() or not config.shots:
+        return splits.test, {}
+    shown = demonstrations(splits.train, config.shots, config.seed, splits.test)
+    around = tokens_of_chat(splits.test[0], tokenizer, config.system_prompt) if config.chat_template else 0
+    records, used = in_context(splits.test, shown, tokenizer, trainer.longest - around)
+    say(f"{min(used)} to {max(used)} of {config.shots} examples fit in front of a row")
+    return records, {"shots": {"least": min(used), "mean": sum(used) / len(used)}}
 
 
 def _require_rows(splits: Splits, config: ZOFOConfig) -> None:
