@@ -222,7 +222,9 @@ class Keys(TrainingArguments):
         "backbone weights to update: kinds (attention, mlp, embeddings, norms, head), parts of names or patterns",
     )
     zo_exclude: list[str] | None = field(None, "backbone weights not to update, in the same words")
-    zo_layers: str | None = field(None, "blocks whose weights are updated, from 0, such as 0-11,20 or last 2; all if not given")
+    zo_layers: str | None = field(
+        None, "blocks whose weights are updated, from 0, such as 0-11,20 or last 2; all if not given"
+    )
     zo_sparsity: Annotated[float, Bounds(at_least=0, below=1)] = field(
         0.0, "fraction of each matrix that stays fixed: its largest weights (Sparse MeZO)"
     )

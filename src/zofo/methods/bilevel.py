@@ -65,7 +65,7 @@ class Bilevel(Method):
 
     @classmethod
     def work(cls, keys: Keys) -> Work:
-        micro, coupled, moves = keys.gradient_accumulation_steps, int(keys.penalty > 0), keys.zo_learning_rate != 0
+        micro, coupled, moves = keys.gradient_accumulation_steps, int(keys.penalty > 0), int(keys.zo_learning_rate != 0)
         return Work(
             backwards=micro * (keys.lower_steps + 1 + coupled),
             updates=keys.lower_steps + 1,

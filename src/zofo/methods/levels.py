@@ -66,12 +66,12 @@ class FirstOrderLevel:
         self._adapted.use(self._adapter)
         self._adapted.model.train()
         total = sum(map(count, batches))
-        loss = 0.0
+        loss, norms = 0.0, list[Tensor]()
         for batch in batches:
             part = self._scorer.loss(batch) / total
             loss += float(part.detach())
             self._require_finite(loss, label)
-            norms = self._backward(part * factor)
+            norms += self._backward(part * factor)
             self._scorer.tokens.backward_tokens += int(batch["attention_mask"].sum())
         gradients = norms or [p.grad for p in self._parameters if p.grad is not None]
         self.norm = float(torch.nn.utils.get_total_norm(gradients))

@@ -49,10 +49,8 @@ class TwoStage(Method):
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         fraction = self.keys.two_stage_fraction
-        if self.keys.two_stage_order == "adapter_first":
-            of_adapter = progress < fraction
-        else:
-            of_adapter = progress + fraction >= 1  # and not 1 - fraction, which rounding moves by a step
+        last = progress + fraction >= 1  # with 1 - fraction, rounding would move the border by a step
+        of_adapter = progress < fraction if self.keys.two_stage_order == "adapter_first" else last
         if of_adapter:
             self._backbone.release()
         return (self._adapter if of_adapter else self._backbone).step(number, progress, micro)

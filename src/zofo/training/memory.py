@@ -136,7 +136,9 @@ def fake(config: ZOFOConfig) -> AdaptedModel:
     """The model of a run, with fake tensors for weights."""
     assert config.model is not None
     base = load_hollow(config.model, config.dtype)
-    adapted = AdaptedModel(base, adapter_config(config.adapter, base, config.adapter_layers), config.method_class.adapters)
+    adapted = AdaptedModel(
+        base, adapter_config(config.adapter, base, config.adapter_layers), config.method_class.adapters
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = replace_tensors(
             adapted.model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=config.device)

@@ -62,7 +62,8 @@ class ZOFOTrainer(StoringTrainer):
         args: the configuration.
         train_dataset: rows with `prompt`, `completion` and, for a loss over options, `options`; or conversations, with
             `messages`: a list of dicts, a datasets.Dataset or a pandas DataFrame. With method bilevel
-            and without `upper_dataset`, `args.lower_fraction` of them go to the lower level, the others to the upper.
+            and without `upper_dataset`, `args.lower_fraction` of them go to the lower level, the others to the upper;
+            if that is shared, both levels read all rows of both data sets.
         upper_dataset: rows of the upper level; methods without levels train on both together.
         eval_dataset: rows for model selection, which no level trains on.
         processing_class: the tokenizer; loaded with the model if not given.
