@@ -138,11 +138,21 @@ def test_the_names_that_the_contract_gives_are_there():
     assert (ROOT / "src" / "zofo" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("**/*.y*ml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.y*ml")), ids=lambda path: path.name)
 def test_a_shipped_config_is_read_by_the_real_parser(file):
     config = parse_config(file, [])
     assert config.model
     assert config.task
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "compare").iterdir()), ids=lambda path: path.name)
+def test_a_rival_is_keys_of_its_method_and_a_line_that_says_what_it_is(file):
+    text = file.read_text(encoding="utf-8")
+    assert re.match(r"# [A-Z].*\.\n(\w+: .+\n)+$", text)
+    config = parse_config(file, ["--output_dir", "run", "--use_cpu", "true", "--model", "m", "--task", "t"])
+    assert config.notices() == []
+    allowed = {"method", "adapter", "adapter_layers"} | config.method_class.keys_used
+    assert set(re.findall(r"^(\w+):", text, re.MULTILINE)) <= allowed
 
 
 def test_a_resolved_config_reads_back_as_the_same(tmp_path):

@@ -23,9 +23,11 @@ from zofo.methods.settings import (
     name_of,
     require_evaluations,
     require_few_batches,
+    require_lora,
     require_optim_args,
     require_schedule,
     require_single_process,
+    require_whole_model,
     settle_checkpoints,
 )
 from zofo.models.peft import require_fresh, require_start
@@ -81,12 +83,13 @@ class ZOFOConfig(Keys):
         if self.max_steps != -1:
             POSITIVE.require("max_steps", self.max_steps)
         if not self.method_class.trains():
-            self.adapter = "none"  # an adapter that is never trained would only be in the way
+            self.adapter, self.adapter_layers = "none", None  # one that is never trained would only be in the way
         elif self.adapter_init:
             require_start(self.adapter_init, self.adapter if "adapter" in self._given else None)
             self.adapter = self.adapter_init
         elif not self.resume_from_checkpoint:  # which brings the weights
             require_fresh(self.adapter)
+        self.settle_numbers(may_freeze=self.method_class.freezes)
         self._check_zo_learning_rate()
         self._check_selection()
         settle_checkpoints(self, self._given)
@@ -178,18 +181,11 @@ class ZOFOConfig(Keys):
             self.activation_checkpointing = False  # forward passes keep nothing that could be computed again
 
     def _check_zo_learning_rate(self) -> None:
-        if self.zo_learning_rate == AUTO:
-            if self.zo_weight_decay and self.method_class.zeroth_order:
-                raise ZofoError(
-                    f"zo_weight_decay is {self.zo_weight_decay}, but the automatic rate grows without bound where "
-                    "losses are flat, and the decay with it: leave it out, or give zo_learning_rate as a number"
-                )
-            return
-        try:
-            self.zo_learning_rate = float(cast(Any, self.zo_learning_rate))
-        except (ValueError, TypeError) as error:
-            raise ZofoError(f"zo_learning_rate is {self.zo_learning_rate!r}, but must be a number or auto") from error
-        POSITIVE.require("zo_learning_rate", self.zo_learning_rate)
+        if self.zo_learning_rate == AUTO and self.zo_weight_decay and self.method_class.zeroth_order:
+            raise ZofoError(
+                f"zo_weight_decay is {self.zo_weight_decay}, but the automatic rate grows without bound where losses "
+                "are flat, and the decay with it: leave it out, or give zo_learning_rate as a number"
+            )
 
     def _check_selection(self) -> None:
         if isinstance(self.zo_parameters, str):
@@ -197,6 +193,7 @@ class ZOFOConfig(Keys):
         if isinstance(self.zo_exclude, str):
             self.zo_exclude = [self.zo_exclude]
         self.zo_layers = None if self.zo_layers is None else str(self.zo_layers)
+        self.adapter_layers = None if self.adapter_layers is None else str(self.adapter_layers)
         chosen = [key for key in _CHOOSING if vars(self)[key]]
         if chosen and not (self.method_class.zeroth_order and self.updates_backbone):
             fitting = [n if m.updates_both else f"{n} (adapter none)" for n, m in METHODS.items() if m.zeroth_order]
@@ -211,14 +208,19 @@ class ZOFOConfig(Keys):
                 f"method {self.method} trains an adapter, but adapter is none: choose lora, prefix or prompt, or "
                 "method zo (MeZO) to update the backbone alone"
             )
+        require_lora(self)
+        require_whole_model(self, self.method_class, self._given)
         require_evaluations(self)
 
     def variant(self, method: str, adapter: str, **more: Any) -> Self:
         """The same run by another method, without the keys that do not count for it."""
         if (method, adapter) != (self.method, self.adapter):
-            more = {**dict.fromkeys(_CHOOSING[:3]), "zo_sparsity": 0.0, "zo_weight_decay": 0.0, **more}
+            plain = {"zo_sparsity": 0.0, "zo_weight_decay": 0.0, "optimizer_in_backward": False}
+            more = {**dict.fromkeys(_CHOOSING[:3]), **plain, **more}
+        if not METHODS[method].freezes and self.zo_learning_rate == 0:
+            more = {"zo_learning_rate": None, **more}
         if adapter != self.adapter:
-            more = {"adapter_init": None, **more}
+            more = {"adapter_init": None, "adapter_layers": None, **more}
         return dataclasses.replace(self, method=method, adapter=adapter, **more)
 
     def identity(self) -> dict[str, Any]:

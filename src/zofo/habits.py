@@ -37,6 +37,7 @@ RENAMED = {
     "warmup": "warmup_steps",
     "grad_clip": "max_grad_norm",
     "optimizer": "optim",
+    "optimizer_in_bwd": "optimizer_in_backward",
     "scheduler": "lr_scheduler_type",
     "lr_scheduler": "lr_scheduler_type",
     "patience": "early_stopping_patience",
@@ -157,7 +158,13 @@ VALUES = {
         "float": "write float32",
         "auto": "write float32, bfloat16 or float16",
     },
-    "optim": {"adam": "write adamw_torch", "adamw": "write adamw_torch", "adamw_hf": "write adamw_torch"},
+    "optim": {
+        "adam": "write adamw_torch",
+        "adamw": "write adamw_torch",
+        "adamw_hf": "write adamw_torch",
+        "lomo": "write sgd, with optimizer_in_backward: true",
+        "adalomo": "write adafactor, with optimizer_in_backward: true",
+    },
 }
 
 # Public names of the data of built-in tasks, and sets that people ask for; without what is no letter or digit.
@@ -227,7 +234,6 @@ OPTIONS = {
     "memory_only": "estimate",
     "harness": "eval",
     "split": "eval",
-    "shots": "eval",
     "scoring": "eval",
     "batch_size": "eval",
     "run": "eval",

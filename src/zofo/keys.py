@@ -27,6 +27,8 @@ from zofo.zo.estimators import EstimatorName
 from zofo.zo.rules import RuleName
 
 AUTO = "auto"
+SHARED = "shared"
+Order = Literal["adapter_first", "backbone_first"]
 _T = TypeVar("_T")
 _MOST = 1 << 31  # what counters of the libraries hold, and more than any run uses
 
@@ -100,7 +102,9 @@ ZEROTH_ORDER_KEYS = frozenset((
 COUPLING_KEYS = frozenset((
     "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_fraction",
 ))  # fmt: skip
-STAGE_KEYS = frozenset(("two_stage_fraction",))
+STAGE_KEYS = frozenset(("two_stage_fraction", "two_stage_order"))
+FULL_KEYS = frozenset(("optimizer_in_backward",))
+CONTEXT_KEYS = frozenset(("shots",))
 
 # What zofo honours of `TrainingArguments` beside the keys above; nothing reads the others.
 _HONOURED = STEP_KEYS | FIRST_ORDER_KEYS | frozenset((
@@ -189,10 +193,18 @@ class Keys(TrainingArguments):
     system_prompt: str | None = field(None, "with chat_template: what the system says")
     adapter: str = field("lora", "adapter: lora, prefix, prompt, none, or the path of a PEFT config JSON")
     adapter_init: str | None = field(None, "a PEFT folder: adapters of its kind, which start with its trained weights")
+    adapter_layers: str | None = field(
+        None, "with adapter lora: blocks that get one, from 0, such as 0-11,20 or last 2; all if not given"
+    )
     learning_rate: Rate = field(1e-3, "of backpropagation; where there are two adapters, of the lower one, s")
     upper_learning_rate: Rate | None = field(None, "of the upper adapter p; learning_rate if not given")
+    optimizer_in_backward: bool = field(
+        False, "fo with adapter none: update each weight as soon as its gradient is there, and drop the gradient"
+    )
     zo_learning_rate: float | str | None = field(
-        None, "of the zeroth-order level: auto, or a number; auto if not given (zo with adapter none: learning_rate)"
+        None,
+        "of the zeroth-order level: auto, or a number (bilevel: 0 freezes θ); auto if not given (zo with adapter none: "
+        "learning_rate)",
     )
     zo_eps: Annotated[float, POSITIVE] = field(1e-3, "ε, the scale of the perturbation; 3e-3 for bfloat16")
     num_perturbations: Annotated[int, Bounds(above=0, below=10**6)] = field(1, "q, directions per zeroth-order step")
@@ -206,7 +218,9 @@ class Keys(TrainingArguments):
         "backbone weights to update: kinds (attention, mlp, embeddings, norms, head), parts of names or patterns",
     )
     zo_exclude: list[str] | None = field(None, "backbone weights not to update, in the same words")
-    zo_layers: str | None = field(None, "blocks whose weights are updated, from 0, such as 0-11,20; all if not given")
+    zo_layers: str | None = field(
+        None, "blocks whose weights are updated, from 0, such as 0-11,20 or last 2; all if not given"
+    )
     zo_sparsity: Annotated[float, Bounds(at_least=0, below=1)] = field(
         0.0, "fraction of each matrix that stays fixed: its largest weights (Sparse MeZO)"
     )
@@ -215,11 +229,15 @@ class Keys(TrainingArguments):
     penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
     normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")
     lower_steps: Annotated[int, NOT_NEGATIVE] = field(10, "T, first-order steps on s per outer iteration")
-    lower_fraction: Annotated[float, FRACTION] = field(
-        2 / 3, "fraction of the training rows that the lower level trains on"
+    lower_fraction: float | str | None = field(
+        2 / 3, "fraction of the training rows that the lower level trains on; or shared: both levels train on all"
     )
     two_stage_fraction: Annotated[float, FRACTION] = field(
-        0.5, "two_stage: fraction of the steps that train the adapter, before θ is updated"
+        0.5, "two_stage: fraction of the steps that train the adapter; θ is updated in the others"
+    )
+    two_stage_order: Order = field("adapter_first", f"two_stage: {' or '.join(get_args(Order))}")
+    shots: Annotated[int, NOT_NEGATIVE] = field(
+        0, "none: training rows in front of each test row, chosen by seed, as many as fit"
     )
     train_size: Count | None = field(None, "training rows, for both levels together; all that remain if not given")
     dev_size: Count | None = field(None, "rows for model selection; if not given a fifth of the rows, at most 200")
@@ -240,6 +258,19 @@ class Keys(TrainingArguments):
     logging_steps: Annotated[float, POSITIVE] = field(10, "as in TrainingArguments")
     logging_nan_inf_filter: bool = field(False, "off: a loss that is not finite must be seen")
     remove_unused_columns: bool = field(False, "off: rows are no model inputs")
+
+    def settle_numbers(self, may_freeze: bool) -> None:
+        """Reads the keys that are a number or one word; `zo_learning_rate` may be 0 where that freezes θ."""
+        rates = NOT_NEGATIVE if may_freeze else POSITIVE
+        for key, word, bounds in (("zo_learning_rate", AUTO, rates), ("lower_fraction", SHARED, FRACTION)):
+            value: Any = vars(self)[key]
+            if value == word:
+                continue
+            try:
+                vars(self)[key] = float(value)
+            except (ValueError, TypeError) as error:
+                raise ZofoError(f"{key} is {value!r}, but must be a number or {word}") from error
+            bounds.require(key, vars(self)[key])
 
     def require_bounds(self) -> None:
         """Refuses numbers out of their bounds, and words that are none of the choices."""

@@ -20,7 +20,17 @@ KEYS = {
         {"batch_size": 4},
         "unknown key 'batch_size': write per_device_train_batch_size",
     ),
-    "an option of another verb": ({"shots": 4}, "unknown key 'shots': it is an option of zofo eval"),
+    "an option of another verb": ({"scoring": "sum"}, "unknown key 'scoring': it is an option of zofo eval"),
+    "levels that share something else": ({"lower_fraction": "all"}, "'all', but must be a number or shared"),
+    "layers without LoRA": (
+        {"adapter": "prefix", "adapter_layers": "last 2"},
+        "adapter_layers is 'last 2', but adapter is prefix: leave it out, or set adapter: lora",
+    ),
+    "layers that are not there": ({"adapter_layers": "last 3"}, "'last3' is no range of layers of this model: they"),
+    "more examples than rows": (
+        {"method": "none", "shots": 41},
+        "41 examples are wanted in context, but there are 40 training rows: ask for fewer",
+    ),
     "an adapter as the method": ({"method": "lora"}, "LoRA is an adapter: write method: fo with adapter: lora"),
     "a method by its name in papers": ({"method": "mezo"}, "write method: zo with adapter: none"),
     "an adapter of another kind of model": ({"adapter": "qlora"}, "a model that is stored quantised"),
@@ -81,7 +91,7 @@ MUST_BE_POSITIVE = (
 )  # fmt: skip
 MUST_NOT_BE_NEGATIVE = (
     "learning_rate", "upper_learning_rate", "penalty", "lower_steps", "zo_weight_decay", "weight_decay", "seed",
-    "data_seed", "warmup_steps", "max_grad_norm",
+    "data_seed", "warmup_steps", "max_grad_norm", "shots",
 )  # fmt: skip
 WRONG_NUMBERS = [
     *((key, value) for key in MUST_BE_POSITIVE for value in ("0", "-3")),
@@ -346,7 +356,7 @@ def test_verbs(capsys, tmp_path):
 
 OTHERS = {
     "a key": (["tasks", "--data", "x.csv"], "zofo tasks has no --data: it is a key of zofo train"),
-    "an option": (["tasks", "--shots=3"], "zofo tasks has no --shots: it is an option of zofo eval"),
+    "an option": (["tasks", "--split=dev"], "zofo tasks has no --split: it is an option of zofo eval"),
     "of no verb": (["tasks", "--qqqq"], "zofo tasks has no --qqqq: see zofo tasks --help"),
     "misspelt": (["tasks", "--souce", "a.csv"], "zofo tasks has no --souce: did you mean source?"),
     "misspelt in estimate": (["estimate", "--memory_onl"], "unknown key 'memory_onl': did you mean memory_only?"),

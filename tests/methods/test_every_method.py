@@ -41,7 +41,11 @@ def test_what_it_says_that_it_updates_is_updated(tmp_path, name, adapter):
     trainer = make_trainer(tmp_path, method=name, adapter=adapter, max_steps=4)
     method, adapted = METHODS[name], trainer.adapted
     assert adapted.adapters == (() if adapter == "none" else method.adapters)
-    assert trainer._sizes.keys() == set(method.splits) == {s.split for s in method.streams(trainer.args).values()}
+    assert (
+        trainer._sizes.keys()
+        == set(method.splits(trainer.args))
+        == {s.split for s in method.streams(trainer.args).values()}
+    )
     before = {part: weights(adapted, part) for part in ("backbone", *adapted.adapters)}
     members = trainer.method.optimizer
     members = members.members.values() if isinstance(members, JointOptimizer) else [members]
@@ -164,10 +168,12 @@ OTHER = {
     "num_perturbations": 2, "zo_estimator": "one_sided", "zo_optimizer": "sign", "zo_weight_decay": 0.3,
     "zo_distribution": "rademacher", "upper_learning_rate": 0.03, "penalty": 3.0, "penalty_schedule": "linear",
     "normalize_penalty": False, "lower_steps": 1, "lower_fraction": 0.5, "two_stage_fraction": 0.3,
+    "two_stage_order": "backbone_first",
 }  # fmt: skip
 # ... but those that alone change nothing, and those that are refused where they do not count.
 WITHOUT_OTHER = {
     "early_stopping_patience",  # tested with its evaluations
+    "optimizer_in_backward", "shots",  # the same weights, or none
     "num_train_epochs", "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "optim_args",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",
@@ -193,7 +199,7 @@ def test_keys_that_it_does_not_use_change_nothing(tmp_path, name, adapter):
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_that_a_method_uses_changes_its_weights(tmp_path, key):
-    name = "two_stage" if key == "two_stage_fraction" else "bilevel"
+    name = "two_stage" if key.startswith("two_stage") else "bilevel"
     assert key in METHODS[name].keys_used
     found = []
     for keys in ({}, {key: OTHER[key]}):

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from plain import Watch, make_rows, make_trainer, moved, same, trained, weights
-from zofo import ZofoError
+from zofo import ZOFOConfig, ZofoError
 from zofo.methods import bilevel, levels
 
 DROPOUT = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
@@ -49,17 +49,31 @@ def test_every_weight_of_the_method_moves_and_no_other(tmp_path, method, adapter
     assert set(before) >= moves
 
 
-def test_two_stage_moves_the_adapter_first_and_then_only_the_backbone(tmp_path):
-    trainer = make_trainer(tmp_path, method="two_stage", two_stage_fraction=0.4, max_steps=5)
+@pytest.mark.parametrize(
+    ("order", "fraction", "of_adapter"),
+    [("adapter_first", 0.4, {0, 1}), ("backbone_first", 0.4, {3, 4}), ("backbone_first", 0.8, {1, 2, 3, 4})],
+)
+def test_two_stage_moves_one_part_alone_and_then_the_other(tmp_path, order, fraction, of_adapter):
+    keys = {"two_stage_fraction": fraction, "two_stage_order": order, "max_steps": 5}
+    trainer = make_trainer(tmp_path, method="two_stage", **keys)
     history = [{part: weights(trainer.adapted, part) for part in ("backbone", "upper")}]
     trainer.add_callback(
         Watch(after=lambda: history.append({p: weights(trainer.adapted, p) for p in ("backbone", "upper")}))
     )
     trainer.train()
     for step, (before, after) in enumerate(itertools.pairwise(history)):
-        assert same(before["backbone"], after["backbone"]) == (step < 2)
-        assert same(before["upper"], after["upper"]) == (step >= 2)
+        assert same(before["backbone"], after["backbone"]) == (step in of_adapter)
+        assert same(before["upper"], after["upper"]) == (step not in of_adapter)
     assert len(history) == 6
+
+
+def test_the_stages_in_the_other_order_are_the_plain_methods_bitwise(tmp_path):
+    keys = {"max_steps": 4, "zo_learning_rate": 1e-2}
+    found, trainer = trained(tmp_path, method="two_stage", two_stage_order="backbone_first", **keys)
+    assert not trainer.method._backbone._level._scratch._free  # a step of the adapter has all of the memory
+    mezo = make_trainer(tmp_path, method="zo", adapter="none", **{**keys, "max_steps": 2})
+    mezo.train()
+    assert same(found["backbone"], weights(mezo.adapted, "backbone"))  # LoRA adds 0 as long as it is not trained
 
 
 @pytest.mark.parametrize(
@@ -198,6 +212,55 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_whole_or_raises(tmp_path, mo
             assert moved(history[1][part], history[2][part]) == history[1][part].keys()
     for part in (*parts, "optimizers") if kind == "skip" else ("backbone", "upper"):
         assert same(history[0][part], history[1][part]), part
+
+
+def test_levels_that_share_their_rows_read_all_of_them_in_orders_of_their_own(tmp_path):
+    trainer = make_trainer(tmp_path, make_rows(12), lower_fraction="shared", lower_steps=1, max_steps=6)
+    assert trainer._sizes == {"train": 12}
+    assert len(trainer.train_dataset) == 12
+    assert len(trainer.identity["rows"]) == 1
+    seen = {"lower": [], "penalty": [], "upper": []}
+    for bundle in trainer.get_train_dataloader():
+        for name, (batch,) in bundle.items():
+            seen[name] += [tuple(row[row != 2].tolist()) for row in batch["input_ids"]]
+    assert len(seen["lower"]) == 12
+    assert set(seen["lower"]) == set(seen["penalty"]) == set(seen["upper"])
+    assert len({tuple(order) for order in seen.values()}) == 3
+    both = make_trainer(tmp_path, make_rows(6), make_rows(6, first=6), lower_fraction="shared")
+    assert both.identity["rows"] == trainer.identity["rows"]
+    plain = make_trainer(tmp_path, make_rows(12), method="fo")
+    assert plain.identity["rows"] == trainer.identity["rows"]
+    before = {part: weights(trainer.adapted, part) for part in ("backbone", "upper", "lower")}
+    trainer.train()
+    assert all(moved(values, weights(trainer.adapted, part)) for part, values in before.items())
+
+
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+def test_a_frozen_backbone_costs_no_forward_and_leaves_the_adapters_what_they_are(tmp_path, estimator):
+    """Against a run whose optimizer of θ is taken away: the same bits of p and s, without the losses near θ."""
+    keys = {"zo_estimator": estimator, "max_steps": 4}
+    frozen = make_trainer(tmp_path, zo_learning_rate=0, **keys)
+    start = weights(frozen.adapted, "backbone")
+    frozen.train()
+    hand = make_trainer(tmp_path, **keys)
+    hand.method.theta.optimizer.step = lambda: None
+    hand.train()
+    assert same(start, weights(frozen.adapted, "backbone"))
+    for part in ("upper", "lower"):
+        assert same(weights(frozen.adapted, part), weights(hand.adapted, part))
+    assert frozen.cost.backward_tokens == hand.cost.backward_tokens
+    assert frozen.cost.forward_tokens == frozen.cost.backward_tokens < hand.cost.forward_tokens
+    log = next(log for log in frozen.state.log_history if "loss" in log)
+    assert log["zo_learning_rate"] == 0
+    assert not log.keys() & {"projected_grad", "penalty_gap"}
+
+
+def test_only_a_method_that_goes_on_without_theta_may_freeze_it():
+    keys = {"output_dir": "run", "use_cpu": True, "zo_learning_rate": 0}
+    for method in ("zo", "two_stage", "fo"):
+        with pytest.raises(ZofoError, match=r"zo_learning_rate is 0\.0, but must be greater than 0"):
+            ZOFOConfig(method=method, **keys)
+    assert ZOFOConfig(**keys).variant("zo", "none").zo_learning_rate == "auto"
 
 
 def test_a_run_without_training_rows_of_its_own_upper_level_divides_them(tmp_path):

@@ -1,13 +1,17 @@
 """Adapters: twins start equal and stay apart, and the backbone under them is the original model."""
 
 import json
+import re
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from plain import make_trainer
 from tiny import FAMILIES, save_tiny_model, tiny_model, token_batch
+from zofo import ZOFOConfig
+from zofo.commands.estimate import estimate
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
 from zofo.models.peft import LOWER, UPPER, adapter_config, attach, merged
@@ -168,6 +172,43 @@ def test_an_unknown_adapter_is_refused(tmp_path, content, message):
 def test_a_misspelt_adapter_names_those_that_there_are():
     with pytest.raises(ZofoError, match="adapter is 'loar': give one of lora, prefix, prompt, none"):
         adapter_config("loar", tiny_model())
+
+
+@pytest.mark.parametrize(("layers", "blocks"), [("last 2", {2, 3}), ("0,2-3", {0, 2, 3}), (None, {0, 1, 2, 3})])
+def test_lora_in_some_layers_alone(family, layers, blocks):
+    model = tiny_model(family, num_hidden_layers=4)
+    adapted = AdaptedModel(model, adapter_config("lora", model, layers))
+    names = adapted.adapter_parameters(UPPER)
+    assert {int(re.search(r"\.(\d+)\.", name)[1]) for name in names} == blocks
+    assert (len(names) == len(AdaptedModel(*_fresh(family)).adapter_parameters(UPPER))) == (layers is None)
+
+
+def _fresh(family):
+    model = tiny_model(family, num_hidden_layers=4)
+    return model, adapter_config("lora", model)
+
+
+def test_backpropagation_stops_at_the_lowest_layer_with_lora(tmp_path):
+    sizes = []
+    for layers in ("last 2", None):
+        config = ZOFOConfig(
+            output_dir="run", use_cpu=True, method="fo", adapter_layers=layers,
+            model=str(save_tiny_model(tmp_path / "deep", num_hidden_layers=8)), max_length=96, loss="lm",
+        )  # fmt: skip
+        sizes.append(next(row for row in estimate(config, timed=False) if row.chosen).memory)
+    assert sizes[0].adapters == sizes[1].adapters / 4
+    assert sizes[0].activations < 0.6 * sizes[1].activations
+
+
+def test_layers_beside_a_config_that_says_them_itself_are_refused(tmp_path):
+    for given in ({"peft": LoraConfig(target_modules=["q_proj"])}, {"model": _peft_model()}):
+        with pytest.raises(ZofoError, match="adapter_layers is 'last 1', but the adapter is given as a PEFT config or"):
+            make_trainer(tmp_path, method="fo", adapter_layers="last 1", **given)
+    assert make_trainer(tmp_path, method="none", adapter_layers="last 1").adapted.adapters == ()
+
+
+def _peft_model():
+    return get_peft_model(tiny_model(vocab_size=320), LoraConfig(target_modules=["q_proj"]))
 
 
 def test_modules_that_the_model_lacks_are_named():

@@ -96,6 +96,7 @@ def test_layers_are_numbers_and_not_prefixes():
     model = tiny_model(num_hidden_layers=12)
     assert {name.split(".")[2] for name in chosen(model, layers="1,10-11")} == {"1", "10", "11"}
     assert {name.split(".")[2] for name in chosen(model, "layers.1")} == {"1"}
+    assert {name.split(".")[2] for name in chosen(model, layers="3, last 2")} == {"3", "10", "11"}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,8 @@ def test_layers_are_numbers_and_not_prefixes():
         (["q_proj"], {"exclude": ["zzz"]}, r"'zzz' fits none .* give a kind \(attention, mlp"),
         ([], {"layers": "7"}, r"zo_layers is '7', but '7' is no range of layers of this model: they are 0-1"),
         ([], {"layers": "1-0"}, "no range of layers"),
+        ([], {"layers": "last 0"}, "no range of layers"),
+        ([], {"layers": "last 3"}, "write for example 0-3,7 or last 2"),
         ([], {"layers": "all"}, "no range of layers"),
         (["q_proj"], {"exclude": ["attention"]}, "no weight remains"),
     ],

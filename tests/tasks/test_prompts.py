@@ -132,6 +132,44 @@ def test_all_templates_come_with_mean_spread_and_worst(folder, capsys):
     assert found["loss"]["worst"] == max(own["loss"] for own in alone)
 
 
+def trained(folder, capsys, *arguments, **keys):
+    """(what results.json holds, the card, what was said) of a run without training."""
+    run = folder / f"run-{len(list(folder.iterdir()))}"
+    keys = {"model": folder / "model", "task": folder / "task.yaml", "output_dir": run, "test_size": 12, **keys}
+    keys["per_device_eval_batch_size"] = 16  # as `zofo eval` has it
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    assert main(["train", "--method", "none", "--use_cpu", "true", *words, *arguments]) == 0
+    said = capsys.readouterr()
+    return json.loads((run / "results.json").read_text()), (run / "README.md").read_text(), said.out + said.err
+
+
+def test_a_run_with_shots_has_the_scores_of_an_evaluation_with_them(folder, capsys):
+    """The evaluation takes its examples by `data_seed`, which divides the rows, and the run by `seed`."""
+    plain, card, _ = trained(folder, capsys, seed=7, data_seed=7)
+    assert "training rows with their answers" not in card
+    assert "shots" not in plain
+    found, card, said = trained(folder, capsys, seed=7, data_seed=7, shots=4)
+    scores, _ = evaluated(folder, capsys, "--shots", "4", "--data_seed", "7")
+    assert found["shots"] == {"least": scores.pop("shots_least"), "mean": scores.pop("shots_mean")}
+    assert found["metrics"]["upper"] == scores
+    assert found["zero_shot"] == plain["zero_shot"] == evaluated(folder, capsys, "--data_seed", "7")[0]
+    assert found["metrics"]["upper"]["loss"] != found["zero_shot"]["loss"]
+    assert "4 to 4 of 4 examples fit in front of a row" in said
+    assert "`upper` reads up to 4 training rows with their answers" in card
+    assert card.count("terrible") + card.count("great") > 4  # they are in the example that the card shows
+
+
+def test_another_seed_shows_other_examples_to_the_same_rows(folder, capsys):
+    first, other = (trained(folder, capsys, seed=seed, data_seed=7, shots=4)[0] for seed in (7, 8))
+    assert first["zero_shot"] == other["zero_shot"]
+    assert first["metrics"]["upper"]["loss"] != other["metrics"]["upper"]["loss"]
+
+
+def test_methods_that_train_show_no_examples():
+    config = ZOFOConfig(output_dir="run", use_cpu=True, method="fo", shots=4)
+    assert config.notices() == ["not used by fo: shots"]
+
+
 def test_the_number_of_examples_that_fit_is_said(folder, capsys):
     found, notes = evaluated(folder, capsys, "--shots", "9", "--max_length", "60")
     assert 0 < found["shots_least"] <= found["shots_mean"] < 9

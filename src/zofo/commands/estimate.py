@@ -202,7 +202,7 @@ class _Clock:
         config = variants[0]
         model = load_weights(str(config.model), config.dtype)
         names = max((variant.method_class.adapters for variant in variants), key=len)
-        self._adapted = AdaptedModel(model, adapter_config(config.adapter, model), names)
+        self._adapted = AdaptedModel(model, adapter_config(config.adapter, model, config.adapter_layers), names)
         cast(nn.Module, self._adapted.model).to(config.device)
         checkpoint(config, self._adapted)
         self._batches = batches.typical(self._adapted)

@@ -18,7 +18,7 @@ from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.tokens import Example, tokenize
 from zofo.spelling import ANY_TASK_KEYS, EVAL_KEYS, key_of
 from zofo.tasks.metrics import OPTION_METRICS
-from zofo.tasks.prompts import as_channel, as_chat, behind_premise, demonstrations, in_context
+from zofo.tasks.prompts import as_channel, as_chat, behind_premise, demonstrations, in_context, tokens_of_chat
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits
 from zofo.tasks.task import Task
@@ -286,11 +286,7 @@ def _posed(
     """The records as they are put to the model, how many of them were truncated, and the examples in front of each."""
     if scoring == "channel":
         records, shown = [as_channel(r) for r in records], [as_channel(r) for r in shown]
-    around = 0
-    if config.chat_template:  # the system's words and the marks of turns take their tokens as well
-        plain, framed = records[0], as_chat(records[0], tokenizer, config.system_prompt)
-        whole = tokenizer(framed.prompt, add_special_tokens=False)["input_ids"]
-        around = len(whole) - len(tokenizer(plain.prompt)["input_ids"])
+    around = tokens_of_chat(records[0], tokenizer, config.system_prompt) if config.chat_template else 0
     records, used = in_context(records, shown, tokenizer, width - around)
     if config.chat_template:
         records = [as_chat(r, tokenizer, config.system_prompt) for r in records]

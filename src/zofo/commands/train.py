@@ -25,13 +25,14 @@ from zofo.scoring.evaluation import Answer
 from zofo.scoring.tokens import Example
 from zofo.tasks.answers import answer_counts
 from zofo.tasks.metrics import row_scores
+from zofo.tasks.prompts import demonstrations, in_context, tokens_of_chat
 from zofo.tasks.records import Record, digest
-from zofo.tasks.splits import Splits, two_levels
+from zofo.tasks.splits import Splits
 from zofo.tasks.table import TASK_FILE, introduction, task_text
 from zofo.tasks.task import Task
 from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, seal, steps_of, writing
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
-from zofo.training.rows import run_splits, run_task
+from zofo.training.rows import level_rows, run_splits, run_task
 from zofo.training.trainer import ZOFOTrainer
 
 Say = Callable[[str], None]
@@ -68,8 +69,8 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         say(notice)
     task, spec = run_task(config)
     splits = _splits(task, config, say)
-    parts = _training_parts(splits, config)
-    named = dict(zip(config.method_class.splits, parts, strict=True)) | {"dev": splits.dev, "test": splits.test}
+    parts = level_rows(splits.train, config)
+    named = parts | {"dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
     if not splits.test:
         raise ZofoError("no row is left for test: give more rows, or test_size")
@@ -82,13 +83,15 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         require_movable(str(config.model), f"method {config.method}")
     model, tokenizer = load_model(str(config.model), config.dtype)
     trainer = ZOFOTrainer(
-        model, config, *parts, eval_dataset=splits.dev, processing_class=tokenizer, metrics=task.metrics
+        model, config, *parts.values(), eval_dataset=splits.dev, processing_class=tokenizer, metrics=task.metrics
     )
     test = trainer.examples(splits.test)
     if trainer.truncated:
         longer = f"{trainer.truncated} rows are longer than {trainer.longest} tokens"
         say(f"{longer}: their prompts were truncated from the left")
     trainer.require_scorable(test)
+    asked, fitting = _in_context(trainer, splits, say)
+    in_front = trainer.examples(asked) if fitting else test
     texts = _texts(config, spec)
     if config.method_class.trains():
         trainer.require_trainable()
@@ -98,16 +101,18 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     with _begun(run, resume, texts):
         if config.method_class.trains():
             say(_plan(trainer, resume))
+        if config.method_class.trains() or fitting:
             zero_shot = _zero_shot(trainer, splits.test, test, resume)
             say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
+        if config.method_class.trains():
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             trainer.require_finite()
-        scored = trainer.scored(test)
+        scored = trainer.scored(in_front)
         metrics = {adapter: scores for adapter, (scores, _) in scored.items()}
         texts[PREDICTIONS] = _predictions(task, splits.test, test, scored[UPPER][1])
-        scores = {"metrics": metrics, "zero_shot": zero_shot or metrics[UPPER]}
+        scores = {"metrics": metrics, "zero_shot": zero_shot or metrics[UPPER], **fitting}
         with final_parts(run) as new:
-            results = _write_final(trainer, task, scores, _shown(trainer, splits.test, test), new, texts)
+            results = _write_final(trainer, task, scores, _shown(trainer, asked, in_front), new, texts)
     for adapter, own in metrics.items():
         say(f"{adapter if zero_shot else 'zero-shot'} on {len(test)} test rows: {_words(own)}")
     return results
@@ -222,11 +227,16 @@ def _splits(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     return splits.reworded(lambda rows: task.reworded(rows, config.template))
 
 
-def _training_parts(splits: Splits, config: ZOFOConfig) -> Sequence[list[Record]]:
-    """The training rows as the method reads them: all, or those of the lower and of the upper level."""
-    if len(config.method_class.splits) == 1:
-        return (splits.train,)
-    return two_levels(splits.train, config.lower_fraction)
+def _in_context(trainer: ZOFOTrainer, splits: Splits, say: Say) -> tuple[list[Record], dict[str, Any]]:
+    """The test rows behind `shots` training rows, which `seed` chooses, and how many fit; or just the test rows."""
+    config, tokenizer = trainer.args, cast(PreTrainedTokenizerBase, trainer.processing_class)
+    if config.method_class.trains() or not config.shots:
+        return splits.test, {}
+    shown = demonstrations(splits.train, config.shots, config.seed, splits.test)
+    around = tokens_of_chat(splits.test[0], tokenizer, config.system_prompt) if config.chat_template else 0
+    records, used = in_context(splits.test, shown, tokenizer, trainer.longest - around)
+    say(f"{min(used)} to {max(used)} of {config.shots} examples fit in front of a row")
+    return records, {"shots": {"least": min(used), "mean": sum(used) / len(used)}}
 
 
 def _resume_point(config: ZOFOConfig, run: Path, config_file: Path | None) -> Path | None:

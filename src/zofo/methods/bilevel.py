@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zofo.keys import COUPLING_KEYS, FIRST_ORDER_KEYS, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
+from zofo.keys import COUPLING_KEYS, FIRST_ORDER_KEYS, SHARED, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.levels import (
     FirstOrderLevel,
     ZerothOrderLevel,
@@ -32,11 +32,11 @@ class Bilevel(Method):
     name = "bilevel"
     summary = "Bilevel ZOFO: the backbone updated by forward passes only, beside adapters trained by backpropagation"
     adapters = (UPPER, LOWER)
-    splits = ("lower", "upper")
     requires_adapter = True
     updates_both = True
     backpropagates = True
     zeroth_order = True
+    freezes = True
     keys_used = STEP_KEYS | FIRST_ORDER_KEYS | ZEROTH_ORDER_KEYS | COUPLING_KEYS
 
     def __post_init__(self) -> None:
@@ -51,21 +51,26 @@ class Bilevel(Method):
         self.optimizer = JointOptimizer(members, stepped=("upper", "zo"))
 
     @classmethod
+    def splits(cls, keys: Keys) -> tuple[str, ...]:
+        return ("train",) if keys.lower_fraction == SHARED else ("lower", "upper")
+
+    @classmethod
     def streams(cls, keys: Keys) -> dict[str, Stream]:
+        splits = cls.splits(keys)
         return {
-            "lower": Stream("lower", keys.lower_steps, order=0),
-            "penalty": Stream("lower", int(keys.penalty > 0), order=1, counts=False),
-            "upper": Stream("upper", 1, order=2),
+            "lower": Stream(splits[0], keys.lower_steps, order=0),
+            "penalty": Stream(splits[0], int(keys.penalty > 0), order=1, counts=False),
+            "upper": Stream(splits[-1], 1, order=2),
         }
 
     @classmethod
     def work(cls, keys: Keys) -> Work:
-        micro, coupled, losses = keys.gradient_accumulation_steps, int(keys.penalty > 0), evaluations(keys)
+        micro, coupled, moves = keys.gradient_accumulation_steps, int(keys.penalty > 0), int(keys.zo_learning_rate != 0)
         return Work(
             backwards=micro * (keys.lower_steps + 1 + coupled),
             updates=keys.lower_steps + 1,
-            forwards=micro * losses * (1 + 2 * coupled),
-            zo_updates=1,
+            forwards=moves * micro * evaluations(keys) * (1 + 2 * coupled),
+            zo_updates=moves,
         )
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
@@ -82,10 +87,12 @@ class Bilevel(Method):
             iteration.penalty,
             iteration.propose,
         )
-        logs = {"loss": found.upper.upper, "projected_grad": root_mean_square(found.projected)}
+        logs = {"loss": found.upper.upper}
+        if found.projected:
+            logs["projected_grad"] = root_mean_square(found.projected)
         if found.lower:
             logs["lower_loss"] = sum(found.lower) / len(found.lower)
-        if keys.penalty > 0:
+        if found.projected and keys.penalty > 0:
             logs["penalty_gap"] = iteration.gap
         return logs
 
@@ -142,6 +149,8 @@ class _Iteration:
         return losses
 
     def propose(self, evaluate: Evaluate) -> tuple[float, ...]:
+        if self._method.keys.zo_learning_rate == 0:
+            return ()  # θ is frozen: no loss near it is worth a forward pass
         projected = self._method.theta.propose(self._number, evaluate)
         self._method.theta.release()
         return projected

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from zofo.keys import FIRST_ORDER_KEYS, STEP_KEYS, Keys
+from zofo.keys import FIRST_ORDER_KEYS, FULL_KEYS, STEP_KEYS, Keys
 from zofo.methods.levels import FirstOrderLevel
 from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
 
@@ -13,7 +13,7 @@ class FirstOrder(Method):
     name = "fo"
     summary = "first-order fine-tuning (backpropagation)"
     backpropagates = True
-    keys_used = STEP_KEYS | FIRST_ORDER_KEYS
+    keys_used = STEP_KEYS | FIRST_ORDER_KEYS | FULL_KEYS
 
     def __post_init__(self) -> None:
         self._level = FirstOrderLevel(self.adapted, self.scorer, self.adapters[0], self.keys.learning_rate, self.keys)
@@ -28,4 +28,7 @@ class FirstOrder(Method):
         return Work(backwards=keys.gradient_accumulation_steps, updates=1)
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
-        return {"loss": self._level.gradient(batches(micro, "adapter"), f"step {number}: the training loss")}
+        logs = {"loss": self._level.gradient(batches(micro, "adapter"), f"step {number}: the training loss")}
+        if self.keys.optimizer_in_backward:
+            logs["grad_norm"] = self._level.norm  # the trainer finds no gradient to measure
+        return logs

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from enum import Enum
 from typing import Any
 
@@ -49,6 +49,7 @@ class FirstOrderLevel:
         self._adapter = adapter
         self._keys = keys
         self._remedy = remedy
+        self.norm = 0.0  # of the last gradient
         named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
         self._parameters = list(named.values())
         for parameter in self._parameters:
@@ -58,21 +59,44 @@ class FirstOrderLevel:
     def gradient(self, batches: Sequence[Batch], label: str, factor: float = 1.0) -> float:
         """Adds the gradient of `factor` times the mean loss over all batches to `.grad`; returns the mean loss.
 
-        One batch at a time goes forward and backward, so memory is that of one. Train mode: dropout is on.
+        One batch at a time goes forward and backward, so memory is that of one. Train mode: dropout is on. With
+        `optimizer_in_backward` the parameters are updated when it returns, and have no `.grad`.
         """
         self._adapted.use(self._adapter)
         self._adapted.model.train()
         total = sum(map(count, batches))
-        loss = 0.0
+        loss, norms = 0.0, list[Tensor]()
         for batch in batches:
             part = self._scorer.loss(batch) / total
             loss += float(part.detach())
             self._require_finite(loss, label)
-            (part * factor).backward()
+            norms += self._backward(part * factor)
             self._scorer.tokens.backward_tokens += int(batch["attention_mask"].sum())
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self._require_finite(float(torch.nn.utils.get_total_norm(gradients)), f"{label} (its gradient)")
+        gradients = norms or [p.grad for p in self._parameters if p.grad is not None]
+        self.norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._require_finite(self.norm, f"{label} (its gradient)")
         return loss
+
+    def _backward(self, loss: Tensor) -> list[Tensor]:
+        """Backpropagation; with `optimizer_in_backward`, the norm of each gradient, which is used and dropped in it.
+
+        A hook runs when all uses of a parameter, as of a tied one, have added to its gradient. The optimizer passes
+        over the other parameters, as they have none. Hooks are there for this pass only: the model may get another
+        optimizer.
+        """
+        norms: list[Tensor] = []
+
+        def update(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            norms.append(torch.linalg.vector_norm(parameter.grad))
+            self.optimizer.step()
+            parameter.grad = None
+
+        with ExitStack() as hooks:
+            for parameter in self._parameters if self._keys.optimizer_in_backward else ():
+                hooks.callback(parameter.register_post_accumulate_grad_hook(update).remove)
+            loss.backward()
+        return norms
 
     def step(self) -> None:
         """One optimizer step of its own, clipped as the trainer clips, for a level that the trainer does not step."""

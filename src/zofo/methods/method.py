@@ -80,11 +80,11 @@ class Method(ABC):
         name: the value of the key `method`.
         summary: what it does, for the model card.
         adapters: that it keeps on the backbone, if the run has one at all; the first one is deployed.
-        splits: the parts of the training rows that it reads apart.
         requires_adapter: whether it is pointless without.
         updates_both: whether it updates the backbone beside an adapter as well.
         backpropagates: whether it takes first-order steps.
         zeroth_order: whether it takes zeroth-order steps.
+        freezes: whether it takes none where zo_learning_rate is 0, and goes on with the others.
         depends_on_length: whether a step depends on how many there will be.
         stages: points of a run, in [0, 1], between which the steps differ.
         keys_used: the keys that count for it, of those that do not count for every method.
@@ -94,11 +94,11 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]] = (UPPER,)
-    splits: ClassVar[tuple[str, ...]] = ("train",)
     requires_adapter: ClassVar[bool] = False
     updates_both: ClassVar[bool] = False
     backpropagates: ClassVar[bool] = False
     zeroth_order: ClassVar[bool] = False
+    freezes: ClassVar[bool] = False
     depends_on_length: ClassVar[bool] = False
     stages: ClassVar[tuple[float, ...]] = (0.0,)
     keys_used: ClassVar[frozenset[str]] = frozenset()
@@ -121,6 +121,11 @@ class Method(ABC):
     def updates_backbone(cls, adapter: str) -> bool:
         """Whether the backbone's weights change, with an adapter of that kind."""
         return cls.trains() and (adapter == "none" or cls.updates_both)
+
+    @classmethod
+    def splits(cls, keys: Keys) -> tuple[str, ...]:
+        """The parts of the training rows that it reads apart."""
+        return ("train",)
 
     @classmethod
     def perturbed(cls, adapted: AdaptedModel, keys: Keys) -> dict[str, Tensor]:

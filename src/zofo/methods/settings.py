@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
 from zofo.errors import ZofoError, first_line
-from zofo.keys import Keys
+from zofo.keys import FULL_KEYS, Keys
+from zofo.methods.method import Method
 
 _WITHOUT_KWARGS = ("constant", "constant_with_warmup")
 _MOST_BATCHES = 10**6  # of an iteration: their rows are a list
@@ -50,6 +51,37 @@ def require_evaluations(keys: Keys) -> None:
             f"early_stopping_patience is {keys.early_stopping_patience}, but without a best model nothing says when to "
             "stop: give load_best_model_at_end: true, eval_steps, and metric_for_best_model (by default the loss)"
         )
+
+
+def require_lora(keys: Keys) -> None:
+    """Refuses `adapter_layers` without the adapter that they are layers of."""
+    if keys.adapter_layers is not None and keys.adapter != "lora":
+        raise ZofoError(
+            f"adapter_layers is {keys.adapter_layers!r}, but adapter is {keys.adapter}: leave it out, or set adapter: "
+            "lora; a PEFT config has layers_to_transform"
+        )
+
+
+def require_whole_model(keys: Keys, method: type[Method], given: Collection[str]) -> None:
+    """Refuses `optimizer_in_backward` where a step needs all gradients at once, or is another one.
+
+    `given` are the keys that somebody wrote: gradients are not clipped, whatever the default of `max_grad_norm`.
+    """
+    if not keys.optimizer_in_backward:
+        return
+    reasons = {
+        f"method is {method.name}: leave it out, or set method: fo": not method.keys_used >= FULL_KEYS,
+        f"adapter is {keys.adapter}: leave it out, or set adapter: none": keys.adapter != "none",
+        f"max_grad_norm is {keys.max_grad_norm}, the norm of all gradients together, which are never there at once: "
+        "leave one of them out": "max_grad_norm" in given and keys.max_grad_norm > 0,
+        f"gradient_accumulation_steps is {keys.gradient_accumulation_steps}, and each backward pass is a step: set it "
+        "to 1, and gradient_checkpointing: true to save memory": keys.gradient_accumulation_steps > 1,
+        "on_nonfinite is skip, and a step that has begun cannot be taken back: set on_nonfinite: raise":
+            keys.on_nonfinite == "skip",
+    }  # fmt: skip
+    for reason, holds in reasons.items():
+        if holds:
+            raise ZofoError(f"optimizer_in_backward is true, but {reason}")
 
 
 def require_few_batches(keys: Keys, batches: int) -> None:

@@ -1,4 +1,4 @@
-"""Two stages: the adapter by backpropagation, then the backbone by forward passes."""
+"""Two stages: the adapter by backpropagation and the backbone by forward passes, one after the other."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,16 +10,20 @@ from zofo.zo.optimizers import JointOptimizer
 
 
 class _BackboneAlone(ZerothOrder):
-    """The second stage: the adapter is there, and stays as it is."""
+    """The stage of the backbone: the adapter is there, and stays as it is."""
 
     updates_both = True
 
+    def release(self) -> None:
+        """Frees what only forward passes near θ need."""
+        self._level.release()
+
 
 class TwoStage(Method):
-    """First the adapter by backpropagation; then the backbone by forward passes, with the adapter fixed."""
+    """The adapter by backpropagation, with the backbone fixed; and the backbone by forward passes, with it fixed."""
 
     name = "two_stage"
-    summary = "two stages: the adapter by backpropagation, then the backbone by forward passes"
+    summary = "two stages: the adapter by backpropagation and the backbone by forward passes, one after the other"
     requires_adapter = True
     updates_both = True
     backpropagates = True
@@ -29,9 +33,9 @@ class TwoStage(Method):
     stages = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        self._first = FirstOrder(self.adapted, self.scorer, self.keys)
-        self._second = _BackboneAlone(self.adapted, self.scorer, self.keys)
-        members = {"adapter": self._first.optimizer, "zo": self._second.optimizer}
+        self._adapter = FirstOrder(self.adapted, self.scorer, self.keys)
+        self._backbone = _BackboneAlone(self.adapted, self.scorer, self.keys)
+        members = {"adapter": self._adapter.optimizer, "zo": self._backbone.optimizer}
         self.optimizer = JointOptimizer(members, stepped=("adapter", "zo"))
 
     @classmethod
@@ -44,8 +48,12 @@ class TwoStage(Method):
         return FirstOrder.work(keys) * fraction + ZerothOrder.work(keys) * (1 - fraction)
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
-        stage = self._second if progress >= self.keys.two_stage_fraction else self._first
-        return stage.step(number, progress, micro)
+        fraction = self.keys.two_stage_fraction
+        last = progress + fraction >= 1  # with 1 - fraction, rounding would move the border by a step
+        of_adapter = progress < fraction if self.keys.two_stage_order == "adapter_first" else last
+        if of_adapter:
+            self._backbone.release()
+        return (self._adapter if of_adapter else self._backbone).step(number, progress, micro)
 
     def learning_rates(self) -> Mapping[str, float]:
-        return {"zo_learning_rate": self._second.learning_rates()["zo_learning_rate"]}
+        return {"zo_learning_rate": self._backbone.learning_rates()["zo_learning_rate"]}

@@ -1,10 +1,10 @@
-"""No training: the backbone as it is, for zero-shot scores."""
+"""No training: the backbone as it is, for zero-shot scores and for those with examples in context."""
 
 from collections.abc import Sequence
 
 import torch
 
-from zofo.keys import Keys
+from zofo.keys import CONTEXT_KEYS, Keys
 from zofo.methods.method import Bundle, Logs, Method, Stream, Work
 
 
@@ -13,6 +13,7 @@ class Untrained(Method):
 
     name = "none"
     summary = "no training"
+    keys_used = CONTEXT_KEYS
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.SGD([torch.zeros(1)])

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.load import DTYPES, DType, load_weights
+from zofo.models.selection import chosen_layers
 
 UPPER = "upper"
 LOWER = "lower"
@@ -44,23 +45,31 @@ _ENTANGLED = ("ADALORA", "PSOFT", "OSF", "ADAMSS", "CPT", "CARTRIDGE", "ADAPTION
 _PEFT_ERRORS = (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError)
 
 
-def adapter_config(adapter: str, model: PreTrainedModel) -> PeftConfig | None:
+def adapter_config(adapter: str, model: PreTrainedModel, layers: str | None = None) -> PeftConfig | None:
     """The PEFT config that the key `adapter` names.
 
     Args:
         adapter: "lora" (r=8, alpha=16, on queries and values), "prefix" (5 virtual tokens), "prompt" (10 virtual
             tokens, from the vocabulary), "none", or the path of a PEFT config JSON.
         model: the backbone that the adapter is for.
+        layers: the blocks that get LoRA, such as "0-3,7" or "last 2"; all if not given.
     """
     if adapter == "none":
         return None
     if adapter == "lora":
+        targets, names = _lora_targets(model), [name for name, _ in model.named_parameters()]
+        if layers is not None and isinstance(targets, str):
+            raise ZofoError(
+                f"adapter_layers is {layers!r}, but the layers of a {model.config.model_type} model are not known by "
+                "name: write a PEFT config with layers_to_transform and target_modules, and give it as adapter"
+            )
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=8,
             lora_alpha=16,
-            target_modules=_lora_targets(model),
+            target_modules=targets,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layout
+            layers_to_transform=None if layers is None else sorted(chosen_layers("adapter_layers", layers, names)),
         )
     if adapter == "prefix":
         return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5)

@@ -15,7 +15,7 @@ WEIGHT_KINDS = ("attention", "mlp", "embeddings", "norms", "head")
 # Classes of transformers that mix the tokens of a block; the other parts of a block process each token alone.
 _MIXERS = re.compile(r"attention|attn|mixer|mamba|deltanet|shortconv|recurrent|retention", re.IGNORECASE)
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?|last(\d+)")
 
 
 def select(
@@ -33,7 +33,7 @@ def select(
         include: a kind (attention, mlp, embeddings, norms, head), a part of a name between dots (`q_proj`,
             `layers.3`), or a pattern (`*.mlp.*.weight`).
         exclude: the same.
-        layers: indices of blocks, from 0: "0-11", "3,7", "20-29,31".
+        layers: indices of blocks, from 0: "0-11", "3,7", "20-29,31", "last 2".
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,19 +104,35 @@ def _matching_by_name(word: str, names: Mapping[str, list[str]]) -> set[str]:
 
 
 def _of_layers(layers: str, parameters: Iterable[str]) -> set[str]:
-    indices = {name: int(m[1]) for name in parameters if (m := _BLOCK.search(name))}
-    last = max(indices.values(), default=-1)
+    indices = _layers(parameters)
+    wanted = chosen_layers("zo_layers", layers, indices)
+    return {name for name, index in indices.items() if index in wanted}
+
+
+def _layers(parameters: Iterable[str]) -> dict[str, int]:
+    """The index of its block for each parameter that is in one."""
+    return {name: int(m[1]) for name in parameters if (m := _BLOCK.search(name))}
+
+
+def chosen_layers(key: str, layers: str, parameters: Iterable[str]) -> set[int]:
+    """The indices of the blocks that a key names, in a model with parameters of these names.
+
+    Examples:
+        >>> sorted(chosen_layers("zo_layers", "0, last 2", (f"layers.{n}.weight" for n in range(30))))
+        [0, 28, 29]
+    """
+    last = max(_layers(parameters).values(), default=-1)
     wanted: set[int] = set()
     for part in layers.replace(" ", "").split(","):
         match = _RANGE.fullmatch(part)
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if low > high or high > last:
+        low, high = (int(match[1] or last + 1 - int(match[3])), int(match[2] or match[1] or last)) if match else (1, 0)
+        if not 0 <= low <= high <= last:
             raise ZofoError(
-                f"zo_layers is {layers!r}, but {part!r} is no range of layers of this model: they are 0-{last}; write "
-                "for example 0-3,7"
+                f"{key} is {layers!r}, but {part!r} is no range of layers of this model: they are 0-{last}; write "
+                "for example 0-3,7 or last 2"
             )
         wanted |= set(range(low, high + 1))
-    return {name for name, index in indices.items() if index in wanted}
+    return wanted
 
 
 def _all_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:

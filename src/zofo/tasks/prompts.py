@@ -54,6 +54,12 @@ def in_context(
     return prompted, counts
 
 
+def tokens_of_chat(record: Record, tokenizer: PreTrainedTokenizerBase, system: str | None) -> int:
+    """How many tokens the chat format adds to a prompt: the system's words, earlier turns and the marks of turns."""
+    whole = tokenizer(as_chat(record, tokenizer, system).prompt, add_special_tokens=False)["input_ids"]
+    return len(whole) - len(tokenizer(record.prompt)["input_ids"])
+
+
 def behind_premise(record: Record) -> Record:
     """The record with its premise as prompt, whose score a calibrated score subtracts."""
     return dataclasses.replace(record, prompt=record.premise)

@@ -139,7 +139,9 @@ def fake(config: ZOFOConfig) -> AdaptedModel:
     """The model of a run, with fake tensors for weights."""
     assert config.model is not None
     base = load_hollow(config.model, config.dtype)
-    adapted = AdaptedModel(base, adapter_config(config.adapter, base), config.method_class.adapters)
+    adapted = AdaptedModel(
+        base, adapter_config(config.adapter, base, config.adapter_layers), config.method_class.adapters
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = replace_tensors(
             adapted.model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=config.device)
@@ -210,8 +212,8 @@ def _make_states(optimizer: Optimizer) -> None:
         if not isinstance(member, ZerothOrderOptimizer):
             for parameter in (p for group in member.param_groups for p in group["params"]):
                 parameter.grad = torch.empty_like(parameter)
-            member.step()
-            member.zero_grad()
+                member.step()
+                parameter.grad = None  # one at a time: all together they could be more than a step ever holds
 
 
 def _mark_in_steps(optimizer: Optimizer, tracker: MemoryTracker) -> None:

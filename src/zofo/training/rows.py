@@ -1,6 +1,6 @@
 """The task of a run and its rows, by the keys of the configuration: for training, evaluation and estimates alike."""
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
@@ -8,6 +8,8 @@ from zofo.tasks.splits import Splits, split_records, two_levels
 from zofo.tasks.table import make_table_task
 from zofo.tasks.task import Task, load_task
 from zofo.training.bundles import planned_steps
+
+_T = TypeVar("_T")
 
 
 def run_task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
@@ -31,10 +33,16 @@ def run_task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
 
 def run_length(config: ZOFOConfig, rows: int) -> int:
     """Iterations of a run on so many training rows."""
-    splits = config.method_class.splits
-    parts = [[0] * rows] if len(splits) == 1 else two_levels([0] * rows, config.lower_fraction)
-    sizes = {split: len(part) for split, part in zip(splits, parts, strict=True)}
-    return planned_steps(config, sizes, config.method_class.streams(config))
+    parts = level_rows([0] * rows, config)
+    return planned_steps(config, {name: len(part) for name, part in parts.items()}, config.method_class.streams(config))
+
+
+def level_rows(rows: list[_T], config: ZOFOConfig) -> dict[str, list[_T]]:
+    """The training rows as the method reads them, by split: all, or those of the lower and of the upper level."""
+    splits = config.method_class.splits(config)
+    if len(splits) == 1:
+        return {splits[0]: rows}
+    return dict(zip(splits, two_levels(rows, cast(float, config.lower_fraction)), strict=True))
 
 
 def run_splits(task: Task, config: ZOFOConfig) -> Splits:

@@ -69,7 +69,7 @@ def starting_model(
         require_fitting_tokenizer(tokenizer, base)
         if args.updates_backbone or not args.method_class.trains():  # Trainer takes no quantised model alone
             require_dense(base.config, base.config.name_or_path or type(base).__name__, f"method {args.method}")
-        config = peft_config or adapter_config(folder or args.adapter, base)
+        config = peft_config or adapter_config(folder or args.adapter, base, args.adapter_layers)
         description = described(config)  # before peft fills in what it finds in the model
         real_prefix = peft_config is None and folder is None and args.adapter == "prefix"
         adapted = AdaptedModel(base, config, args.method_class.adapters, real_prefix=real_prefix, start=folder)
@@ -93,6 +93,11 @@ def _parts(
     """The backbone, and the folder of the trained adapter to start from, if there is one."""
     if peft_config is not None and args.adapter_init:
         raise ZofoError(f"both peft_config and adapter_init ({args.adapter_init}) are given: leave one of them out")
+    if args.adapter_layers and (peft_config is not None or isinstance(model, PeftModel)):
+        raise ZofoError(
+            f"adapter_layers is {args.adapter_layers!r}, but the adapter is given as a PEFT config or a PeftModel: "
+            "leave it out, and give LoraConfig(layers_to_transform=...)"
+        )
     if isinstance(model, PeftModel):
         if peft_config is not None or args.adapter_init or args.adapter == "none":
             raise ZofoError(
@@ -195,10 +200,10 @@ def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> d
         raise ZofoError("train_dataset is empty: give it at least one row")
     if args.loss == "options" and any(len(record.options) < 2 for record in both):
         raise ZofoError("loss is options, but a row has fewer than two of them: set loss: lm, or give options")
-    splits = args.method_class.splits
+    splits = args.method_class.splits(args)
     if len(splits) == 1:
         return {splits[0]: both}
-    parts = (first, second) if second else halves(first, args.lower_fraction, args.order_seed)
+    parts = (first, second) if second else halves(first, cast(float, args.lower_fraction), args.order_seed)
     return dict(zip(splits, parts, strict=True))
 
 

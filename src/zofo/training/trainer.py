@@ -60,7 +60,8 @@ class ZOFOTrainer(StoringTrainer):
         args: the configuration.
         train_dataset: rows with `prompt`, `completion` and, for a loss over options, `options`; or conversations, with
             `messages`: a list of dicts, a datasets.Dataset or a pandas DataFrame. With method bilevel
-            and without `upper_dataset`, `args.lower_fraction` of them go to the lower level, the others to the upper.
+            and without `upper_dataset`, `args.lower_fraction` of them go to the lower level, the others to the upper;
+            if that is shared, both levels read all rows of both data sets.
         upper_dataset: rows of the upper level; methods without levels train on both together.
         eval_dataset: rows for model selection, which no level trains on.
         processing_class: the tokenizer; loaded with the model if not given.
@@ -186,7 +187,12 @@ class ZOFOTrainer(StoringTrainer):
             self.lr_scheduler, self._created_lr_scheduler = None, False
 
     def try_step(self) -> Trial | None:
-        """Runs two steps and takes them back: what `trial` says of the longest rows, and of the first ones."""
+        """Runs two steps and takes them back: what `trial` says of the longest rows, and of the first ones.
+
+        None where a loss is not finite, and with `optimizer_in_backward`, whose steps cannot be taken back.
+        """
+        if self.args.optimizer_in_backward:
+            return None
         rows: list[Example] = list(cast(Any, self.train_dataset))
         size, kind = self.args.per_device_train_batch_size, self.args.loss
         longest = sorted(rows, key=lambda example: width(example, kind), reverse=True)
