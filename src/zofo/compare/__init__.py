@@ -1,0 +1,1 @@
+"""Comparisons of methods: which differences between runs are more than chance."""
