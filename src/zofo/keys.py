@@ -242,6 +242,10 @@ class Keys(TrainingArguments):
     train_size: Count | None = field(None, "training rows, for both levels together; all that remain if not given")
     dev_size: Count | None = field(None, "rows for model selection; if not given a fifth of the rows, at most 200")
     test_size: Count | None = field(None, "rows for the final metrics; if not given a fifth of the rows, at most 400")
+    final_split: Literal["test", "dev"] = field(
+        "test", "rows of the final scores: test; dev to choose settings by, so that test rows stay unseen"
+    )
+    zero_shot: bool = field(True, "score the backbone before training as well, for the results and the card")
     dtype: DType = field("float32", "of the backbone; adapters train in float32")
     loss: LossKind = field("options", "options: cross-entropy over the candidates; lm: over the answer's tokens")
     max_length: Count = field(512, "tokens of a prompt with its answer; longer prompts are truncated from the left")

@@ -72,8 +72,10 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     parts = level_rows(splits.train, config)
     named = parts | {"dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
-    if not splits.test:
-        raise ZofoError("no row is left for test: give more rows, or test_size")
+    final = config.final_split
+    rows = named[final]
+    if not rows:
+        raise ZofoError(f"no row is left for {final}: give more rows, or {final}_size")
     config.settle_evaluations(len(splits.dev))
     if config.method_class.trains():
         say(answer_counts(splits.train, task.name))
@@ -85,12 +87,12 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     trainer = ZOFOTrainer(
         model, config, *parts.values(), eval_dataset=splits.dev, processing_class=tokenizer, metrics=task.metrics
     )
-    test = trainer.examples(splits.test)
+    test = trainer.examples(rows)
     if trainer.truncated:
         longer = f"{trainer.truncated} rows are longer than {trainer.longest} tokens"
         say(f"{longer}: their prompts were truncated from the left")
     trainer.require_scorable(test)
-    asked, fitting = _in_context(trainer, splits, say)
+    asked, fitting = _in_context(trainer, splits.train, rows, say)
     in_front = trainer.examples(asked) if fitting else test
     texts = _texts(config, spec)
     if config.method_class.trains():
@@ -101,20 +103,22 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     with _begun(run, resume, texts):
         if config.method_class.trains():
             say(_plan(trainer, resume))
-        if config.method_class.trains() or fitting:
-            zero_shot = _zero_shot(trainer, splits.test, test, resume)
-            say(f"zero-shot on {len(test)} test rows: {_words(zero_shot)}")
+        if config.zero_shot and (config.method_class.trains() or fitting):
+            zero_shot = _zero_shot(trainer, rows, test, resume)
+            say(f"zero-shot on {len(test)} {final} rows: {_words(zero_shot)}")
         if config.method_class.trains():
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             trainer.require_finite()
         scored = trainer.scored(in_front)
         metrics = {adapter: scores for adapter, (scores, _) in scored.items()}
-        texts[PREDICTIONS] = _predictions(task, splits.test, test, scored[UPPER][1])
-        scores = {"metrics": metrics, "zero_shot": zero_shot or metrics[UPPER], **fitting}
+        texts[PREDICTIONS] = _predictions(task, rows, test, scored[UPPER][1])
+        if not config.method_class.trains() and not fitting:
+            zero_shot = metrics[UPPER]
+        scores = {"metrics": metrics, "zero_shot": zero_shot or None, "final_split": final, **fitting}
         with final_parts(run) as new:
             results = _write_final(trainer, task, scores, _shown(trainer, asked, in_front), new, texts)
     for adapter, own in metrics.items():
-        say(f"{adapter if zero_shot else 'zero-shot'} on {len(test)} test rows: {_words(own)}")
+        say(f"{adapter} on {len(test)} {final} rows: {_words(own)}")
     return results
 
 
@@ -227,14 +231,16 @@ def _splits(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     return splits.reworded(lambda rows: task.reworded(rows, config.template))
 
 
-def _in_context(trainer: ZOFOTrainer, splits: Splits, say: Say) -> tuple[list[Record], dict[str, Any]]:
+def _in_context(
+    trainer: ZOFOTrainer, train: Sequence[Record], rows: list[Record], say: Say
+) -> tuple[list[Record], dict[str, Any]]:
     """The test rows behind `shots` training rows, which `seed` chooses, and how many fit; or just the test rows."""
     config, tokenizer = trainer.args, cast(PreTrainedTokenizerBase, trainer.processing_class)
     if config.method_class.trains() or not config.shots:
-        return splits.test, {}
-    shown = demonstrations(splits.train, config.shots, config.seed, splits.test)
-    around = tokens_of_chat(splits.test[0], tokenizer, config.system_prompt) if config.chat_template else 0
-    records, used = in_context(splits.test, shown, tokenizer, trainer.longest - around)
+        return rows, {}
+    shown = demonstrations(train, config.shots, config.seed, rows)
+    around = tokens_of_chat(rows[0], tokenizer, config.system_prompt) if config.chat_template else 0
+    records, used = in_context(rows, shown, tokenizer, trainer.longest - around)
     say(f"{min(used)} to {max(used)} of {config.shots} examples fit in front of a row")
     return records, {"shots": {"least": min(used), "mean": sum(used) / len(used)}}
 

@@ -48,8 +48,9 @@ def model_card(
     `results` is the content of results.json, `backbone` a folder or the name of a model that did not change, `shown`
     the row of the example, and `span` how much generated text is an answer.
     """
-    scores = {"zero-shot": results["zero_shot"], **{f"`{name}`": row for name, row in results["metrics"].items()}}
-    columns = list(results["zero_shot"])
+    before = {"zero-shot": results["zero_shot"]} if results["zero_shot"] else {}
+    scores = {**before, **{f"`{name}`": row for name, row in results["metrics"].items()}}
+    columns = list(results["metrics"]["upper"])
     environment = Environment(
         undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
     )
