@@ -4,7 +4,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -73,9 +73,9 @@ class Figures:
 
     looks: dict[str, Look]
     differences: str
-    pareto: list[tuple[str, str]]  # the cost, and its figure
-    curves: list[str]
-    costs: str
+    pareto: list[tuple[str, str]]  # here and below: the name of a cost, and its figure
+    curves: list[tuple[str, str]]
+    costs: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,12 @@ class _Cost:
     key: str
     name: str
     cell: Cell
-    units: tuple[tuple[float, str], ...]  # the largest one first
+    units: tuple[tuple[float, float, str], ...]  # from which largest value on, how large, its name
 
 
-_COSTS = (
-    _Cost("peak_bytes", "peak memory", memory, ((2**30, " (GiB)"), (2**20, " (MiB)"))),
-    _Cost("seconds", "time", time, ((7200, " (h)"), (120, " (min)"), (0, " (s)"))),
-    _Cost("forward_equivalents", "forward-equivalents", count, ((0, ""),)),
-)
-_SCALES = {" (h)": 3600.0, " (min)": 60.0, " (GiB)": 2.0**30, " (MiB)": 2.0**20}
+_MEMORY = _Cost("peak_bytes", "peak memory", memory, ((2**30, 2**30, " (GiB)"), (0, 2**20, " (MiB)")))
+_TIME = _Cost("seconds", "time", time, ((7200, 3600, " (h)"), (120, 60, " (min)"), (0, 1, " (s)")))
+_FORWARD = _Cost("forward_equivalents", "forward-equivalents", count, ((0, 1, ""),))
 
 
 def draw(report: Content) -> list[Figures]:
@@ -111,15 +108,16 @@ def _looks(names: Iterable[str], baseline: str) -> dict[str, Look]:
 
 
 def _draw(task: Content, baseline: str, looks: dict[str, Look], place: str) -> Figures:
-    methods = task["methods"]
-    pareto = [(cost.name, _pareto(task, cost, looks, f"{place}-{cost.key}")) for cost in _COSTS]
-    curves = [_curves(task, cost, looks, f"{place}-loss-{cost.key}") for cost in reversed(_COSTS[1:])]
+    def each(costs: Iterable[_Cost], kind: str, one: Callable[..., str]) -> list[tuple[str, str]]:
+        drawn = [(cost.name, one(task, cost, looks, f"{place}-{kind}-{cost.key}")) for cost in costs]
+        return [(name, figure) for name, figure in drawn if figure]
+
     return Figures(
-        looks={method["name"]: looks[method["name"]] for method in methods},
+        looks={method["name"]: looks[method["name"]] for method in task["methods"]},
         differences=_differences(task, baseline, looks, f"{place}-differences"),
-        pareto=[(name, figure) for name, figure in pareto if figure],
-        curves=[figure for figure in curves if figure],
-        costs=_costs(task, looks, f"{place}-costs"),
+        pareto=each((_MEMORY, _TIME, _FORWARD), "score", _pareto),
+        curves=each((_FORWARD, _TIME), "loss", _curves),
+        costs=each((_FORWARD, _TIME, _MEMORY), "bar", _bars),
     )
 
 
@@ -156,7 +154,8 @@ def _pareto(task: Content, cost: _Cost, looks: dict[str, Look], place: str) -> s
         look = looks[name]
         axes.plot([x / scale, x / scale], [low, high], color=look.colour, linewidth=1.2, alpha=0.7)
         axes.plot(x / scale, mean, look.marker, color=look.colour, markersize=7)
-    axes.set_xlim(0, 1.06 * max(x for _, x, *_ in found) / scale or 1)
+    most = max(x for _, x, *_ in found) / scale or 1
+    axes.set_xlim(-0.04 * most, 1.06 * most)
     axes.set_ylabel(f"{_label(task['metric'])} (points)")
     return _svg(figure, f"{task['name']}: score against {cost.name}", place)
 
@@ -181,43 +180,40 @@ def _curves(task: Content, cost: _Cost, looks: dict[str, Look], place: str) -> s
     return _svg(figure, f"{task['name']}: loss on dev rows against {cost.name}", place)
 
 
-def _costs(task: Content, looks: dict[str, Look], place: str) -> str:
-    """Bars for each cost, one below the other."""
-    names = [method["name"] for method in task["methods"]]
-    if not names:
+def _bars(task: Content, cost: _Cost, looks: dict[str, Look], place: str) -> str:
+    """A bar for each method."""
+    found = [(m["name"], _number(m["cost"][cost.key])) for m in task["methods"]]
+    if not any(math.isfinite(value) for _, value in found):
         return ""
-    figure, panels = _figure(len(_COSTS) * (0.35 + 0.22 * len(names)), len(_COSTS))
-    for axes, cost in zip(panels, _COSTS, strict=True):
-        values = [_number(method["cost"][cost.key]) for method in task["methods"]]
-        bars = [value if math.isfinite(value) else 0.0 for value in values]
-        axes.barh(range(len(names)), bars, height=0.7, color=[looks[name].colour for name in names])
-        for row, (bar, value) in enumerate(zip(bars, values, strict=True)):
-            axes.annotate(cost.cell(value), (bar, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_xlim(0, 1.25 * max(bars) or 1)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_yticks(range(len(names)), [_label(name) for name in names], fontsize=8)
-        axes.tick_params(axis="x", bottom=False, labelbottom=False)
-        axes.spines["bottom"].set_visible(False)
-        axes.grid(visible=False)
-        axes.set_title(cost.name, loc="left", fontsize=9)
-    return _svg(figure, f"{task['name']}: {', '.join(cost.name for cost in _COSTS)} of each method", place)
+    figure, axes = _figure(0.3 + 0.25 * len(found))
+    bars = [value if math.isfinite(value) else 0.0 for _, value in found]
+    axes.barh(range(len(found)), bars, height=0.7, color=[looks[name].colour for name, _ in found])
+    for row, (_, value) in enumerate(found):
+        axes.annotate(cost.cell(value), (bars[row], row), (3, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, 1.3 * max(bars) or 1)  # room for the number
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_yticks(range(len(found)), [_label(name) for name, _ in found])
+    axes.tick_params(axis="x", bottom=False, labelbottom=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.grid(visible=False)
+    return _svg(figure, f"{task['name']}: {cost.name} of each method", place)
 
 
-def _figure(height: float, rows: int = 1) -> tuple[Figure, Any]:
-    """A figure, and its panels one below the other: one panel, or an array."""
+def _figure(height: float) -> tuple[Figure, Axes]:
+    """A figure and its panel."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
-    return figure, figure.subplots(rows)
+    return figure, figure.subplots()
 
 
 def _scale(axes: Axes, cost: _Cost, values: list[float]) -> float:
     """Labels the x axis in a unit that suits the values, and returns the unit."""
-    unit = next((unit for least, unit in cost.units if max(values) >= least), cost.units[-1][1])
+    scale, unit = next((scale, unit) for least, scale, unit in cost.units if max(values) >= least)
     axes.set_xlabel(cost.name + unit)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if not unit:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return _SCALES.get(unit, 1.0)
+    return scale
 
 
 def _score(method: Content) -> tuple[float, float, float]:
