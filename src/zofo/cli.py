@@ -40,6 +40,11 @@ Rows need no labels, and keep all columns. Keys of zofo train that say how rows 
 --template 1 or --max_length 256; otherwise they are those of the run.
 
   zofo predict --run runs/bilevel --data new.csv --output predicted.csv"""
+_COMPARE = """Runs several methods on several tasks with several seeds under the same budget, and writes report.html,
+report.json and report.csv with paired differences, intervals and p-values. Several processes can share the work; one
+that was killed goes on where it was. See docs/comparisons.md.
+
+  zofo compare --config configs/compare/demo.yaml --dry_run"""
 _MERGE = """Merges an adapter of a run into its backbone; the result loads with plain transformers.
 
   zofo merge --run runs/bilevel --adapter upper --output merged"""
@@ -179,6 +184,10 @@ def _parser() -> argparse.ArgumentParser:
         "premise (pmi, calibrated), or of the prompt behind the option (channel)",
     )
 
+    rivals = _verb(verbs, "compare", _compare, "many methods under the same budget, and a report", _COMPARE)
+    rivals.add_argument("--config", type=Path, required=True, help="the YAML file of the comparison")
+    rivals.add_argument("--dry_run", action="store_true", help="only say what would be run")
+
     answer = _verb(verbs, "predict", _predict, "what a model answers to new rows", _PREDICT, takes_keys=True)
     _add_model(answer)
     answer.add_argument("--task", help="name from `zofo tasks`, or task file; otherwise that of the run")
@@ -309,6 +318,13 @@ def _parts(options: argparse.Namespace) -> tuple[str, str | None]:
         return StoredRun.at(options.folder).parts(options.adapter or "upper")
     settle_parts(options.model, options.adapter)
     return options.model, options.adapter
+
+
+def _compare(options: argparse.Namespace, keys: list[str]) -> None:
+    from zofo.commands.compare import compare
+
+    _quiet_libraries()
+    compare(options.config, _say, options.dry_run)
 
 
 def _merge(options: argparse.Namespace, keys: list[str]) -> None:

@@ -12,7 +12,7 @@ from zofo.habits import key_hint
 # What zofo eval takes of the keys of zofo train: how rows of any task are read, and which rows of a task.
 ANY_TASK_KEYS = ("loss", "dtype", "max_length", "chat_template", "system_prompt")
 EVAL_KEYS = ("train_size", "test_size", "dev_size", "data_seed", "source", *ANY_TASK_KEYS)
-_TAKEN = {"eval": EVAL_KEYS, "predict": ("template", *ANY_TASK_KEYS), "merge": (), "tasks": ()}
+_TAKEN = {"eval": EVAL_KEYS, "predict": ("template", *ANY_TASK_KEYS), "merge": (), "tasks": (), "compare": ()}
 _CLASSES = {
     "ZOFOConfig": ("zofo", "config.py"),
     "Keys": ("zofo", "keys.py"),

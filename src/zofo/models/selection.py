@@ -104,12 +104,12 @@ def _matching_by_name(word: str, names: Mapping[str, list[str]]) -> set[str]:
 
 
 def _of_layers(layers: str, parameters: Iterable[str]) -> set[str]:
-    indices = _layers(parameters)
+    indices = layers_of(parameters)
     wanted = chosen_layers("zo_layers", layers, indices)
     return {name for name, index in indices.items() if index in wanted}
 
 
-def _layers(parameters: Iterable[str]) -> dict[str, int]:
+def layers_of(parameters: Iterable[str]) -> dict[str, int]:
     """The index of its block for each parameter that is in one."""
     return {name: int(m[1]) for name in parameters if (m := _BLOCK.search(name))}
 
@@ -121,7 +121,7 @@ def chosen_layers(key: str, layers: str, parameters: Iterable[str]) -> set[int]:
         >>> sorted(chosen_layers("zo_layers", "0, last 2", (f"layers.{n}.weight" for n in range(30))))
         [0, 28, 29]
     """
-    last = max(_layers(parameters).values(), default=-1)
+    last = max(layers_of(parameters).values(), default=-1)
     wanted: set[int] = set()
     for part in layers.replace(" ", "").split(","):
         match = _RANGE.fullmatch(part)
