@@ -1,12 +1,14 @@
 """The command line: `zofo train`, `estimate`, `eval`, `predict`, `merge`, `tasks`. Libraries come once a verb runs."""
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,13 +59,45 @@ _INHERITED = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    with contextlib.redirect_stdout(_Lasting(sys.stdout)) as said, contextlib.redirect_stderr(_Lasting(sys.stderr)):
+        try:
+            return _status(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            said.flush()
+
+
+class _Lasting:
+    """A stream that goes on in silence once whoever read it has seen enough, so that the work is done all the same."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = io.StringIO() if stream is None else stream  # None: closed from the beginning
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._silenced():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._silenced():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _silenced(self) -> Generator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def _status(arguments: Sequence[str]) -> int:
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        return _run(arguments)
     except ZofoError as error:
         return _fail(" ".join(str(error).split()), 2)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or ''} - free space or choose another folder", 2)
     except KeyboardInterrupt:
@@ -75,7 +109,7 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: Sequence[str]) -> int:
     parser = _parser()
     options, keys = parser.parse_known_args(arguments or ["--help"])
     if keys and not options.takes_keys:
