@@ -1,5 +1,6 @@
 """Bad input through the real command: status 2, one line that says what, why and how to mend it, nothing written."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -374,26 +375,26 @@ def test_one_of_several_processes_is_refused(tmp_path, keys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def closed_pipe(monkeypatch):
-    """Standard output and error go to a pipe that nobody reads any more, through the buffers of a real process."""
+@contextlib.contextmanager
+def nobody_reads():
+    """Standard output and error go to a pipe whose reader has gone, through buffers as those of a real process."""
     read, write = os.pipe()
     os.close(read)
-    with open(write, "w") as out, open(os.dup(write), "w", buffering=1) as err, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", out)
-        patch.setattr(sys, "stderr", err)
-        yield
-        out.write("and what is still in the buffers goes nowhere")
+    with open(write, "w") as out, open(os.dup(write), "w", buffering=1) as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+        out.write("what is still in the buffers at the end goes nowhere")
 
 
-def test_work_is_done_also_where_nobody_reads_what_it_says(tmp_path, keys, closed_pipe):
-    assert main(arguments(**keys)) == 0
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["upper"]["rows"] == 10
+def test_work_is_done_also_where_nobody_reads_what_it_says(tmp_path, keys):
     scores = tmp_path / "scores.json"
-    assert main(["eval", "--run", str(tmp_path / "run"), "--output", str(scores)]) == 0
+    with nobody_reads():
+        assert main(arguments(**keys)) == 0
+        assert main(["eval", "--run", str(tmp_path / "run"), "--output", str(scores)]) == 0
+        assert main(arguments(**keys)) == 2  # the folder holds a run now
+        assert main(["tasks"]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["upper"]["rows"] == 10
     assert json.loads(scores.read_text())["tasks"]["task"]["rows"] == 10
-    assert main(arguments(**keys)) == 2  # the folder holds a run now
-    assert main(["tasks"]) == 0
 
 
 def test_a_broken_pipe_of_the_work_itself_is_no_success(capsys, monkeypatch, tmp_path, keys):
