@@ -1,6 +1,7 @@
 """The command line: `zofo train`, `estimate`, `eval`, `predict`, `merge`, `tasks`. Libraries come once a verb runs."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from zofo.console import Lasting
 from zofo.errors import ZofoError
 from zofo.spelling import require_known
 
@@ -62,14 +64,18 @@ _INHERITED = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    with contextlib.redirect_stdout(Lasting(sys.stdout)) as said, contextlib.redirect_stderr(Lasting(sys.stderr)):
+        try:
+            return _status(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            said.flush()
+
+
+def _status(words: list[str]) -> int:
     try:
         return _run(words)
     except ZofoError as error:
         return _fail(" ".join(str(error).split()), 2)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or ''} - free space or choose another folder", 2)
     except KeyboardInterrupt as stop:

@@ -277,8 +277,11 @@ class Keys(TrainingArguments):
             bounds.require(key, vars(self)[key])
 
     def require_bounds(self) -> None:
-        """Refuses numbers out of their bounds, and words that are none of the choices."""
+        """Refuses numbers out of their bounds, words that are none of the choices, and what no path or name can be."""
         values = vars(self)
+        for name, value in values.items():
+            if isinstance(value, str) and "\0" in value:
+                raise ZofoError(f"{name} is {value!r:.80}, which holds a NUL character: take it out")
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             if get_origin(hint) is Literal and values[name] not in get_args(hint):
                 raise ZofoError(f"{name} is {values[name]!r}, but must be one of {', '.join(get_args(hint))}")

@@ -1,7 +1,9 @@
 """Bad input through the real command: status 2, one line that says what, why and how to mend it, nothing written."""
 
+import contextlib
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from shell import QUICK, ROWS, arguments, refused, write_task
+from shell import QUICK, ROWS, arguments, failed, refused, write_task
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from zofo.cli import main
 
@@ -232,6 +234,13 @@ CONFIGS = {
     "a list for a number": (b"lower_steps: [1, 2]", "lower_steps"),
     "a list for a text": (b"output_dir: [a, b]", "output_dir"),
     "a key that is a number": (b"3: 4", "unknown key '3'"),
+    **{
+        f"NUL in {key}": (
+            f'{key}: "a\\0b"'.encode(),
+            f"{key} is 'a\\x00b', which holds a NUL character: take it out",
+        )
+        for key in ("model", "task", "data", "source", "adapter", "adapter_init", "output_dir", "run_name")
+    },
 }
 
 
@@ -393,6 +402,36 @@ def test_one_of_several_processes_is_refused(tmp_path, keys):
     assert found.returncode != 0
     assert "zofo: this is one of 2 processes" in found.stderr
     assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def nobody_reads():
+    """Standard output and error go to a pipe whose reader has gone, through buffers as those of a real process."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as out, open(os.dup(write), "w", buffering=1) as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+        out.write("what is still in the buffers at the end goes nowhere")
+
+
+def test_work_is_done_also_where_nobody_reads_what_it_says(tmp_path, keys):
+    scores = tmp_path / "scores.json"
+    with nobody_reads():
+        assert main(arguments(**keys)) == 0
+        assert main(["eval", "--run", str(tmp_path / "run"), "--output", str(scores)]) == 0
+        assert main(arguments(**keys)) == 2  # the folder holds a run now
+        assert main(["tasks"]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["upper"]["rows"] == 10
+    assert json.loads(scores.read_text())["tasks"]["task"]["rows"] == 10
+
+
+def test_a_broken_pipe_of_the_work_itself_is_no_success(capsys, monkeypatch, tmp_path, keys):
+    def broken(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("zofo.training.trainer.ZOFOTrainer.training_step", broken)
+    assert "Broken pipe" in failed(capsys, arguments(**keys))
 
 
 def test_the_run_that_all_these_are_changes_of_works(capsys, tmp_path, keys):

@@ -33,6 +33,12 @@ def test_a_task_or_the_harness_must_be_asked_for(capsys):
     assert "--harness" in capsys.readouterr().err
 
 
+def test_a_task_file_that_is_no_yaml_is_refused_in_one_line(tmp_path):
+    (tmp_path / "t.yaml").write_text("task: 2021-13-45\n")
+    with pytest.raises(ZofoError, match=r"t\.yaml is no valid YAML"):
+        harness._task(str(tmp_path / "t.yaml"), [])
+
+
 @needs_harness
 def test_an_unknown_task_is_refused_before_the_model_is_loaded():
     with pytest.raises(ZofoError, match=r"no task 'rtee'.*lm_eval --tasks list"):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import tiny_model, tiny_tokenizer, token_batch
+from tiny import SENTENCES, tiny_model, tiny_tokenizer, token_batch
 from zofo.errors import ZofoError
 from zofo.models.load import load_model
 from zofo.models.source import local_source
 
-VOCABULARY = 328  # more rows than tokens: reading may add one
+VOCABULARY = 328  # more rows than tokens, as many models have
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +144,14 @@ def test_a_copy_that_is_kept_is_used_again(tmp_path, model, cache):
     path = write(tmp_path / "m.gguf", model, tensors_of(model))
     assert local_source(str(path)) == local_source(str(path))
     assert len(list(cache.glob("*/"))) == 1
+
+
+def test_a_vocabulary_with_a_row_for_each_token_and_no_end_of_text(tmp_path):
+    """transformers adds <|endoftext|> to it, which has no row."""
+    plain = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(plain), max_position_embeddings=128)
+    _, tokenizer = load_model(str(write(tmp_path / "m.gguf", model, tensors_of(model))))
+    assert tokenizer.get_vocab() == plain.get_vocab()
+    text = f"{SENTENCES[0]} <|endoftext|>"
+    assert tokenizer(text)["input_ids"] == plain(text)["input_ids"]
+    assert max(tokenizer(text)["input_ids"]) < model.get_input_embeddings().weight.shape[0]

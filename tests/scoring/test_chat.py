@@ -154,3 +154,22 @@ def test_a_run_goes_on_under_the_same_chat_template_only(tmp_path):
     require_same(before, marks, Path("run"))  # older runs did not store it
     with pytest.raises(ZofoError, match="was written with chat_template = True"):
         require_same(marks, plain, Path("run"))
+
+
+FAILING = {
+    "text and nothing": "{{ 'a' + none }}",
+    "an item that is not there": "{{ messages[9].content }}",
+    "a division": "{{ 1 / 0 }}",
+    "more than there is memory": "{{ 'x' * 10 ** 15 }}",
+    "macros without end": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "its own refusal": "{{ raise_exception('no chat') }}",
+}
+
+
+@pytest.mark.parametrize("template", FAILING.values(), ids=FAILING)
+def test_a_template_that_fails_is_said_in_one_line(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ZofoError, match=r"the model's chat template (fails|refuses this)") as caught:
+        as_chat(Record("hi", OPTIONS[0], OPTIONS), tokenizer, None)
+    assert "\n" not in str(caught.value)

@@ -320,3 +320,29 @@ def test_splits_of_a_hub_data_set_have_names_that_are_known(tmp_path, monkeypatc
     splits["dev"] = splits.pop("unsupervised")
     with pytest.raises(ZofoError, match="dev is a second dev"):
         read_rows("owner/set", tmp_path)
+
+
+def test_a_small_file_that_becomes_a_huge_one_is_refused(tmp_path):
+    line = b'{"text": "a"}'
+    (tmp_path / "huge.jsonl.gz").write_bytes(gzip.compress(line + b" " * (1 << 27) + b"\n", compresslevel=9))
+    with pytest.raises(
+        ZofoError, match=r"huge\.jsonl\.gz holds more than 100 times its own size, [\d,]+ bytes: unpack"
+    ):
+        read_rows("huge.jsonl.gz", tmp_path)
+    (tmp_path / "large.jsonl.gz").write_bytes(gzip.compress(line + b" " * (1 << 24) + b"\n", compresslevel=9))
+    assert read_rows("large.jsonl.gz", tmp_path) == {"all": [{"text": "a"}]}
+
+
+def test_rows_that_do_not_fit_into_memory_are_said_in_one_line(tmp_path, monkeypatch):
+    def too_large(_):
+        raise MemoryError
+
+    (tmp_path / "a.csv").write_text("text\na\n")
+    monkeypatch.setattr("zofo.tasks.sources._read_text", too_large)
+    with pytest.raises(ZofoError, match=r"the rows of .*a\.csv do not fit into memory: give a part of them"):
+        read_rows("a.csv", tmp_path)
+
+
+def test_no_path_holds_a_nul(tmp_path):
+    with pytest.raises(ZofoError, match=r"source is 'a\\x00b\.csv', which holds a NUL character: take it out"):
+        read_rows("a\0b.csv", tmp_path)

@@ -132,6 +132,8 @@ ENDLESS = {
     "batch": "{{ [1]|batch(10000000000, 'x')|list }}",
     "slice": "{{ [1]|slice(10000000000)|list }}",
     "lipsum": "{{ lipsum(n=100000000) }}",
+    "a huge precision": "{{ 2.5|round(300000000, 'floor') }}",
+    "a huge precision to the left": "{{ 2.5|round(-300000000, 'ceil') }}",
     "chained replacements": "{{ 'aaaa'" + "|replace('a', 'a' * 9999)" * 4 + " }}",
     "a string that doubles": (
         "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
@@ -150,6 +152,36 @@ def test_a_template_cannot_run_or_grow_without_end(source):
 @pytest.mark.parametrize("source", ["range(10 ** 9)", "'a' * 10 ** 10", "[text] * 10 ** 10"])
 def test_an_expression_cannot_grow_without_end(source):
     refused(source, expression)
+
+
+@pytest.mark.parametrize("source", ["{{ text|join(text) }}", "{{ text.join(text) }}", "{{ range(1000)|join(text) }}"])
+def test_joined_texts_cannot_grow_beyond_what_a_field_may_be(source):
+    assert "more than 1000000 characters" in refused(source, row={"text": "x" * 100_000})
+    assert text_template(source.replace("range(1000)", "'ab'"), "t")({"text": "ab"})
+
+
+def test_lists_are_not_summed_as_each_sum_copies_those_before_it():
+    refused("{{ words|sum(start=[])|length }}", row={"words": [["a"]] * 200_000})
+    assert text_template("{{ numbers|sum(start=0.5) }}", "t")({"numbers": [1, 2]}) == "3.5"
+
+
+LONG = {
+    "a sum": "1" + " + label" * 4000,
+    "a chain of items": "words" + "[0]" * 4000,
+    "a chain of filters": "text" + "|lower" * 4000,
+    "conditions": "1" + " if label else 2" * 2000,
+    "parentheses": "(" * 4000 + "1" + ")" * 4000,
+}
+
+
+@pytest.mark.parametrize("make", [text_template, expression])
+@pytest.mark.parametrize("source", LONG.values(), ids=LONG)
+def test_a_template_too_long_for_python_is_refused_in_one_line(source, make):
+    refused("{{ " + source + " }}", make)
+
+
+def test_more_conditions_in_each_other_than_python_can_indent_are_refused_in_one_line():
+    assert "too long or nested too deep" in refused("{% if label %}" * 120 + "x" + "{% endif %}" * 120)
 
 
 def test_a_field_of_a_million_characters_is_too_long():

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from plain import make_trainer, same, trained, weights
 from zofo import ZOFOConfig, ZofoError
 from zofo.config import own_keys
-from zofo.training.checkpoint import SEAL, loading, require_same
+from zofo.training.checkpoint import SEAL, loading, require_same, writing
 from zofo.training.rehearsal import require_schedule_and_batches
 from zofo.training.start import setting_up
 
@@ -93,3 +94,30 @@ def test_a_lack_of_memory_is_not_taken_for_damage_or_for_a_wrong_key(guarded, fa
     with pytest.raises(type(caught.value)) as plain:
         fail()
     assert str(caught.value) == str(plain.value)
+
+
+FULL = [
+    OSError(28, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0"),
+    RuntimeError("basic_ios::clear: iostream error"),
+    Exception("Permission denied (os error 13)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=str)
+def test_whatever_a_writer_raises_where_a_disk_is_full_is_said_in_one_line(error):
+    with (
+        pytest.raises(ZofoError, match=r"cannot write run .*: free space or choose"),
+        writing("run"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("a"), ZofoError("b")]
+)
+def test_what_is_no_fault_of_the_disk_stays_what_it_is(error):
+    with pytest.raises(type(error)) as caught, writing("run"):
+        raise error
+    assert caught.value is error

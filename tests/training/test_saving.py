@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import gguf
 import pytest
@@ -395,3 +396,26 @@ def test_a_bfloat16_backbone_trains_with_adapters_in_float32(tmp_path, method):
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
+
+
+CONFIGS = {
+    "a date that is none": "method: fo\nseed: 2021-13-45\n",
+    "an alias in itself": "method: fo\nzo_parameters: &a [*a]\n",
+    "a repeated key": "method: fo\nmethod: zo\n",
+    "a tag of Python": "method: !!python/name:os.system fo\n",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS.values(), ids=CONFIGS)
+def test_a_configuration_that_was_edited_into_no_yaml_is_refused_in_one_line(
+    folder, trainers, tmp_path, capsys, content
+):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "fo", run)
+    (run / "config.yaml").write_text(content)
+    for words in (["eval", "--run", str(run)], ["eval", "--model", str(run / "backbone")]):
+        capsys.readouterr()
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{run / 'config.yaml'}, the configuration of the run, is no valid YAML" in said

@@ -11,7 +11,7 @@ from plain import make_rows, make_trainer, weights
 from zofo import ZofoError
 from zofo.methods import METHODS
 from zofo.scoring.scorer import Scorer
-from zofo.training import memory, trial
+from zofo.training import memory
 from zofo.training.callbacks import peak_memory, reset_peak_memory
 
 TRAINED = [(name, "none") for name in ("fo", "zo")] + [(name, "lora") for name, m in METHODS.items() if m.trains()]
@@ -106,7 +106,6 @@ def test_other_errors_are_not_called_a_lack_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.method, "step", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         trainer.try_step()
-    assert trial.is_lack_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"))
 
 
 def test_a_loss_that_is_not_finite_is_left_to_the_run(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import gc
+import os
+import sys
 import threading
 import weakref
 
@@ -180,6 +182,59 @@ def test_a_class_that_was_left_behind_does_no_harm():
     with perturbed(model, theta_of(model), SEED, EPS):
         assert not torch.equal(model(x), base)
     assert type(model.weight) is nn.Parameter
+
+
+def test_a_mode_that_was_left_behind_does_no_harm():
+    """Ctrl-C may come between torch's push of the mode and the `with` that would pop it."""
+    model, x = nn.Linear(4, 4), torch.ones(4)
+    base = model(x)
+    with perturbed(model, theta_of(model), SEED, EPS):
+        expected, left = model(x), _get_current_function_mode_stack()[-1]
+    with left:
+        assert torch.equal(model(x), base)
+        with perturbed(model, theta_of(model), SEED, EPS):
+            assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), base)
+    assert _get_current_function_mode_stack() == []
+
+
+def interrupt_at(number, files):
+    """A trace that raises KeyboardInterrupt ahead of the first line of these files, the second one, ..."""
+    left = number
+
+    def trace(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(files):
+            return None
+        left -= event == "line"
+        if not left:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+def test_ctrl_c_while_blocks_are_entered_leaves_a_model_that_works():
+    model, x = nn.Linear(4, 4), torch.ones(4)
+    theta, base, before = theta_of(model), model(x), sys.gettrace()
+    expected = [moved_copy(model, (1, EPS))(x), moved_copy(moved_copy(model, (1, EPS)), (2, EPS))(x)]
+    files = tuple(os.path.join("zo", name) for name in ("reads.py", "perturb.py"))
+    number, entered = 0, False
+    while not entered:
+        number += 1
+        sys.settrace(interrupt_at(number, files))
+        with contextlib.suppress(KeyboardInterrupt), perturbed(model, theta, 1, EPS), perturbed(model, theta, 2, EPS):
+            sys.settrace(before)
+            entered = True
+        sys.settrace(before)
+        assert torch.equal(model(x), base), number
+        with perturbed(model, theta, 1, EPS):
+            torch.testing.assert_close(model(x), expected[0])
+            with perturbed(model, theta, 2, EPS):
+                torch.testing.assert_close(model(x), expected[1])
+            torch.testing.assert_close(model(x), expected[0])
+    assert number > 50, "lines until both were entered"
 
 
 def test_another_thread_reads_theta_itself():

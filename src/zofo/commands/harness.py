@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zofo.commands.eval import Manner, given_keys
 from zofo.config import parse_config
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model, on_device
+from zofo.parse import read_yaml
 
 
 def evaluate_with_harness(
@@ -56,7 +55,7 @@ def _task(name: str, known: Sequence[str]) -> str | dict[str, Any]:
     if file.suffix in (".yaml", ".yml"):
         if not file.is_file():
             raise ZofoError(f"there is no task file {file}")
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return read_yaml(file, name)
     if name not in known:
         raise ZofoError(
             f"lm-evaluation-harness has no task {name!r}: `lm_eval --tasks list` lists them; its names are not those "

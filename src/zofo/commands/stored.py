@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
-import yaml
 from accelerate.utils import send_to_device
 from transformers import PreTrainedTokenizerBase
 
-from zofo.errors import ZofoError, first_line
+from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import DType, load_model, on_device
 from zofo.models.peft import UPPER
+from zofo.parse import read_yaml
 from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.padding import probe
 from zofo.scoring.scorer import Scorer, Tokens
@@ -88,10 +88,7 @@ class StoredRun:
 
 def _keys(folder: Path) -> dict[str, Any] | None:
     file = folder / "config.yaml"
-    try:
-        content: Any = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ZofoError(f"cannot read {file}, the configuration of the run: {first_line(error)}") from error
+    content: Any = read_yaml(file, f"{file}, the configuration of the run,") if file.is_file() else None
     return cast("dict[str, Any]", content) if isinstance(content, dict) and "method" in content else None
 
 

@@ -191,8 +191,8 @@ class _Task:
                 a = self._scores(run)
                 if len(a) == len(b) == len(self._plan.seeds) or 1 in (len(a), len(b)):
                     seeds = max(len(a), len(b))
-                    pair = (scores.repeat(seeds, 0) if len(scores) == 1 else scores for scores in (a, b))
-                    found[run] = paired_difference(*pair, groups)
+                    first, second = (one.repeat(seeds, 0) if len(one) == 1 else one for one in (a, b))
+                    found[run] = paired_difference(first, second, groups)
                 else:
                     found[run] = paired_difference(a, b, groups, same_seeds=False)
         return found

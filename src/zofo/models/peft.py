@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.load import DTYPES, DType, load_weights
+from zofo.models.outside import require_nothing_outside, require_plain_tokenizer
 from zofo.models.selection import chosen_layers
 
 UPPER = "upper"
@@ -163,6 +164,9 @@ def with_adapters(
     adapter of that config; without it, the adapters are fresh.
     """
     _require_separate(config)
+    require_nothing_outside(config)
+    if start is None:
+        require_plain_tokenizer(config)
     first, *others = names
     if isinstance(start, str):
         _require_all_stored(config, start)
@@ -320,6 +324,7 @@ def attach(model: PreTrainedModel, adapter: str, name: str = UPPER, config: Peft
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            require_nothing_outside(config or PeftConfig.from_pretrained(str(folder)))
             trainable = config is not None and not config.is_prompt_learning
             attached = PeftModel.from_pretrained(
                 model, str(folder), adapter_name=name, is_trainable=trainable, config=copy.deepcopy(config)

@@ -95,7 +95,15 @@ def _convert(file: Path, folder: Path) -> None:
     if "quantization_config" in vars(model.config):
         del model.config.quantization_config
     tokenizer.save_pretrained(folder)
+    _drop_tokens(folder / "tokenizer.json", len(model.get_input_embeddings().weight))
     model.save_pretrained(folder)
+
+
+def _drop_tokens(file: Path, rows: int) -> None:
+    """Takes out the added tokens that have no embedding: transformers adds <|endoftext|> where a file has none."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _tensors(reader: gguf.GGUFReader) -> Tensors:

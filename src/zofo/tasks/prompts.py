@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, first_line
 from zofo.tasks.conversations import Turn
 from zofo.tasks.records import Conversation, Record
 
@@ -146,5 +146,10 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, earlier: Sequence[Turn], said:
         raise ZofoError(
             f"the model's chat template refuses this ({error}): leave out system_prompt or the system turn, or "
             "chat_template"
+        ) from error
+    except Exception as error:  # a template can fail in any way
+        raise ZofoError(
+            f"the model's chat template fails ({type(error).__name__}: {first_line(error)[:200]}): leave chat_template "
+            "out, or mend it"
         ) from error
     return text

@@ -15,6 +15,7 @@ from zofo.parse import plain_values, read_json, read_table, require_unique
 from zofo.tasks.records import Row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_GROWTH, _UNPACKED = 100, 1 << 26  # of a .gz file: how many times larger, and how many bytes it may be in any case
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("dev", "val", "valid", "validation", "eval"), "dev")
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d+)-of-(?P<total>\d+)")
 # what a split may be kept in, and is not read here: passed over, it would be replaced by a part of the training rows
@@ -51,6 +52,8 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
     Raises:
         ZofoError: if a file is missing, empty, broken, or belongs to no split.
     """
+    if "\0" in source:
+        raise ZofoError(f"source is {source!r:.80}, which holds a NUL character: take it out")
     if source.startswith(PACKAGE_SCHEME):
         return {"all": _rows_of(package_file(source))}
     path = folder / Path(source).expanduser()
@@ -138,7 +141,10 @@ def _rows_of(*files: Path) -> list[Row]:
     for file in files:
         if not file.is_file():
             raise ZofoError(f"there is no data file {file}: correct `source`; paths are relative to the task file")
-    rows = [row for file in files for row in _read_file(file)]
+    try:
+        rows = [row for file in files for row in _read_file(file)]
+    except MemoryError as error:
+        raise ZofoError(f"the rows of {files[0]} do not fit into memory: give a part of them") from error
     if not rows:
         raise ZofoError(f"{files[0]} is empty: give a file with at least one row")
     return rows
@@ -162,8 +168,14 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
+    if path.suffix.lower() != ".gz":
+        return path.read_bytes().decode("utf-8-sig")
+    most = max(_UNPACKED, _GROWTH * path.stat().st_size)
+    with gzip.open(path) as packed:
+        data = packed.read(most + 1)
+    if len(data) > most:
+        raise ZofoError(f"{path} holds more than {_GROWTH} times its own size, {most:,} bytes: unpack it first")
+    return data.decode("utf-8-sig")
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -8,13 +8,23 @@ largest size. So no template can run or grow without end.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, Undefined, UndefinedError, meta, nodes, pass_eval_context
+from jinja2 import (
+    StrictUndefined,
+    Template,
+    TemplateError,
+    Undefined,
+    UndefinedError,
+    meta,
+    nodes,
+    pass_environment,
+    pass_eval_context,
+)
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
-from jinja2.filters import do_join
+from jinja2.filters import do_join, do_round, do_sum
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zofo.errors import ZofoError, first_line, listed
@@ -26,6 +36,7 @@ _LARGEST = 10**18  # the largest factor
 _LARGEST_BASE = 10**6
 _LARGEST_POWER = 64
 _RANGE = 1_000
+_DIGITS = 20  # to round to
 _EXPRESSION = re.compile(r"^\s*\{\{(.*)\}\}\s*$", re.DOTALL)
 
 _NODES = (
@@ -75,6 +86,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             **{name: _to_number(known[name]) for name in ("int", "float")},
             "join": _join,
             "replace": _replace,
+            "round": _round,
+            "sum": _sum,
         }
         self.globals: dict[str, Any] = {"range": _short_range}
 
@@ -96,14 +109,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, _context: Any, _function: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if isinstance(_bound_to(_function), str) and _function.__name__ == "replace":
-            return _replace(_bound_to(_function), *args, **kwargs)
+        bound = _bound_to(_function)
+        if isinstance(bound, str | bytes) and _function.__name__ == "replace":
+            return _replace(bound, *args, **kwargs)
+        if isinstance(bound, str | bytes) and _function.__name__ == "join":
+            return _joined(bound, *args, **kwargs)
         return super().call(_context, _function, *args, **kwargs)
 
 
 def text_template(source: str, where: str) -> Render:
     """A Jinja2 template that renders a row, whose columns are its variables, to text; `where` is for messages."""
-    names = _check(source, where)
+    names: Set[str] = _guarded(lambda: _check(source, where), where)
     template: Template = _guarded(lambda: _ENVIRONMENT.from_string(source), where)
     return lambda row: _guarded(lambda: _text(template, row), where, _lacking(names, row))
 
@@ -112,7 +128,7 @@ def expression(source: str, where: str) -> Render:
     """A Jinja2 expression, with or without `{{ }}` around it, that gives a Python value for a row."""
     match = _EXPRESSION.match(source)
     inner = match.group(1) if match else source
-    names = _check("{{ " + inner + " }}", where)
+    names: Set[str] = _guarded(lambda: _check("{{ " + inner + " }}", where), where)
     evaluate = _guarded(lambda: _ENVIRONMENT.compile_expression(inner, undefined_to_none=False), where)
 
     def value_of(row: dict[str, Any]) -> Any:
@@ -132,15 +148,14 @@ def condition(source: str, where: str) -> Render:
 
 def _check(source: str, where: str) -> Set[str]:
     """The columns that a template names; refuses a template that could run without end."""
-    tree: nodes.Template = _guarded(lambda: _ENVIRONMENT.parse(source), where)
+    tree = _ENVIRONMENT.parse(source)
     for node in tree.find_all(nodes.Node):
         if not isinstance(node, (*_NODES, nodes.Helper, nodes.EvalContextModifier)):
             raise ZofoError(f"{where} uses {type(node).__name__.lower()}, which templates here may not: use plain ones")
     for loop in tree.find_all(nodes.For):
         if loop.recursive or any(isinstance(inner, nodes.For) or inner.find(nodes.For) for inner in loop.body):
             raise ZofoError(f"{where} has a loop inside a loop, which might never end: use one loop at most")
-    names: Set[str] = _guarded(lambda: meta.find_undeclared_variables(tree), where)
-    return names - _ENVIRONMENT.globals.keys()
+    return meta.find_undeclared_variables(tree) - _ENVIRONMENT.globals.keys()
 
 
 def _text(template: Template, row: dict[str, Any]) -> str:
@@ -175,7 +190,9 @@ def _guarded(render: Callable[[], Any], where: str, lacks: str = "") -> Any:
     except TypeError as error:
         mend = "`| int` and `| float` make numbers of texts, such as the cells of CSV files"
         raise ZofoError(f"{where}: {error} (TypeError){lacks}; {mend}") from error
-    except (ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (RecursionError, SyntaxError) as error:  # of Python, which templates are compiled to
+        raise ZofoError(f"{where} is too long or nested too deep ({first_line(error)}): make it shorter") from error
+    except (ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
         raise ZofoError(f"{where}: {error} ({type(error).__name__}){lacks}") from error
 
 
@@ -220,8 +237,33 @@ def _to_number(convert: Callable[..., Any]) -> Callable[..., Any]:
 @pass_eval_context
 def _join(context: nodes.EvalContext, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     parts = list(values) if attribute is not None else [_plain(value) for value in values]
+    _require_short(str(_plain(d)), parts)
     joined: Any = do_join(context, parts, str(_plain(d)), attribute)
     return joined
+
+
+def _joined(separator: Any, iterable: Iterable[Any], /) -> Any:
+    parts = list(iterable)
+    _require_short(separator, parts)
+    return separator.join(parts)
+
+
+def _require_short(separator: str | bytes, parts: Sequence[Any]) -> None:
+    if len(separator) * len(parts) > _LONGEST:
+        raise SecurityError(f"joined texts make more than {_LONGEST} characters")
+
+
+def _round(value: float, precision: int = 0, method: Any = "common") -> float:
+    if abs(precision) > _DIGITS:
+        raise SecurityError(f"a number is rounded to {precision} digits (at most {_DIGITS})")
+    return do_round(value, precision, method)
+
+
+@pass_environment
+def _sum(environment: Any, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
+    if not isinstance(start, int | float):
+        raise SecurityError("sums are of numbers only")  # each sum of lists copies those before it
+    return do_sum(environment, values, attribute, start)
 
 
 def _numbered_without(obj: Any, key: str) -> bool:

@@ -27,6 +27,7 @@ _DIGESTS = "sha256"  # as fast as blake2b where the processor has instructions f
 _READ: dict[tuple[int, int, int, int], str] = {}  # digests by device, inode, time and size
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_UNWRITTEN = ("inline_container", "PytorchStreamWriter", "iostream error", "(os error ")  # the last of Rust
 _UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError, EOFError,
     SafetensorError, pickle.UnpicklingError,
@@ -87,10 +88,12 @@ def writing(folder: Path) -> Generator[None]:
     """Turns what the libraries raise when a disk is full or forbidden into one line."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except ZofoError:
+        raise
+    except Exception as error:  # the writers of C++ and Rust raise what they like
         cause = first_line(error)
-        if isinstance(error, RuntimeError) and "inline_container" not in cause and "PytorchStreamWriter" not in cause:
-            raise  # not torch's zip writer: a real bug must stay visible
+        if not isinstance(error, OSError | SafetensorError) and not any(words in cause for words in _UNWRITTEN):
+            raise  # a real bug must stay visible
         raise ZofoError(
             f"cannot write {folder} ({cause}): free space or choose another output_dir; earlier checkpoints are whole"
         ) from error

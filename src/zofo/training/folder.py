@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from zofo.errors import ZofoError
+from zofo.parse import read_yaml
 from zofo.tasks.table import TASK_FILE
 from zofo.training.checkpoint import SEAL, checkpoints, read_seal, sealed_files, writing
 from zofo.training.trained_rows import FILE as TRAINED_ROWS
@@ -271,8 +271,8 @@ def _present(run: Path) -> list[str]:
 def _is_older_run(run: Path) -> bool:
     """Whether a folder without a marker was written by a run: its configuration, and its results or a checkpoint."""
     try:
-        config: Any = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        config: Any = read_yaml(run / "config.yaml", "config.yaml")
+    except (OSError, ZofoError):
         return False
     if not isinstance(config, dict) or not config.keys() >= _CONFIG_KEYS:
         return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from zofo.config import ZOFOConfig
-from zofo.errors import NonFiniteLossError, ZofoError
+from zofo.errors import NonFiniteLossError, ZofoError, is_lack_of_memory
 from zofo.methods.method import Bundle, Method
 from zofo.scoring.batch import Batch
 from zofo.training.callbacks import Cost, peak_memory, reset_peak_memory
@@ -67,8 +67,3 @@ def _steps(method: Method, config: ZOFOConfig, batch: Batch) -> None:
             method.skip()
     if config.device.type == "cuda":
         torch.cuda.synchronize(config.device)
-
-
-def is_lack_of_memory(error: RuntimeError) -> bool:
-    """Whether torch had no memory left, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -72,11 +72,14 @@ class Noticed(TorchFunctionMode):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.anything = False
-        self._names = block.names
+        self._block = block
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _ACTIVE or not _ACTIVE[0].holds(self._block):  # Ctrl-C at the edge of a block has left this behind
+            return func(*args, **(kwargs or {}))
         self.anything = True
-        names = [self._names[id(value)] for value in (*args, *(kwargs or {}).values()) if id(value) in self._names]
+        known = self._block.names
+        names = [known[id(value)] for value in (*args, *(kwargs or {}).values()) if id(value) in known]
         asked_before = _ACTIVE[0].asked
         result = func(*args, **(kwargs or {}))
         if names and _ACTIVE[0].asked == asked_before:  # data of torch.tensor, a number as alpha, what is set as .data
@@ -126,9 +129,9 @@ class Reader:
         outer = self._targets
         classes = {key: _plain(type(p)) for key, p in block.tensors.items() if key not in outer}
         self._ahead.end()
-        self._blocks.append(block)
-        self._targets = self._ahead.targets = outer | block.tensors
         try:
+            self._blocks.append(block)
+            self._targets = self._ahead.targets = outer | block.tensors
             for key, plain in classes.items():
                 block.tensors[key].__class__ = _watched(plain)
             yield
@@ -136,8 +139,12 @@ class Reader:
             for key, plain in classes.items():
                 block.tensors[key].__class__ = plain
             self._ahead.end()
-            self._blocks.remove(block)
+            self._blocks[:] = [other for other in self._blocks if other is not block]
             self._targets = self._ahead.targets = outer
+
+    def holds(self, block: Block) -> bool:
+        """Whether this block is open."""
+        return block in self._blocks
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a torch function returns, with W + scale·z in place of each parameter W in its arguments."""
@@ -306,8 +313,8 @@ def reader(scratch: Scratch | None) -> Generator[Reader]:
     if _ACTIVE:
         yield _ACTIVE[0]
         return
-    _ACTIVE.append(Reader(scratch or Scratch()))
     try:
+        _ACTIVE.append(Reader(scratch or Scratch()))
         yield _ACTIVE[0]
     finally:
         _ACTIVE.clear()

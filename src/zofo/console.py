@@ -1,0 +1,34 @@
+"""Standard output and standard error that outlive their reader."""
+
+import contextlib
+import io
+import os
+from collections.abc import Generator
+from typing import Any
+
+
+class Lasting:
+    """A stream that goes on in silence once whoever read it has seen enough, so that the work is done all the same."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = io.StringIO() if stream is None else stream  # None: closed from the beginning
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._silenced():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._silenced():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _silenced(self) -> Generator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
