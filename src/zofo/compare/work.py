@@ -95,7 +95,7 @@ def _run(plan: Plan, cell: Cell) -> None:
         words += ["--resume_from_checkpoint", "true"]
     except ZofoError:
         shutil.rmtree(cell.folder, ignore_errors=True)  # what a killed run has left before its first checkpoint
-    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    found = ended(words)
     cell.folder.with_suffix(".log").write_text(found.stdout + found.stderr, encoding="utf-8")
     message = failure_file(plan, cell)
     if found.returncode:
@@ -104,6 +104,11 @@ def _run(plan: Plan, cell: Cell) -> None:
         message.write_text(lines[-1].removeprefix("zofo: ") + "\n", encoding="utf-8")
     else:
         message.unlink(missing_ok=True)
+
+
+def ended(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command that has been run, with what it has said."""
+    return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
 class _Progress:
