@@ -20,3 +20,13 @@ loss = _known(lambda value: f"{value:.3f}" if abs(value) < 1000 else f"{value:.1
 count = _known(lambda number: f"{number:,.0f}")
 time = _known(lambda seconds: duration(seconds) if seconds else "0 s")
 memory = _known(size)
+
+CELLS = {
+    "points": points,
+    "signed_points": signed_points,
+    "p_value": p_value,
+    "loss": loss,
+    "count": count,
+    "time": time,
+    "memory": memory,
+}

@@ -19,8 +19,7 @@ def page(report: Mapping[str, Any]) -> str:
 
         figures = draw(report)
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    for form in ("points", "signed_points", "p_value", "loss", "count", "time", "memory"):
-        environment.filters[form] = getattr(cells, form)
+    environment.filters.update(cells.CELLS)
     template = environment.from_string(files("zofo.compare").joinpath("page.html").read_text(encoding="utf-8"))
     rendered = template.render(report, figures=figures, missing=cells.MISSING, level=LEVEL, power=POWER)
     return rendered.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be written to a file
