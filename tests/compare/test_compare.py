@@ -95,7 +95,7 @@ def test_numbers_are_those_of_the_run_folders(tmp_path, made, here):
     if np.any(paired):
         found = stats.permutation_test((paired,), np.mean, permutation_type="samples", n_resamples=3999, rng=0)
         assert mezo["difference"]["p"] >= found.pvalue - 0.05
-    table = list(csv.DictReader((tmp_path / "out" / "report.csv").open()))
+    table = list(csv.DictReader(io.StringIO((tmp_path / "out" / "report.csv").read_text())))
     assert [(row["run"], row["seed"]) for row in table] == [(c.run, str(c.seed)) for c in cells]
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{100 * lora['mean']:.1f}" in page
