@@ -55,7 +55,7 @@ def _converted(file: Path) -> Path:
     its name only when it is complete.
     """
     stat = file.stat()
-    version = hashlib.sha256(f"2/{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    version = hashlib.sha256(f"3/{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{file.stem}-{version}"
     if folder.is_dir():
         return folder
