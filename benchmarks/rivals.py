@@ -3,13 +3,15 @@
 SmolLM2-135M in float32, 8 rows of 48 and of 256 tokens. What is measured is `cost.peak_memory_bytes` of `results.json`;
 beside it stands what `zofo estimate` says. Two steps, as in the first one there are no states of the optimizer yet, and
 malloc has kept less; T is 1, as lower steps come one after another. Writes `benchmarks/results/rivals-<machine>.json`
-after each run, and keeps the rows there that are not measured again; half an hour on one thread.
+after each run, and keeps the rows there that are not measured again; half an hour on one thread. With
+`MALLOC_MMAP_THRESHOLD_=65536` in the environment, malloc keeps nothing, and the rows are others.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -42,15 +44,16 @@ def main() -> None:
     names = [name for name in names if name in asked] or names
     lengths = [length for length in LENGTHS if str(length) in asked] or LENGTHS
     before = next(RESULTS.glob(f"rivals-{platform.machine()}-*.json"), None)
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in json.loads(before.read_text())["rows"] if before else ():
-        rows[row["name"], row["tokens"]] = row
+        rows[_key(row)] = row
     estimate._variants = lambda config: [config]  # without the other rows of its table
     for length in lengths:
         for name in names:
             with tempfile.TemporaryDirectory() as folder:
-                rows[name, length] = measured(name, length, Path(folder))
-            print(rows[name, length], flush=True)
+                row = measured(name, length, Path(folder))
+            rows[_key(row)] = row
+            print(row, flush=True)
             write("rivals", {"rows": list(rows.values())})
 
 
@@ -75,6 +78,7 @@ def measured(name: str, length: int, home: Path) -> dict[str, Any]:
     return {
         "name": name,
         "tokens": length,
+        "mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
         "measured_bytes": results["cost"]["peak_memory_bytes"],
         "predicted_bytes": predicted.memory.peak,
         "predicted": vars(predicted.memory),
@@ -84,6 +88,10 @@ def measured(name: str, length: int, home: Path) -> dict[str, Any]:
         "loss": results["metrics"]["upper"]["loss"],
         "zero_shot_loss": results["zero_shot"]["loss"],
     }
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["name"], row["tokens"], row.get("mmap_threshold")
 
 
 if __name__ == "__main__":
