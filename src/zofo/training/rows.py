@@ -33,6 +33,8 @@ def run_task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
 
 def run_length(config: ZOFOConfig, rows: int) -> int:
     """Iterations of a run on so many training rows."""
+    if config.max_steps > 0:
+        return config.max_steps
     parts = level_rows([0] * rows, config)
     return planned_steps(config, {name: len(part) for name, part in parts.items()}, config.method_class.streams(config))
 
