@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, made, here):
 
 
 def test_a_run_that_fails_is_in_the_report_with_its_message(tmp_path, made, here):
-    runs = {"lora": {"method": "fo"}, "broken": {"method": "fo", "learning_rate": 1e30}}
+    runs = {"lora": {"method": "fo"}, "broken": {"method": "fo", "learning_rate": 2e9}}
     file = plan_of(tmp_path, made, runs=runs)
     (task,) = compared(file)["tasks"]
     assert [method["name"] for method in task["methods"]] == ["lora"]

@@ -12,6 +12,7 @@ from zofo.compare.search import Settings, points
 from zofo.config import ZOFOConfig, parse_config
 from zofo.errors import ZofoError, did_you_mean
 from zofo.parse import read_yaml
+from zofo.tasks.task import load_task
 
 KEYS = ("output_dir", "base", "runs", "tasks", "seeds", "budget", "baseline", "search", "trials", "jobs", "title")
 _NEEDED = KEYS[:7]
@@ -171,6 +172,8 @@ class Plan:
         for what, values in (("seeds", self.seeds), ("tasks", [Path(task).stem for task in self.tasks])):
             if len(set(values)) < len(values):
                 raise ZofoError(f"{file}: {what} holds a value twice: give each one once")
+        for task in self.tasks:
+            load_task(task)
         for key in ("task", "seed", "max_steps", "num_train_epochs", "output_dir", "final_split", "zero_shot"):
             if key in self.base:
                 raise ZofoError(f"{file}: base holds {key}, which a comparison sets itself: leave it out")
