@@ -12,9 +12,8 @@ class Lasting:
 
     def __init__(self, stream: Any) -> None:
         self._stream = io.StringIO() if stream is None else stream  # None: closed from the beginning
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        self.encoding = self._stream.encoding  # these three are what bars ask of a stream
+        self.isatty, self.fileno = self._stream.isatty, self._stream.fileno
 
     def write(self, text: str) -> int:
         with self._silenced():

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +177,12 @@ def test_the_plan_is_shown_without_doing_it(tmp_path, made, here, capsys):
     assert lines[-1].startswith("in all about ")
     assert not here
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.embedded
+def test_the_shipped_comparison_is_read():
+    file = Path(__file__).parents[2] / "configs" / "comparisons" / "demo.yaml"
+    assert {cell.run for cell in Plan.read(file).cells()} == {"zero-shot", "lora", "mezo", "bilevel"}
 
 
 def test_what_a_backward_costs(made):
