@@ -46,7 +46,7 @@ _COMPARE = """Runs several methods on several tasks with several seeds under the
 report.json and report.csv with paired differences, intervals and p-values. Several processes can share the work; one
 that was killed goes on where it was. See docs/comparisons.md.
 
-  zofo compare --config configs/comparisons/demo.yaml --dry_run"""
+  zofo compare --config comparisons/demo.yaml --dry_run"""
 _MERGE = """Merges an adapter of a run into its backbone; the result loads with plain transformers.
 
   zofo merge --run runs/bilevel --adapter upper --output merged"""

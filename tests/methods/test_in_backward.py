@@ -133,7 +133,7 @@ def test_the_estimate_counts_the_gradient_of_the_largest_weight_alone(tmp_path, 
 def test_its_steps_are_timed(tmp_path, model_folder):
     keys = {"model": str(model_folder), "max_length": 8, "per_device_train_batch_size": 1, "optim": "sgd"}
     config = ZOFOConfig(output_dir=str(tmp_path), use_cpu=True, **{**IN_BACKWARD, **keys})
-    rows = estimate(config)
+    rows = list(estimate(config))
     assert all(row.seconds > 0 for row in rows)
     assert [(row.method, row.adapter) for row in rows if row.chosen] == [("fo", "none")]
 

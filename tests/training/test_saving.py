@@ -228,6 +228,14 @@ def test_results_have_the_keys_of_the_contract(folder, trainers, name):
     assert found["method"] == RUNS[name].get("method", "bilevel")
 
 
+def test_results_on_dev_rows_say_so(folder, trainers):
+    config = write_config(folder, "on-dev", **{**KEYS, "method": "fo", "max_steps": 1, "final_split": "dev"})
+    assert main(["train", "--config", str(config), "--output_dir", str(folder / "on-dev")]) == 0
+    found = results(folder / "on-dev")
+    assert found["final_split"] == "dev"
+    assert {scores["rows"] for scores in (found["zero_shot"], *found["metrics"].values())} == {6}
+
+
 def test_the_backbone_change_is_the_relative_norm_of_its_move(folder, trainers):
     start = load_file(folder / "model" / "model.safetensors")
     for name in RUNS:

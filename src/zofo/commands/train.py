@@ -114,7 +114,9 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         texts[PREDICTIONS] = _predictions(task, rows, test, scored[UPPER][1])
         if not config.method_class.trains() and not fitting:
             zero_shot = metrics[UPPER]
-        scores = {"metrics": metrics, "zero_shot": zero_shot or None, "final_split": final, **fitting}
+        scores = {"metrics": metrics, "zero_shot": zero_shot or None, **fitting}
+        if final != "test":
+            scores["final_split"] = final
         with final_parts(run) as new:
             results = _write_final(trainer, task, scores, _shown(trainer, asked, in_front), new, texts)
     for adapter, own in metrics.items():
