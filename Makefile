@@ -6,7 +6,7 @@ INTERPRETER := .venv/interpreter
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test bench clean
+.PHONY: install demo test test-full bench clean
 
 install: $(READY)
 
@@ -31,6 +31,9 @@ test: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+test-full: install
+	$(BIN)/pytest -m ""
 
 bench: install
 	$(BIN)/python -W ignore benchmarks/speed.py

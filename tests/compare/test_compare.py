@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -18,15 +19,22 @@ from tiny import save_tiny_model
 from zofo.cli import main
 from zofo.compare import work
 from zofo.compare.budget import iteration_cost, steps_within
-from zofo.compare.plan import Cell, Plan
+from zofo.compare.reading import read_plan
 from zofo.config import ZOFOConfig
+from zofo.errors import ZofoError
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("compare")
     rows = [{"text": f"film {n} was {'great' if n % 2 else 'terrible'}", "label": n % 2} for n in range(80)]
-    return {"model": save_tiny_model(root / "model"), "task": str(write_task(root / "films", rows))}
+    return {"model": save_tiny_model(root / "model"), "task": named_task(root, "films", rows)}
+
+
+def named_task(folder, name, rows=None, **changes):
+    """A task file of this name; its rows are about days if none are given."""
+    days = [{"text": f"day {n} was {OPTIONS[n % 3 == 0]}", "label": int(n % 3 == 0)} for n in range(80)]
+    return str(write_task(folder / name, rows or days, **changes).rename(folder / name / f"{name}.yaml"))
 
 
 def plan_of(folder, made, **changes):
@@ -62,13 +70,14 @@ def here(monkeypatch):
     return begun
 
 
+def planned(file, seconds=None):
+    return read_plan(file, lambda config: seconds)
+
+
 def compared(file):
     assert main(["compare", "--config", str(file)]) == 0
-    folder = Plan.read(file).output_dir
+    folder = planned(file).output_dir
     return json.loads((folder / "report.json").read_text())
-
-
-is_done = Cell.is_done.fget
 
 
 def rows_of(cell):
@@ -78,7 +87,7 @@ def rows_of(cell):
 def test_numbers_are_those_of_the_run_folders(tmp_path, made, here):
     file = plan_of(tmp_path, made)
     (task,) = compared(file)["tasks"]
-    cells = Plan.read(file).cells()
+    cells = planned(file).cells()
     assert len(here) == len(cells) == 4
     by_hand = {run: [[row["score"] for row in rows_of(c)] for c in cells if c.run == run] for run in ("lora", "mezo")}
     for method in task["methods"]:
@@ -107,8 +116,8 @@ def test_numbers_are_those_of_the_run_folders(tmp_path, made, here):
 def test_the_search_never_sees_a_test_row(tmp_path, made, here):
     file = plan_of(tmp_path, made, search={"lora": {"learning_rate": [1e-3, 1e-1]}}, trials=2)
     (task,) = compared(file)["tasks"]
-    plan = Plan.read(file)
-    tried = {row["row"] for cell in plan.trials() for row in rows_of(cell)}
+    plan = planned(file)
+    tried = {row["row"] for cell in plan.trials for row in rows_of(cell)}
     tested = {row["row"] for cell in plan.cells() if cell.trial is None for row in rows_of(cell)}
     assert len(tried) == 20
     assert len(tested) == 30
@@ -135,7 +144,7 @@ def test_no_run_is_done_twice_and_a_changed_plan_reuses_what_is_valid(tmp_path, 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, made, here):
     file = plan_of(tmp_path, made, seeds=[0])
     compared(file)
-    cell = Plan.read(file).cells()[0]
+    cell = planned(file).cells()[0]
     before = rows_of(cell)
     for path in cell.folder.iterdir():  # as if killed after its last checkpoint
         if not path.name.startswith(("checkpoint-", ".zofo.json", "config.yaml")):
@@ -149,13 +158,12 @@ def test_a_run_that_fails_is_in_the_report_with_its_message(tmp_path, made, here
     whole = work.ended
 
     def ended(words):
-        found = whole(words)
         if "/broken/" not in " ".join(words):
-            return found
+            return whole(words)
+        here.append(words)
         return subprocess.CompletedProcess(words, 2, "", "zofo: step 3: F is nan: lower learning_rate\n")
 
     monkeypatch.setattr(work, "ended", ended)
-    monkeypatch.setattr(Cell, "is_done", property(lambda cell: cell.run == "lora" and is_done(cell)))
     runs = {"lora": {"method": "fo"}, "broken": {"method": "fo"}}
     file = plan_of(tmp_path, made, runs=runs)
     (task,) = compared(file)["tasks"]
@@ -173,7 +181,7 @@ def test_the_plan_is_shown_without_doing_it(tmp_path, made, here, capsys):
     assert main(["compare", "--config", str(plan_of(tmp_path, made)), "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1 tasks x 2 methods x 2 seeds, 0 trials before"
-    assert lines[1].startswith("lora: 1 x (0 trials + 2 seeds), 3 iterations each, about ")
+    assert lines[1].startswith("lora: 2 runs of 3 iterations, about ")
     assert lines[-1].startswith("in all about ")
     assert not here
     assert not (tmp_path / "out").exists()
@@ -182,7 +190,7 @@ def test_the_plan_is_shown_without_doing_it(tmp_path, made, here, capsys):
 @pytest.mark.embedded
 def test_the_shipped_comparison_is_read():
     file = Path(__file__).parents[2] / "comparisons" / "demo.yaml"
-    assert {cell.run for cell in Plan.read(file).cells()} == {"zero-shot", "lora", "mezo", "bilevel"}
+    assert {cell.run for cell in planned(file).cells()} == {"zero-shot", "lora", "mezo", "bilevel"}
 
 
 def test_what_a_backward_costs(made):
@@ -199,6 +207,126 @@ def test_what_a_backward_costs(made):
     assert cost(method="bilevel") == (3 + 1 + 1) * 2 + 2 * 3
     config = ZOFOConfig(output_dir="run", use_cpu=True, model=str(made["model"]), method="fo")
     assert steps_within(config, 100) == 100 // 16
+
+
+def test_a_budget_of_seconds_is_measured_once_for_all_processes_and_seeds(tmp_path, made, here):
+    file = plan_of(tmp_path, made, budget={"seconds": 3})
+    report_dir = tmp_path / "out"
+    report_dir.mkdir()
+    (report_dir / "comparison.yaml").write_text(file.read_text())
+    assert {cell.keys["max_steps"] for cell in planned(file, seconds=0.4).cells()} == {7}
+    assert {cell.keys["max_steps"] for cell in planned(file, seconds=0.1).cells()} == {7}
+    with pytest.raises(ZofoError, match="takes 4 s, but the budget is 3 s"):
+        read_plan(file, lambda config: 4.0, dry=True).cells()
+    with pytest.raises(ZofoError, match="does not fit into the free memory"):
+        read_plan(file, lambda config: None, dry=True).cells()
+
+
+def test_tuning_chooses_one_setting_for_all_tasks_by_the_mean_over_its_own(tmp_path, made, here):
+    days = named_task(tmp_path, "days")
+    file = plan_of(
+        tmp_path, made, seeds=[5, 6], tasks=[made["task"], days], trials=2, tuning={"tasks": [days], "seeds": [8, 9]},
+        search={"mezo": {"zo_learning_rate": [1e-3, 1e-1]}},
+    )  # fmt: skip
+    report = compared(file)
+    plan = planned(file)
+    assert {(cell.division.task, cell.seed) for cell in plan.trials} == {(days, 8), (days, 9)}
+    scores = {}
+    for rate in (1e-3, 1e-1):
+        own = [
+            json.loads((c.folder / "results.json").read_text())
+            for c in plan.trials
+            if c.settings["zo_learning_rate"] == rate
+        ]
+        upper = [one["metrics"]["upper"] for one in own]
+        scores[rate] = (np.mean([one["accuracy"] for one in upper]), -np.mean([one["loss"] for one in upper]))
+    best = max(scores, key=scores.get)
+    assert {c.keys["zo_learning_rate"] for c in plan.cells() if c.run == "mezo" and c.trial is None} == {best}
+    assert len(here) == 4 + 2 * 2 * 2
+    for task in report["tasks"]:
+        trials = task["methods"][1]["search"]
+        assert [trial["score"] for trial in trials] == pytest.approx([scores[rate][0] for rate in (1e-3, 1e-1)])
+
+
+def test_data_seeds_divide_the_rows_anew_and_each_division_is_judged_for_itself(tmp_path, made, here):
+    file = plan_of(tmp_path, made, seeds=[0], data_seeds=[3, 4])
+    report = compared(file)
+    assert [task["name"] for task in report["tasks"]] == ["films-data-seed-3", "films-data-seed-4"]
+    rows = {}
+    for cell in planned(file).cells():
+        rows.setdefault(cell.division.data_seed, set()).add(frozenset(row["row"] for row in rows_of(cell)))
+    assert all(len(same) == 1 for same in rows.values())
+    assert rows[3] != rows[4]
+
+
+def test_what_a_run_forgets_and_how_templates_spread_are_those_of_zofo_eval(tmp_path, made, here, capsys):
+    other = named_task(tmp_path, "days")
+    two = named_task(tmp_path, "two", templates=[{"prompt": "Say of it: {{ text }}. It was"}])
+    runs = {"zero": {"method": "none", "adapter": "none"}, "lora": {"method": "fo"}}
+    file = plan_of(
+        tmp_path, made, tasks=[two], runs=runs, baseline="zero", seeds=[0, 1], forgetting=other, templates=True
+    )
+    (found,) = compared(file)["tasks"]
+    lora, zero = found["methods"]
+    cells = [cell for cell in planned(file).cells() if cell.run == "lora"]
+
+    def scored(*words):
+        assert main(["eval", *words, "--batch_size", "8", "--output", str(tmp_path / "score.json")]) == 0
+        (scores,) = json.loads((tmp_path / "score.json").read_text())["tasks"].values()
+        (tmp_path / "score.json").unlink()
+        return scores
+
+    before = scored("--model", str(made["model"]), "--task", other, "--max_length", "64")["accuracy"]
+    after = [
+        scored("--model", str(cell.folder / "backbone"), "--adapter", str(cell.folder / "upper"), "--task", other)
+        for cell in cells
+    ]
+    changes = [scores["accuracy"] - before for scores in after]
+    assert lora["forgetting"] == {
+        "task": "days", "before": before, "after": pytest.approx(before + np.mean(changes)), "changes": changes
+    }  # fmt: skip
+    assert zero["forgetting"] is None
+    by_hand = [[scored("--run", str(c.folder), "--template", t)["accuracy"] for t in "01"] for c in cells]
+    assert lora["templates"] == pytest.approx(np.mean(by_hand, axis=0))
+    assert lora["templates"][0] == pytest.approx(lora["mean"])
+    assert len(zero["templates"]) == 2
+
+
+SHARING = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from zofo.compare import work
+from zofo.compare.reading import read_plan
+
+def ended(words):
+    config = Path(words[words.index("--config") + 1])
+    folder = config.with_suffix("")
+    folder.mkdir()  # fails if another process does this run too
+    time.sleep(0.2)
+    (folder / "results.json").write_text(json.dumps({"process": os.getpid()}))
+    return subprocess.CompletedProcess(words, 0, "", "")
+
+work.ended = ended
+plan = read_plan(Path(sys.argv[1]), lambda config: None)
+work.claim(plan)
+Path(sys.argv[2]).touch()
+while len(list(Path(sys.argv[2]).parent.glob("ready-*"))) < 2:
+    time.sleep(0.01)
+work.work(plan, print)
+"""
+
+
+def test_two_processes_share_one_folder(tmp_path, made):
+    file = plan_of(tmp_path, made, seeds=[0, 1, 2])
+    words = [sys.executable, "-c", SHARING, str(file)]
+    pair = [subprocess.Popen([*words, str(tmp_path / f"ready-{n}")], stdout=subprocess.PIPE, text=True) for n in "01"]
+    said = [process.communicate(timeout=120)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    cells = planned(file).cells()
+    done = [json.loads((cell.folder / "results.json").read_text())["process"] for cell in cells]
+    assert {process.pid for process in pair} == set(done)
+    begun = [line for text in said for line in text.splitlines() if line.startswith("begins: ")]
+    assert sorted(begun) == sorted(f"begins: {cell.name}" for cell in cells)
 
 
 RUNS = {"lora": {"method": "fo"}, "mezo": {"method": "zo", "adapter": "none"}}
@@ -223,6 +351,13 @@ BAD = {
     "a seed twice": ({"seeds": [1, 1]}, "seeds holds a value twice"),
     "a task that is not there": ({"tasks": ["tweetz"]}, "there is no task 'tweetz'"),
     "no job": ({"jobs": 0}, "jobs is 0"),
+    "seconds side by side": ({"budget": {"seconds": 9}, "jobs": 2}, "runs side by side have no seconds of their own"),
+    "tuning of nothing": ({"tuning": {"seeds": [1]}}, "tuning is given, but search is not"),
+    "two data seeds": ({"data_seeds": [1, 1]}, "data_seeds holds a value twice"),
+    "forgetting what is trained on": (
+        {"tasks": ["movie_reviews"], "forgetting": "movie_reviews"}, "which is also trained on"
+    ),
+    "templates of a word": ({"templates": "all"}, "templates is 'all', but must be true or false"),
 }  # fmt: skip
 
 
@@ -254,7 +389,7 @@ def test_rows_that_changed_between_runs_are_refused(capsys, tmp_path, made, here
     task = write_task(tmp_path / "own", [{"text": f"film {n} was {OPTIONS[n % 2]}", "label": n % 2} for n in range(80)])
     file = plan_of(tmp_path, made, tasks=[str(task)], seeds=[0])
     compared(file)
-    cell = Plan.read(file).cells()[0]
+    cell = planned(file).cells()[0]
     lines = (cell.folder / "predictions.jsonl").read_text().splitlines()
     changed = {**json.loads(lines[0]), "row": "0" * 16}
     (cell.folder / "predictions.jsonl").write_text("\n".join([json.dumps(changed), *lines[1:]]))

@@ -27,7 +27,8 @@ def method(name, difference=None, **changes):
             {"forward_equivalents": 0.0, "seconds": 0.0, "loss": 0.7, "score": 0.5},
             {"forward_equivalents": 56789.0, "seconds": 95.0, "loss": 0.4, "score": 0.8},
         ],
-        "forgetting": {"task": "sst2", "before": 0.9123, "after": 0.8876},
+        "templates": [0.8431, 0.7211],
+        "forgetting": {"task": "sst2", "before": 0.9123, "after": 0.8876, "changes": [-0.0312, -0.0182]},
         "search": [
             {"settings": {"learning_rate": 3e-4}, "score": 0.7777, "loss": 0.4567, "chosen": True},
             {"settings": {"zo_eps": 1e-3}, "score": 0.6666, "loss": 0.5678, "chosen": False},
@@ -59,7 +60,8 @@ def content(*methods, **changes):
         "clusters": 1277,
         "seeds": [0, 1],
         "template": 0,
-        "sentence": "lora is significantly better than mezo on rte",
+        "sentence": "Significantly better than mezo: lora.",
+        "verdicts": ["lora is significantly better than mezo on rte"],
         "methods": list(methods),
         "failed": [],
         **changes,
@@ -134,7 +136,8 @@ def test_the_numbers_are_those_of_the_report(report):
         "1.5 GiB",
     ] in rows
     assert ["mezo baseline", "84.3 81.1 to 87.5", *"––––", "1,234", "56,789", "1 min 35 s", "1.5 GiB"] in rows
-    assert ["lora", "sst2", "91.2", "88.8", "-2.5"] in rows  # forgetting
+    assert ["lora", "sst2", "91.2", "88.8", "-2.5 -3.1 to -1.8"] in rows  # forgetting
+    assert ["lora", "84.3", "72.1", "12.2"] in rows  # templates
     assert ["lora", "83.2", "85.5"] in rows  # seeds
     assert ["chosen", "0.0003", "–", "77.8", "0.457"] in rows
     assert ["2", "–", "0.001", "66.7", "0.568"] in rows
@@ -145,7 +148,8 @@ def test_everything_that_the_report_says_is_on_the_page(report):
     text = " ".join("".join(Reader(page(report)).text).split())
     for words in (
         "Two methods",
-        "rte : lora is significantly better than mezo on rte".replace(" :", ":"),
+        "rte: Significantly better than mezo: lora.",
+        "lora is significantly better than mezo on rte",
         "accuracy of 1,277 test rows from 120 sources; seeds 0, 1; template 0",
         "one run was reused",
         "ia3, seed 1: loss is not finite",
@@ -216,7 +220,7 @@ def test_colours_are_those_of_the_page(report):
 def test_odd_names_are_text(name):
     report = content(
         method(name, search=[{"settings": {name: name}, "score": 0.5, "loss": 0.5, "chosen": True}], commands=[name]),
-        method("other", difference(), forgetting={"task": name, "before": 0.5, "after": 0.5}),
+        method("other", difference(), forgetting={"task": name, "before": 0.5, "after": 0.5, "changes": [0.0]}),
         name=name,
         metric=name,
         sentence=name,

@@ -1,5 +1,8 @@
 """Every family of models x every kind of adapter x every precision: trains, stays exact, is saved, resumed and read.
 
+`make test` runs each family with each adapter in one precision, so that each family and each adapter is seen in all
+three; `make test-full` runs every cell.
+
 `python tests/methods/test_matrix.py` prints the table that docs/models.md shows.
 """
 
@@ -116,9 +119,17 @@ def assert_read_elsewhere(trainer, folder, dtype):
         assert torch.equal(found, logits_of(trainer.adapted.model, inputs))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+def cells():
+    """All of them; those that have another precision than the one in turn are marked."""
+    return [
+        pytest.param(family, adapter, dtype, marks=() if (i + j) % len(DTYPES) == k else pytest.mark.full)
+        for i, family in enumerate(ALL_FAMILIES)
+        for j, adapter in enumerate(ADAPTERS)
+        for k, dtype in enumerate(DTYPES)
+    ]
+
+
+@pytest.mark.parametrize(("family", "adapter", "dtype"), cells())
 def test_a_cell(family, adapter, dtype, tmp_path):
     for method in ("zo",) if adapter == "none" else ("zo", "bilevel"):
         folder = tmp_path / method

@@ -8,8 +8,9 @@ from zofo.commands.estimate import estimate
 from zofo.compare.collect import as_csv, report
 from zofo.compare.page import page
 from zofo.compare.plan import Plan
+from zofo.compare.reading import read_plan
 from zofo.compare.work import claim, work
-from zofo.config import parse_config
+from zofo.config import ZOFOConfig, parse_config
 from zofo.report.words import duration
 
 Say = Callable[[str], None]
@@ -26,7 +27,7 @@ def compare(file: Path, say: Say, dry_run: bool = False) -> None:
     Raises:
         ZofoError: if the file cannot be used, or its folder holds something else.
     """
-    plan = Plan.read(file)
+    plan = read_plan(file, _seconds, dry_run)
     if dry_run:
         for line in planned(plan):
             say(line)
@@ -47,18 +48,26 @@ def compare(file: Path, say: Say, dry_run: bool = False) -> None:
 
 def planned(plan: Plan) -> Generator[str]:
     """A line for each method: its runs, its iterations within the budget, and about how long they take."""
-    trials = sum(map(len, plan.search.values())) * len(plan.tasks)
-    yield f"{len(plan.tasks)} tasks x {len(plan.runs)} methods x {len(plan.seeds)} seeds, {trials} trials before"
+    places = len(plan.divisions)
+    trials = sum(map(len, plan.search.values())) * (len(plan.tuning) or places)
+    yield f"{places} tasks x {len(plan.runs)} methods x {len(plan.seeds)} seeds, {trials} trials before"
     total = 0.0
     for run in plan.runs:
         tried = plan.search.get(run, [])
-        config = parse_config(plan.keys(run, plan.tasks[0], tried[0] if tried else {}) | {"output_dir": "run"}, [])
-        runs = f"{len(plan.tasks)} x ({len(tried)} trials + {len(plan.seeds)} seeds)"
-        if not config.method_class.trains():
+        place, settings = plan.divisions[0], tried[0] if tried else {}
+        if not plan.config(run, place, settings).method_class.trains():
             yield f"{run}: evaluations only"
             continue
-        row = next(estimate(config))
-        seconds = (row.whole or 0.0) * len(plan.tasks) * (len(tried) + len(plan.seeds))
+        keys = plan.keys(run, place, settings)
+        row = next(estimate(parse_config(keys | {"output_dir": "run"}, [])))
+        count = len(tried) * (len(plan.tuning) or places) + len(plan.seeds) * places
+        seconds = (row.whole or 0.0) * count
         total += seconds
-        yield f"{run}: {runs}, {config.max_steps} iterations each, about {duration(seconds)} without evaluations"
+        runs = f"{count} runs of {keys['max_steps']} iterations"
+        yield f"{run}: {runs}, about {duration(seconds)} without evaluations" if seconds else f"{run}: {runs}"
     yield f"in all about {duration(total / plan.jobs)}, without evaluations and the start of each run"
+
+
+def _seconds(config: ZOFOConfig) -> float | None:
+    """Of an iteration, by `zofo estimate`."""
+    return next(estimate(config)).seconds

@@ -1,6 +1,12 @@
-"""What a run costs in forward equivalents: forwards of one row through the whole model."""
+"""What a run costs: in forward equivalents, which are forwards of one row through the whole model; and in seconds."""
 
+import hashlib
+import json
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
+
+from filelock import FileLock
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
@@ -41,6 +47,57 @@ def steps_within(config: ZOFOConfig, forward_equivalents: float) -> int:
             f"{forward_equivalents:,.0f}: raise it, or lower per_device_train_batch_size or lower_steps"
         )
     return int(forward_equivalents / each)
+
+
+class Pace:
+    """Seconds of an iteration, measured once for each configuration of a comparison and kept in its folder.
+
+    All processes and all seeds take the same number, since the steps that it gives are part of a run's identity.
+
+    Args:
+        measure: the seconds of an iteration of a configuration; None if it does not fit into memory.
+        folder: of the comparison; None to keep nothing.
+    """
+
+    def __init__(self, measure: Callable[[ZOFOConfig], float | None], folder: Path | None) -> None:
+        self._measure = measure
+        self._folder = folder
+        self._known: dict[str, float] = {}
+
+    def steps_within(self, config: ZOFOConfig, seconds: float) -> int:
+        """Iterations that a budget of seconds pays for.
+
+        Raises:
+            ZofoError: if it does not pay for one, or the run does not fit into memory.
+        """
+        keys = {key: value for key, value in config.resolved().items() if not key.endswith("learning_rate")}
+        mark = hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        each = self._known.get(mark) or self._kept(mark, config)
+        self._known[mark] = each
+        if each > seconds:
+            raise ZofoError(
+                f"one iteration of method {config.method} takes {each:.3g} s, but the budget is {seconds:g} s: raise it"
+            )
+        return int(seconds / each)
+
+    def _kept(self, mark: str, config: ZOFOConfig) -> float:
+        if self._folder is None:
+            return self._measured(config)
+        file = self._folder / "pace.json"
+        with FileLock(file.with_suffix(".lock")):
+            kept: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if mark not in kept:
+                kept[mark] = self._measured(config)
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+                part.replace(file)
+            return kept[mark]
+
+    def _measured(self, config: ZOFOConfig) -> float:
+        seconds = self._measure(config)
+        if seconds is None:
+            raise ZofoError(f"method {config.method} with adapter {config.adapter} does not fit into the free memory")
+        return seconds
 
 
 def _backward_cost(config: ZOFOConfig) -> float:

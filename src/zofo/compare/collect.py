@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,19 @@ import torch
 import yaml
 
 from zofo.compare.budget import iteration_cost
-from zofo.compare.plan import Cell, Plan, failure, score_of
-from zofo.compare.statistics import Array, Difference, Groups, mean_interval, paired_difference
-from zofo.compare.verdicts import holm, verdict
+from zofo.compare.plan import (
+    Cell,
+    Division,
+    Plan,
+    before_file,
+    failure,
+    forgetting_file,
+    mean_score,
+    score_of,
+    templates_file,
+)
+from zofo.compare.statistics import LEVEL, Array, Difference, Groups, mean_interval, paired_difference
+from zofo.compare.verdicts import Compared, holm, summary, verdict
 from zofo.compare.work import command
 from zofo.config import parse_config
 from zofo.errors import ZofoError
@@ -31,7 +41,7 @@ def report(plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ZofoError: if two runs of a task were scored on different rows.
     """
-    tasks = [_Task(plan, task) for task in plan.tasks]
+    tasks = [_Task(plan, division) for division in plan.divisions]
     compared = [(task, run, found) for task in tasks for run, found in task.differences.items()]
     adjusted = holm([found.p for _, _, found in compared]) if compared else []
     for (task, run, found), p in zip(compared, adjusted, strict=True):
@@ -67,7 +77,7 @@ def as_csv(plan: Plan) -> str:
             run = _Run(cell)
             cost = run.cost
             lines.writerow(
-                [cell.task_name, cell.run, cell.seed, *map(abs, score_of(cell)), *cost.values(), cell.folder]
+                [cell.division.name, cell.run, cell.seed, *map(abs, score_of(cell)), *cost.values(), cell.folder]
             )
     return text.getvalue()
 
@@ -120,40 +130,59 @@ class _Run:
 class _Task:
     """All runs on one task."""
 
-    def __init__(self, plan: Plan, task: str) -> None:
-        self._plan, self._task = plan, task
-        cells = [cell for cell in plan.cells() if cell.trial is None and cell.task == task]
+    def __init__(self, plan: Plan, division: Division) -> None:
+        self._plan, self._division = plan, division
+        cells = [cell for cell in plan.cells() if cell.trial is None and cell.division == division]
         self._failed = [cell for cell in cells if failure(plan, cell)]
         self._runs = {run: [_Run(c) for c in cells if c.run == run and c.is_done] for run in plan.runs}
         self._runs = {run: found for run, found in self._runs.items() if found}
         self._judged: dict[str, dict[str, Any]] = {}
-        self._sentences: list[str] = []
+        self._compared: list[Compared] = []
         self._require_same_rows()
         self.differences = self._differences()
 
     def judge(self, run: str, found: Difference, p: float) -> None:
         """Takes the p-value that counts after all comparisons."""
         names = ("difference", "low", "high", "p", "detectable", "seed_sd")
-        self._judged[run] = {name: vars(found)[name] for name in names} | {"p_holm": p, "significant": p < 0.05}
-        self._sentences.append(verdict(found, p, run, self._plan.baseline, Path(self._task).stem))
+        self._judged[run] = {name: vars(found)[name] for name in names} | {"p_holm": p, "significant": p < LEVEL}
+        self._compared.append(Compared(run, found, p))
 
     def content(self) -> dict[str, Any]:
         """This task in `report.json`."""
         first = next((runs[0] for runs in self._runs.values()), None)
-        groups = self._groups(first)
-        missing = "; ".join(f"{cell.run} with seed {cell.seed} failed and is left out" for cell in self._failed)
-        nothing = f"nothing to compare with {self._plan.baseline}"
+        groups, base, name = self._groups(first), self._plan.baseline, self._division.name
+        trials = [
+            cell
+            for run in self._plan.search
+            for cells in self._plan.tried(run, self._division)
+            for cell in cells
+            if failure(self._plan, cell)
+        ]
         return {
-            "name": Path(self._task).stem,
+            "name": name,
             "metric": self._metric(first) if first else "",
             "rows": len(first.rows) if first else 0,
             "clusters": len(set(groups)) if groups else len(first.rows) if first else 0,
             "seeds": list(self._plan.seeds),
             "template": int(self._plan.base.get("template", 0)),
-            "sentence": ". ".join(filter(None, [*(self._sentences or [nothing]), missing])) + ".",
+            "sentence": summary(self._compared, base) + self._left_out(),
+            "verdicts": [verdict(one.found, one.p, one.method, base, name) for one in self._compared],
             "methods": [self._method(run, found) for run, found in self._runs.items()],
-            "failed": [{"name": c.run, "seed": c.seed, "message": failure(self._plan, c)} for c in self._failed],
+            "failed": [
+                {
+                    "name": cell.run if cell.trial is None else f"{cell.run}, trial {cell.trial}",
+                    "seed": cell.seed,
+                    "message": failure(self._plan, cell),
+                }
+                for cell in (*trials, *self._failed)
+            ],
         }
+
+    def _left_out(self) -> str:
+        """What is said of methods without all of their runs."""
+        names = [f"{cell.run} with seed {cell.seed} failed and is left out" for cell in self._failed]
+        names += [f"{run} has no run" for run in self._plan.runs if run not in self._runs]
+        return "".join(f" {name}." for name in names)
 
     def _method(self, run: str, found: Sequence[_Run]) -> dict[str, Any]:
         costs = [one.cost for one in found]
@@ -166,18 +195,42 @@ class _Task:
             "difference": self._judged.get(run),
             "cost": {key: float(np.mean([cost[key] for cost in costs])) for key in costs[0]},
             "curve": found[0].curve(metric),
-            "forgetting": None,
+            "templates": self._templates(found),
+            "forgetting": self._forgetting(found),
             "search": self._search(run),
             "commands": [" ".join(command(one.cell)) for one in found],
         }
 
+    def _templates(self, found: Sequence[_Run]) -> list[float] | None:
+        """The metric by each template of the task, averaged over seeds."""
+        if not self._plan.templates:
+            return None
+        files = [templates_file(one.cell.folder) for one in found]
+        scores = [[_first(of_one) for of_one in _scored(file)["templates"]] for file in files]
+        return np.mean(scores, axis=0).tolist()
+
+    def _forgetting(self, found: Sequence[_Run]) -> dict[str, Any] | None:
+        """The metric on the other task before training and after it, and the changes of all seeds."""
+        if self._plan.forgetting is None or not found[0].config.method_class.trains():
+            return None
+        before = _first(_scored(before_file(self._plan)))
+        after = [_first(_scored(forgetting_file(one.cell.folder))) for one in found]
+        return {
+            "task": Path(self._plan.forgetting).stem,
+            "before": before,
+            "after": float(np.mean(after)),
+            "changes": [score - before for score in after],
+        }
+
     def _search(self, run: str) -> list[dict[str, Any]]:
-        chosen = self._plan.chosen(run, self._task)
-        trials = [c for c in self._plan.trials() if (c.run, c.task) == (run, self._task) and c.is_done]
-        scores = [score_of(cell) for cell in trials]
+        chosen = self._plan.chosen(run, self._division)
+        ended = [
+            cells for cells in self._plan.tried(run, self._division) if cells and all(cell.is_done for cell in cells)
+        ]
+        scores = map(mean_score, ended)
         return [
-            {"settings": cell.settings, "score": score, "loss": -loss, "chosen": cell.settings == chosen}
-            for cell, (score, loss) in zip(trials, scores, strict=True)
+            {"settings": cells[0].settings, "score": score, "loss": -loss, "chosen": cells[0].settings == chosen}
+            for cells, (score, loss) in zip(ended, scores, strict=True)
         ]
 
     def _differences(self) -> dict[str, Difference]:
@@ -213,6 +266,17 @@ class _Task:
         rows = {tuple(row["row"] for row in one.rows) for found in self._runs.values() for one in found}
         if len(rows) > 1:
             raise ZofoError(
-                f"the runs of {Path(self._task).stem} in {self._plan.output_dir} were scored on different rows: its "
+                f"the runs of {self._division.name} in {self._plan.output_dir} were scored on different rows: its "
                 "data has changed since; choose another output_dir"
             )
+
+
+def _scored(file: Path) -> dict[str, Any]:
+    """The scores that `zofo eval` has written on one task."""
+    (scores,) = json.loads(file.read_text(encoding="utf-8"))["tasks"].values()
+    return scores
+
+
+def _first(scores: Mapping[str, float]) -> float:
+    """The metric that decides."""
+    return next(iter(scores.values()))

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from zofo.compare.statistics import LEVEL, Difference
+
+
+class Compared(NamedTuple):
+    """A method against the baseline on one task."""
+
+    method: str
+    found: Difference
+    p: float  # after `holm`
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -52,6 +61,40 @@ def verdict(found: Difference, adjusted_p: float, method: str, baseline: str, ta
         comparison = "better" if found.difference > 0 else "worse"
         return f"{method} is significantly {comparison} than {baseline} on {task} {numbers}{few}"
     return f"no significant difference between {method} and {baseline} on {task} {numbers}: {_seen(found)}{few}"
+
+
+def summary(compared: Sequence[Compared], baseline: str) -> str:
+    """What all comparisons on a task amount to, in one sentence.
+
+    Examples:
+        >>> from zofo.compare.statistics import paired_difference
+        >>> found = paired_difference(np.ones((1, 50)), np.array([[0.0] * 10 + [1.0] * 40]))
+        >>> summary([Compared("lora", found, found.p)], "mezo")
+        'Significantly better than mezo: lora (+20.0 points).'
+    """
+    if not compared:
+        return f"Nothing to compare with {baseline}."
+    won = [one for one in compared if one.p < LEVEL and one.found.difference > 0]
+    lost = [one for one in compared if one.p < LEVEL and one.found.difference < 0]
+    parts = [
+        f"{how} than {baseline}: "
+        + ", ".join(f"{one.method} ({100 * one.found.difference:+.1f} points)" for one in found)
+        for how, found in (("significantly better", won), ("significantly worse", lost))
+        if found
+    ]
+    rest = [one for one in compared if one.p >= LEVEL]
+    if rest:
+        least = [100 * one.found.detectable for one in rest if math.isfinite(one.found.detectable)]
+        seen = f"differences from {_range(least)} points could have been seen" if least else "none could have been seen"
+        parts.append(f"no significant difference: {', '.join(one.method for one in rest)} ({seen})")
+    sentence = "; ".join(parts) + "."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _range(values: Sequence[float]) -> str:
+    """The least and the greatest, or the one number that both are."""
+    least, most = f"{min(values):.1f}", f"{max(values):.1f}"
+    return least if least == most else f"{least} to {most}"
 
 
 def _told(p: float) -> str:

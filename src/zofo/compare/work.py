@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import yaml
 from filelock import FileLock, Timeout
@@ -87,23 +88,50 @@ def _took(plan: Plan, cell: Cell, progress: "_Progress") -> bool:
 
 
 def _run(plan: Plan, cell: Cell) -> None:
+    """Trains, unless that has ended before, and evaluates what is asked for after it; keeps why it has failed."""
+    message = failure_file(plan, cell)
+    failed = (None if cell.has_ended else _trained(cell)) or _evaluated(cell)
+    if failed:
+        message.parent.mkdir(exist_ok=True)
+        message.write_text(failed + "\n", encoding="utf-8")
+    else:
+        message.unlink(missing_ok=True)
+
+
+def _trained(cell: Cell) -> str | None:
+    """Does a run; why it has failed, if it has."""
     file = cell.folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(cell.keys, sort_keys=False), encoding="utf-8")
-    words = [sys.executable, "-m", "zofo.cli", *command(cell)[1:], "--disable_tqdm", "true"]
+    words = [*command(cell)[1:], "--disable_tqdm", "true"]
     try:
         last_sealed(cell.folder)
         words += ["--resume_from_checkpoint", "true"]
     except ZofoError:
         shutil.rmtree(cell.folder, ignore_errors=True)  # what a killed run has left before its first checkpoint
-    found = ended(words)
-    cell.folder.with_suffix(".log").write_text(found.stdout + found.stderr, encoding="utf-8")
-    message = failure_file(plan, cell)
-    if found.returncode:
-        lines = [line for line in found.stderr.splitlines() if line.strip()] or [f"exit status {found.returncode}"]
-        message.parent.mkdir(exist_ok=True)
-        message.write_text(lines[-1].removeprefix("zofo: ") + "\n", encoding="utf-8")
-    else:
-        message.unlink(missing_ok=True)
+    return _failure_of(words, cell.folder.with_suffix(".log"))
+
+
+def _evaluated(cell: Cell) -> str | None:
+    """Evaluates what is asked for after a run; why that has failed, if it has."""
+    for file, options in cell.evaluations.items():
+        batch = cell.keys.get("per_device_eval_batch_size", 8)
+        with FileLock(file.with_suffix(".lock")):  # what comes before all training is of all runs
+            if file.is_file():
+                continue
+            words = ["eval", *options, "--batch_size", str(batch), "--output", str(file)]
+            if failed := _failure_of(words, file.with_suffix(".log")):
+                return failed
+    return None
+
+
+def _failure_of(words: list[str], log: Path) -> str | None:
+    """Runs a command of zofo; the last line of its message, if it has failed."""
+    found = ended([sys.executable, "-m", "zofo.cli", *words])
+    log.write_text(found.stdout + found.stderr, encoding="utf-8")
+    if not found.returncode:
+        return None
+    lines = [line for line in found.stderr.splitlines() if line.strip()] or [f"exit status {found.returncode}"]
+    return lines[-1].removeprefix("zofo: ")
 
 
 def ended(words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,233 @@
+"""The file of a comparison, checked before any work: whether its runs can be done, and are compared fairly."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from zofo.compare.budget import Pace
+from zofo.compare.plan import Division, Plan
+from zofo.compare.search import Settings, points
+from zofo.config import ZOFOConfig
+from zofo.errors import ZofoError, did_you_mean
+from zofo.parse import read_yaml
+from zofo.tasks.task import load_task
+
+_NEEDED = ("output_dir", "base", "runs", "tasks", "seeds", "budget", "baseline")
+KEYS = (*_NEEDED, "title", "search", "trials", "tuning", "jobs", "data_seeds", "forgetting", "templates")
+_BUDGETS = ("steps", "forward_equivalents", "seconds")
+# What the comparison says itself of every run.
+_ITS_OWN = ("task", "seed", "max_steps", "num_train_epochs", "output_dir", "final_split", "zero_shot")
+# What else all runs share; a method that changes one of these is another comparison.
+_SHARED = (
+    *_ITS_OWN, "model", "data", "source", "text", "label", "template", "data_seed", "train_size", "dev_size",
+    "test_size", "overwrite_output_dir", "resume_from_checkpoint",
+)  # fmt: skip
+
+Measure = Callable[[ZOFOConfig], float | None]
+
+
+def read_plan(file: Path, measure: Measure, dry: bool = False) -> Plan:
+    """The plan in a YAML file.
+
+    Args:
+        file: the comparison.
+        measure: the seconds of an iteration of a configuration, for a budget of seconds; None if it does not fit into
+            memory.
+        dry: keep no measured seconds in the comparison's folder.
+
+    Raises:
+        ZofoError: if a key is unknown, is missing or cannot be used, or a run is no fair part of the comparison.
+    """
+    try:
+        text, content = file.read_text(encoding="utf-8"), read_yaml(file, str(file))
+    except OSError as error:
+        raise ZofoError(f"cannot read the comparison {file} ({error.strerror}): give a YAML file") from error
+    try:
+        return _plan(_whole_content(content), text, file, measure, dry)
+    except ZofoError as error:
+        raise ZofoError(f"{file}: {error}") from error
+
+
+def _whole_content(content: Any) -> dict[str, Any]:
+    """The keys of a comparison, all known, and none missing."""
+    if not isinstance(content, dict):
+        raise ZofoError(f"this is no comparison: it must hold {', '.join(_NEEDED)}")
+    keys = {str(key): value for key, value in cast("dict[Any, Any]", content).items()}
+    for key in keys:
+        if key not in KEYS:
+            raise ZofoError(f"unknown key {key!r}: {did_you_mean(key, KEYS, ', '.join(KEYS))}")
+    for key in _NEEDED:
+        if not keys.get(key) and keys.get(key) != 0:
+            raise ZofoError(f"{key} is not given: a comparison has {', '.join(_NEEDED)}")
+    return keys
+
+
+def _plan(content: Mapping[str, Any], text: str, file: Path, measure: Measure, dry: bool) -> Plan:
+    base = _mapping(file, "base", content["base"])
+    runs = {str(name): _mapping(file, f"runs, {name}", keys) for name, keys in _dict(content, "runs").items()}
+    output_dir = Path(str(content["output_dir"])).expanduser()
+    seeds, divisions = _numbers(content, "seeds"), _divisions(content, base)
+    plan = Plan(
+        text=text,
+        title=str(content.get("title", file.stem)),
+        output_dir=output_dir,
+        base=base,
+        runs=runs,
+        divisions=divisions,
+        seeds=seeds,
+        budget=_budget(content["budget"]),
+        baseline=str(content["baseline"]),
+        search=_search(content, runs),
+        tuning=_tuning(content, divisions, seeds),
+        jobs=_whole("jobs", content.get("jobs", 1)),
+        pace=Pace(measure, None if dry else output_dir),
+        forgetting=_forgetting(content, divisions),
+        templates=_yes(content, "templates"),
+    )
+    _check(plan)
+    return plan
+
+
+def _check(plan: Plan) -> None:
+    if plan.baseline not in plan.runs:
+        raise ZofoError(f"baseline is {plan.baseline!r}, but must be one of the runs: {', '.join(plan.runs)}")
+    if plan.budget[0] == "seconds" and plan.jobs > 1:
+        raise ZofoError(f"jobs is {plan.jobs}, but runs side by side have no seconds of their own: leave jobs out")
+    for key in _ITS_OWN:
+        if key in plan.base:
+            raise ZofoError(f"base holds {key}, which a comparison sets itself: leave it out")
+    for run, keys in plan.runs.items():
+        tried = {key for settings in plan.search.get(run, ()) for key in settings}
+        for key in (*keys, *tried):
+            if key in _SHARED:
+                raise ZofoError(f"the run {run} changes {key}, which all runs of a comparison share: put it into base")
+        first = (run, plan.divisions[0], plan.search.get(run, [{}])[0])
+        config = plan.config(*first)
+        if plan.budget[0] != "seconds":
+            plan.keys(*first)  # whether the budget pays for an iteration
+        for key in tried:
+            if any(key in notice for notice in config.notices()):
+                raise ZofoError(f"search: {key} has no effect on the run {run}: leave it out")
+
+
+def _divisions(content: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Division, ...]:
+    if "data_seeds" in content and "data_seed" in base:
+        raise ZofoError("data_seeds is given, and base holds data_seed: leave one of them out")
+    data_seeds = _numbers(content, "data_seeds") if "data_seeds" in content else (base.get("data_seed", 0),)
+    tasks = _tasks(content, "tasks")
+    several = len(data_seeds) > 1
+    return tuple(
+        Division(task, seed, Path(task).stem + (f"-data-seed-{seed}" if several else ""))
+        for task in tasks
+        for seed in data_seeds
+    )
+
+
+def _tasks(content: Mapping[str, Any], key: str) -> list[str]:
+    tasks = [str(task) for task in _list(content, key)]
+    _require_different(key, [Path(task).stem for task in tasks])
+    for task in tasks:
+        load_task(task)
+    return tasks
+
+
+def _tuning(
+    content: Mapping[str, Any], divisions: Sequence[Division], seeds: Sequence[int]
+) -> tuple[tuple[Division, int], ...]:
+    """What every setting is tried on; nothing where each task of the table is tuned for itself."""
+    if "tuning" not in content:
+        return ()
+    given: dict[str, Any] = _dict(content, "tuning")
+    if "search" not in content:
+        raise ZofoError("tuning is given, but search is not: leave it out, or say what to search")
+    if not given or given.keys() - {"tasks", "seeds"}:
+        raise ZofoError(f"tuning is {given!r}: give tasks, seeds or both")
+    places = divisions
+    if "tasks" in given:
+        seed = divisions[0].data_seed
+        places = [Division(task, seed, Path(task).stem) for task in _tasks(given, "tasks")]
+    tuned = _numbers(given, "seeds") if "seeds" in given else seeds[:1]
+    return tuple((place, seed) for place in places for seed in tuned)
+
+
+def _forgetting(content: Mapping[str, Any], divisions: Sequence[Division]) -> str | None:
+    if "forgetting" not in content:
+        return None
+    task = str(content["forgetting"])
+    load_task(task)
+    if Path(task).stem in {division.task_name for division in divisions}:
+        raise ZofoError(f"forgetting is {task}, which is also trained on: name a task that is not among the tasks")
+    return task
+
+
+def _mapping(file: Path, what: str, given: Any) -> dict[str, Any]:
+    """Keys that stand in the plan, or in a file of their own, whose path is relative to the plan's."""
+    if isinstance(given, str):
+        place = file.parent / given
+        if not place.is_file():
+            raise ZofoError(f"{what} is {given}, but there is no such file: give a train config, or its keys")
+        given = read_yaml(place, str(place))
+    if given is not None and not isinstance(given, dict):
+        raise ZofoError(f"{what} is {given!r}: give keys of zofo train, or a file that holds them")
+    return {str(key): value for key, value in cast("dict[Any, Any]", given or {}).items()}
+
+
+def _dict(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(content[key], dict):
+        raise ZofoError(f"{key} is {content[key]!r}, but must be a mapping")
+    return content[key]
+
+
+def _list(content: Mapping[str, Any], key: str) -> Sequence[Any]:
+    given: Any = content[key]
+    return given if isinstance(given, list) else [given]
+
+
+def _numbers(content: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    numbers = tuple(_whole(key, number, least=0) for number in _list(content, key))
+    _require_different(key, numbers)
+    if not numbers:
+        raise ZofoError(f"{key} is empty: give whole numbers, such as [0, 1]")
+    return numbers
+
+
+def _require_different(key: str, values: Sequence[Any]) -> None:
+    if len(set(values)) < len(values):
+        raise ZofoError(f"{key} holds a value twice: give each one once")
+
+
+def _whole(key: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ZofoError(f"{key} is {value!r}, but must be a whole number from {least}")
+    return value
+
+
+def _yes(content: Mapping[str, Any], key: str) -> bool:
+    if not isinstance(content.get(key, False), bool):
+        raise ZofoError(f"{key} is {content[key]!r}, but must be true or false")
+    return bool(content.get(key))
+
+
+def _budget(given: Any) -> tuple[str, float]:
+    if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in _BUDGETS:
+        raise ZofoError(f"budget is {given!r}: give one of {', '.join(_BUDGETS)}, such as {{steps: 200}}")
+    ((kind, amount),) = cast("dict[str, Any]", given).items()
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or amount < 1:
+        raise ZofoError(f"the budget of {kind} is {amount!r}, but must be a number from 1")
+    return kind, float(amount)
+
+
+def _search(content: Mapping[str, Any], runs: Mapping[str, Any]) -> dict[str, list[Settings]]:
+    if not content.get("search"):
+        if "trials" in content:
+            raise ZofoError("trials is given, but search is not: leave it out, or say what to search")
+        return {}
+    trials = _whole("trials", content.get("trials"))
+    found: dict[str, list[Settings]] = {}
+    for run, space in _dict(content, "search").items():
+        if run not in runs:
+            raise ZofoError(f"search names the run {run!r}: {did_you_mean(str(run), runs, ', '.join(runs))}")
+        if not isinstance(space, dict) or not space:
+            raise ZofoError(f"search, {run} is {space!r}, but must be a mapping from keys to values or a range")
+        found[run] = points(cast("dict[str, Any]", space), trials)
+    return found
