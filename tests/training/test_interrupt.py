@@ -44,7 +44,7 @@ def test_the_step_ends_with_a_checkpoint_and_the_run_goes_on_bitwise(tmp_path, c
     stopped = run(tmp_path / "stopped", Press(2))
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
-    assert "ends after this step, or evaluation, with a checkpoint" in capsys.readouterr().err
+    assert "ends after this step or evaluation, with a checkpoint" in capsys.readouterr().err
     assert last_sealed(tmp_path / "stopped").name == "checkpoint-3"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = run(tmp_path / "stopped")

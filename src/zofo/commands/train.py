@@ -79,7 +79,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     config.settle_evaluations(len(splits.dev))
     if config.method_class.trains():
         say(answer_counts(splits.train, task.name))
-    for line in introduction(splits.train[0], run / TASK_FILE) if spec else ():
+    for line in introduction(splits.train[0], run / TASK_FILE) if spec and not resume else ():
         say(line)
     if config.updates_backbone:
         require_movable(str(config.model), f"method {config.method}")
