@@ -33,7 +33,8 @@ class Cell(str):
     __hash__ = str.__hash__
 
     def __eq__(self, other: object) -> bool:
-        self._require_text(other)
+        if isinstance(other, int | float):
+            raise TypeError(f"the text {str(self)!r} cannot be compared with {other!r}")
         return str(self) == other
 
     def __ne__(self, other: object) -> bool:
@@ -43,10 +44,6 @@ class Cell(str):
         if self.lower() in ("0", "0.0", "false"):
             raise TypeError(f"the text {str(self)!r} would count as true")
         return len(self) > 0
-
-    def _require_text(self, other: object) -> None:
-        if isinstance(other, int | float):
-            raise TypeError(f"the text {str(self)!r} cannot be compared with {other!r}")
 
 
 def read_yaml(source: str | Path, where: str) -> Any:
@@ -287,6 +284,11 @@ def _columns(text: str, delimiter: str) -> int:
         return text.lstrip("\r\n").partition("\n")[0].count("\t") + 1
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     return next((len(cells) for cells in reader if cells), 1)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, which may be empty."""
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def _can_be_encoded(text: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from zofo.errors import ZofoError, did_you_mean
 from zofo.habits import task_hint
-from zofo.parse import read_yaml
+from zofo.parse import is_texts, read_yaml
 from zofo.tasks.metrics import METRICS, OPTION_METRICS
 from zofo.tasks.records import Record, Row, checked, stand_in
 from zofo.tasks.sources import read_rows, split_name
@@ -173,7 +173,10 @@ def load_task(name: str, source: str | None = None) -> Task:
         path = Path(str(files("zofo.tasks").joinpath("builtin", f"{name}.yaml")))
     if not path.is_file():
         raise ZofoError(f"there is no task file {path}")
-    task = parse_task(_read(path), path)
+    spec = read_yaml(path, str(path))
+    if not isinstance(spec, dict):
+        raise ZofoError(f"{path} is no task file: it must name {', '.join(KEYS)}")
+    task = parse_task(spec, path)
     return task.from_source(source) if source else task
 
 
@@ -190,13 +193,6 @@ def parse_task(spec: dict[str, Any], path: Path) -> Task:
         templates=_templates(spec, path),
         keep=condition(str(spec["where"]), f"{path}, where") if "where" in spec else None,
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    spec = read_yaml(path, str(path))
-    if not isinstance(spec, dict):
-        raise ZofoError(f"{path} is no task file: it must name {', '.join(KEYS)}")
-    return spec
 
 
 def _is_metaicl(spec: dict[str, Any]) -> bool:
@@ -310,7 +306,7 @@ def _is_partial(spec: dict[str, Any], where: str) -> bool:
 def _list_template(spec: dict[str, Any], key: str, where: str) -> Render:
     """The function that gives the list of texts of a key for a row: the same for all rows, or by an expression."""
     value = spec.get(key)
-    if value is None or (value and _is_list_of_texts(value)):
+    if value is None or (value and is_texts(value)):
         return lambda row: value or ()
     if not isinstance(value, str):
         raise ZofoError(f"{where}: {key} must be a list of texts, or a template that gives one, but is {value!r:.200}")
@@ -318,15 +314,11 @@ def _list_template(spec: dict[str, Any], key: str, where: str) -> Render:
 
     def texts(row: Row) -> list[str]:
         rendered = render(row)
-        if not _is_list_of_texts(rendered):
+        if not is_texts(rendered):
             raise ZofoError(f"{where}: {key} must give a list of texts, but gave {rendered!r:.200}")
         return [str(text) for text in rendered]  # plain texts, of the cells of a table too
 
     return texts
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def _metaicl_record(row: Row, answered: bool) -> Record:
@@ -336,7 +328,7 @@ def _metaicl_record(row: Row, answered: bool) -> Record:
     if missing:
         raise ZofoError(f"rows of format metaicl need the text fields {' and '.join(needed)}: {missing[0]} is missing")
     options = row.get("options") or []
-    if not _is_list_of_texts(options):
+    if not is_texts(options):
         raise ZofoError(f"options of a metaicl row must be a list of texts, but are {options!r:.200}")
     prompt = row["input"] + "\n"
     completion = str(row["output"]) if answered else stand_in(prompt, options)
