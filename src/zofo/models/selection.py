@@ -77,7 +77,7 @@ def magnitude_limits(parameters: Mapping[str, Tensor], sparsity: float) -> dict[
     return limits
 
 
-def _matching(words: Iterable[str], names: Mapping[str, list[str]], kinds: Mapping[str, set[str]]) -> set[str]:
+def _matching(words: Iterable[str], names: Mapping[str, set[str]], kinds: Mapping[str, set[str]]) -> set[str]:
     """The parameters that match any of the words, by their own names."""
     chosen: set[str] = set()
     for word in words:
@@ -95,7 +95,7 @@ def _matching(words: Iterable[str], names: Mapping[str, list[str]], kinds: Mappi
     return chosen
 
 
-def _matching_by_name(word: str, names: Mapping[str, list[str]]) -> set[str]:
+def _matching_by_name(word: str, names: Mapping[str, set[str]]) -> set[str]:
     return {
         name
         for name, aliases in names.items()
@@ -135,14 +135,13 @@ def chosen_layers(key: str, layers: str, parameters: Iterable[str]) -> set[int]:
     return wanted
 
 
-def _all_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def _all_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, set[str]]:
     """Each parameter's names: a tied weight has several."""
     first = {id(parameter): name for name, parameter in parameters.items()}
-    names: dict[str, list[str]] = {name: [name] for name in parameters}
+    names = {name: {name} for name in parameters}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first_name = first.get(id(parameter))
-        if first_name is not None and name != first_name:
-            names[first_name].append(name)
+        if id(parameter) in first:
+            names[first[id(parameter)]].add(name)
     return names
 
 
