@@ -42,8 +42,7 @@ def probe(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> Layout:
 
 
 def _candidates(adapted: AdaptedModel) -> list[Layout]:
-    widest = widest_layout(adapted)
-    return [*([widest] if widest.max_width else []), Layout("left"), Layout("right")]
+    return [*dict.fromkeys((widest_layout(adapted), Layout("left"), Layout("right")))]
 
 
 def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layouts: list[Layout]) -> Layout:
