@@ -137,7 +137,6 @@ def _in_order(shards: list[_Shard], folder: Path) -> list[Path]:
 
 
 def _rows_of(*files: Path) -> list[Row]:
-    """The rows of a file, or of several in this order."""
     for file in files:
         if not file.is_file():
             raise ZofoError(f"there is no data file {file}: correct `source`; paths are relative to the task file")
