@@ -17,7 +17,7 @@ from zofo import parse
 from zofo.errors import ZofoError, first_line
 from zofo.habits import refuse_values
 from zofo.identity import anywhere, known
-from zofo.keys import AUTO, POSITIVE, Keys, field, numbers, refusing_unknown, require_honoured
+from zofo.keys import AUTO, POSITIVE, Keys, default_of, field, numbers, refusing_unknown, require_honoured
 from zofo.methods import METHODS, Method
 from zofo.methods.settings import (
     name_of,
@@ -243,7 +243,7 @@ class ZOFOConfig(Keys):
             idle = own.name not in self.method_class.keys_used and own.name in _method_keys()
             if _is_default(own, value) and (idle or own.name not in own_keys()):
                 continue
-            if _plain(value):
+            if isinstance(value, bool | int | float | str) or (isinstance(value, list | dict) and value):
                 kept[own.name] = anywhere(own.name, value)
         if self.activation_checkpointing:  # by the name that people give it: two would contradict each other
             kept["gradient_checkpointing"] = True
@@ -262,8 +262,7 @@ def identity_of_before(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_default(key: dataclasses.Field[Any], value: Any) -> bool:
-    default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
-    return value == default or (key.name, value) == ("zo_learning_rate", AUTO)
+    return value == default_of(key) or (key.name, value) == ("zo_learning_rate", AUTO)
 
 
 def _method_keys() -> frozenset[str]:
@@ -275,8 +274,6 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, Enum) else value
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str) or (isinstance(value, list | dict) and bool(value))
 
 
 def own_keys() -> list[str]:
