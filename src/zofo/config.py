@@ -274,8 +274,6 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, Enum) else value
 
 
-
-
 def own_keys() -> list[str]:
     """The names that zofo adds to `TrainingArguments`, the method first.
 

@@ -4,7 +4,7 @@ import gzip
 import itertools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -199,7 +199,7 @@ def _parse_json(path: Path, text: str) -> list[Row]:
     return [_row(read_json(line, str(path), number), f"{path}, line {number}") for number, line in lines]
 
 
-def _plain_rows(rows: Sequence[Any], where: str) -> list[Row]:
+def _plain_rows(rows: Iterable[Any], where: str) -> list[Row]:
     return [_row(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
@@ -222,7 +222,7 @@ def _hub(source: str, split: str) -> dict[str, list[Row]]:
             f"{', '.join(SUFFIXES)}, or the id of a Hub data set that can be reached"
         ) from error
     if split:
-        return {"all": _plain_rows(list(loaded), f"{source}#{split}")}
+        return {"all": _plain_rows(loaded, f"{source}#{split}")}
     splits: dict[str, list[Row]] = {}
     for key, rows in loaded.items():
         known = split_name(key)
@@ -232,7 +232,7 @@ def _hub(source: str, split: str) -> dict[str, list[Row]]:
                 f"the data set {source} has {', '.join(loaded)}, of which {key} is {problem}: name those to use in "
                 f"`source`, such as {{train: {source}#train, test: {source}#test}}"
             )
-        splits[known] = _plain_rows(list(rows), f"{source}#{key}")
+        splits[known] = _plain_rows(rows, f"{source}#{key}")
     return splits
 
 
