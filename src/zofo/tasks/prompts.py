@@ -41,14 +41,13 @@ def in_context(
     examples before each of them.
     """
     blocks = [f"{record.prompt}{record.completion}{record.suffix}{SEPARATOR}" for record in shown]
-    sizes = [len(tokenizer(block)["input_ids"]) for block in blocks]
-    last_together = list(accumulate(reversed(sizes)))  # of the last one, of the last two, ...
+    totals = list(accumulate(len(tokenizer(block)["input_ids"]) for block in reversed(blocks)))  # of the last ones
     prompted: list[Record] = []
     counts: list[int] = []
     for record in records:
         longest = max((record.options or (record.completion,)), key=len)
         free = max_length - 1 - len(tokenizer(record.prompt + longest + record.suffix)["input_ids"])
-        count = bisect_right(last_together, free)
+        count = bisect_right(totals, free)
         prompt = "".join(blocks[len(blocks) - count :]) + record.prompt
         prompted.append(dataclasses.replace(record, prompt=prompt))
         counts.append(count)
