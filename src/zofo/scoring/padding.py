@@ -53,20 +53,16 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
         if is_lack_of_memory(error):
             raise
         raise ZofoError(
-            f"this {_family(adapted)} model cannot score token ids alone ({' '.join(str(error).split())[:200]}): "
-            "choose another model"
+            f"this {adapted.base.config.model_type} model cannot score token ids alone "
+            f"({' '.join(str(error).split())[:200]}): choose another model"
         ) from error
     for layout in layouts:
         if _is_exact(alone, _in_a_batch(adapted, tokenizer, examples, layout), adapted.base.dtype):
             return layout
     raise ZofoError(
-        f"what this {_family(adapted)} model says of a row depends on the padding or on the other rows of its batch, "
-        "on the left and on the right, so no loss would be right: choose another model"
+        f"what this {adapted.base.config.model_type} model says of a row depends on the padding or on the other rows "
+        "of its batch, on the left and on the right, so no loss would be right: choose another model"
     )
-
-
-def _family(adapted: AdaptedModel) -> str:
-    return adapted.base.config.model_type
 
 
 def _random_examples(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

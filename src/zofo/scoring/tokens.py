@@ -5,7 +5,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import permutations, takewhile
 from typing import Any, Literal
 
 from tokenizers import Encoding
@@ -171,9 +171,8 @@ def _warn_of_prefixes(examples: Sequence[Example]) -> None:
     prefixes = [
         (i, shorter, longer)
         for i, example in enumerate(examples)
-        for shorter, short in enumerate(example.answers)
-        for longer, long in enumerate(example.answers)
-        if len(short) < len(long) and long[: len(short)] == short
+        for shorter, longer in permutations(range(len(example.answers)), 2)  # different ones, as `_join` has seen to
+        if example.answers[longer][: len(example.answers[shorter])] == example.answers[shorter]
     ]
     if prefixes:
         i, shorter, longer = prefixes[0]
