@@ -18,18 +18,7 @@ from zofo.errors import ZofoError, first_line
 from zofo.habits import refuse_values
 from zofo.identity import anywhere, known
 from zofo.keys import AUTO, POSITIVE, Keys, default_of, field, numbers, refusing_unknown, require_honoured
-from zofo.methods import METHODS, Method
-from zofo.methods.settings import (
-    name_of,
-    require_evaluations,
-    require_few_batches,
-    require_lora,
-    require_optim_args,
-    require_schedule,
-    require_single_process,
-    require_whole_model,
-    settle_checkpoints,
-)
+from zofo.methods import METHODS, Method, settings
 from zofo.models.peft import require_fresh, require_start
 from zofo.spelling import key_of, refuse_unknown
 
@@ -70,7 +59,6 @@ class ZOFOConfig(Keys):
     given: InitVar[Collection[str] | None] = None
 
     def __post_init__(self, given: Collection[str] | None) -> None:
-        """Checks the keys, then lets `TrainingArguments` check its own."""
         refuse_values(vars(self))
         if self.method not in METHODS:
             raise ZofoError(f"method is {self.method!r}, but must be one of {', '.join(METHODS)}")
@@ -92,7 +80,7 @@ class ZOFOConfig(Keys):
         self.settle_numbers(may_freeze=self.method_class.freezes)
         self._check_zo_learning_rate()
         self._check_selection()
-        settle_checkpoints(self, self._given)
+        settings.settle_checkpoints(self, self._given)
         self._settle_checkpointing()
         self._check_combinations()
         try:
@@ -100,9 +88,9 @@ class ZOFOConfig(Keys):
         except (ValueError, TypeError) as error:
             raise ZofoError(" ".join(str(error).split())) from error
         self.do_eval = False  # transformers sets it, and nothing reads it
-        require_single_process(self)
+        settings.require_single_process(self)
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
-        require_few_batches(self, sum(stream.batches for stream in self.method_class.streams(self).values()))
+        settings.require_few_batches(self, sum(stream.batches for stream in self.method_class.streams(self).values()))
         self.activation_checkpointing_kwargs = numbers(self.activation_checkpointing_kwargs)
         options: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and options.get("use_reentrant"):
@@ -110,9 +98,9 @@ class ZOFOConfig(Keys):
         self.lr_scheduler_kwargs = numbers(self.lr_scheduler_kwargs)
         first_order = self.method_class.backpropagates
         rate = self.learning_rate if first_order else self.zo_learning_rate
-        require_schedule(self, rate if isinstance(rate, float) else 1.0)
+        settings.require_schedule(self, rate if isinstance(rate, float) else 1.0)
         if first_order and self.optim_args:
-            require_optim_args(self)
+            settings.require_optim_args(self)
 
     @property
     def method_class(self) -> type[Method]:
@@ -134,7 +122,7 @@ class ZOFOConfig(Keys):
         used = self.method_class.keys_used
         idle = [name for name in field_names() if name in self._given & (_method_keys() - used)]
         notices = [*self._notices, f"not used by {self.method}: {', '.join(idle)}"] if idle else [*self._notices]
-        if self.warmup_steps and self.method_class.trains() and name_of(self.lr_scheduler_type) == "constant":
+        if self.warmup_steps and self.method_class.trains() and settings.name_of(self.lr_scheduler_type) == "constant":
             notices.append("not used by lr_scheduler_type constant: warmup_steps (constant_with_warmup has it)")
         if self.system_prompt and not self.chat_template:
             notices.append("not used without chat_template: system_prompt")
@@ -165,7 +153,7 @@ class ZOFOConfig(Keys):
             ZofoError: if a key that was given needs evaluations.
         """
         asked = [key for key in ("eval_strategy", "eval_steps", "load_best_model_at_end") if key in self._given]
-        if dev_rows or name_of(self.eval_strategy) == "no":
+        if dev_rows or settings.name_of(self.eval_strategy) == "no":
             return
         if asked:
             raise ZofoError(f"{asked[0]} asks for evaluations, but no row is left for dev: give more rows, or dev_size")
@@ -208,9 +196,9 @@ class ZOFOConfig(Keys):
                 f"method {self.method} trains an adapter, but adapter is none: choose lora, prefix or prompt, or "
                 "method zo (MeZO) to update the backbone alone"
             )
-        require_lora(self)
-        require_whole_model(self, self.method_class, self._given)
-        require_evaluations(self)
+        settings.require_lora(self)
+        settings.require_whole_model(self, self.method_class, self._given)
+        settings.require_evaluations(self)
 
     def variant(self, method: str, adapter: str, **more: Any) -> Self:
         """The same run by another method, without the keys that do not count for it."""
