@@ -201,14 +201,13 @@ def read_table(text: str, where: str, delimiter: str | None = None) -> list[dict
     records = _records(text, delimiter, where, first=2 if named else 1)
     line, header = next(records, (1, list[str]()))
     require_unique(header, where)
-    if delimiter == "\t" and header and all(map(_QUOTED.fullmatch, header)):
+    tabs = delimiter == "\t"
+    if tabs and header and all(map(_QUOTED.fullmatch, header)):
         _refuse_quoted_tabs(where, line, header[0])
     rows: list[dict[str, Any]] = []
     for line, cells in records:
         if len(cells) != len(header):
-            mend = (
-                "texts may hold no tab and no line break" if delimiter == "\t" else "quote texts that hold separators"
-            )
+            mend = "texts may hold no tab and no line break" if tabs else "quote texts that hold separators"
             raise ZofoError(
                 f"cannot read {where}: line {line} has {len(cells)} fields, but the header has {len(header)} columns, "
                 f"separated by {delimiter!r}: {mend}"
