@@ -147,11 +147,7 @@ class ZOFOConfig(Keys):
         self._notices.append(f"{key} is taken as {meant}: {values[meant]}")
 
     def settle_evaluations(self, dev_rows: int) -> None:
-        """Without dev rows there are no evaluations; refuses that where somebody asked for them.
-
-        Raises:
-            ZofoError: if a key that was given needs evaluations.
-        """
+        """Without dev rows there are no evaluations; refuses that where somebody asked for them."""
         asked = [key for key in ("eval_strategy", "eval_steps", "load_best_model_at_end") if key in self._given]
         if dev_rows or settings.name_of(self.eval_strategy) == "no":
             return

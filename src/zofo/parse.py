@@ -49,12 +49,7 @@ class Cell(str):
 def read_yaml(source: str | Path, where: str) -> Any:
     """The content of a YAML text, or of a file: plain values, from the safe part of YAML.
 
-    Args:
-        source: the text, or the path of a file.
-        where: names it in messages.
-
-    Raises:
-        ZofoError: if it is no UTF-8 or no YAML, a key occurs twice, or it is nested or repeated too much.
+    Refuses keys that occur twice, and what is nested or repeated too much; `where` names the source in messages.
 
     Examples:
         >>> read_yaml("seed: 3", "run.yaml")
@@ -159,8 +154,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
 def plain_values(value: Any, where: str, depth: int = 0) -> Any:
     """A value from a file, with None for what is no number (NaN, infinite) and text for bytes that are UTF-8.
 
-    Raises:
-        ZofoError: if a key occurs twice, a text cannot be encoded, or lists are nested too deep; `where` names the row.
+    Refuses repeated keys, texts that cannot be encoded, and lists that are nested too deep; `where` names the row.
     """
     if isinstance(value, str):
         if not _can_be_encoded(value):
@@ -186,13 +180,8 @@ def read_table(text: str, where: str, delimiter: str | None = None) -> list[dict
     """The rows of a table of text with a header: every cell is the text that the file holds.
 
     Commas, semicolons and other separators are quoted as RFC 4180 says. Beside tabs, quotation marks are characters
-    like any other, as corpora have them: each line is a row.
-
-    Args:
-        text: of the file.
-        where: names it in messages.
-        delimiter: what separates the columns; None for what the header has most of: commas, semicolons or tabs. A first
-            line `sep=;` counts more than both.
+    like any other, as corpora have them: each line is a row. `delimiter` separates the columns; by default, what the
+    header has most of: commas, semicolons or tabs. A first line `sep=;` counts more than both.
     """
     named = _SEPARATOR.match(text)
     if named:

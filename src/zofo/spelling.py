@@ -31,11 +31,7 @@ def key_of(word: str) -> str:
 
 
 def require_known(verb: str, own: Collection[str], words: Sequence[str]) -> None:
-    """Refuses what is no option of a verb; `words` are those that its `own` options have left.
-
-    Raises:
-        ZofoError: with the nearest key that the verb takes, or the verb that has the option.
-    """
+    """Refuses what is no option of a verb, and names what is; `words` are those that its `own` options have left."""
     taken, every = _TAKEN.get(verb), key_names()
     for word in words:
         key = key_of(word)

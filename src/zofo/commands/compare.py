@@ -16,16 +16,7 @@ Say = Callable[[str], None]
 
 
 def compare(file: Path, say: Say, dry_run: bool = False) -> None:
-    """Does the runs of a comparison that are not done, and writes its report.
-
-    Args:
-        file: the YAML file of the comparison.
-        say: told what is done.
-        dry_run: only say what would be done.
-
-    Raises:
-        ZofoError: if the file cannot be used, or its folder holds something else.
-    """
+    """Does the runs of a comparison that are not done, and writes its report; with `dry_run`, says what they are."""
     plan = Plan.read(file)
     if dry_run:
         for line in planned(plan):

@@ -71,9 +71,6 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> Generator[Row]:
     by piece: a forward at θ + εz, a forward with its backward, a step of each optimizer.
 
     Without a task, rows of `max_length` tokens are assumed.
-
-    Raises:
-        ZofoError: if the model, the adapter or the task cannot be read, or the model cannot run without its weights.
     """
     if config.model is None:
         raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
@@ -189,7 +186,6 @@ class _Batches:
 
 
 def _updated(config: ZOFOConfig, adapted: AdaptedModel) -> int:
-    """How many numbers a run updates."""
     adapters = [p for name in adapted.adapters for p in adapted.adapter_parameters(name).values()]
     backbone = adapted.backbone.values() if config.updates_backbone else ()
     return sum(p.numel() for p in [*adapters, *backbone])

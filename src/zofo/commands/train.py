@@ -45,10 +45,7 @@ _READ = ("model", "task", "data", "source", "adapter", "adapter_init")
 def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict[str, Any]:
     """One run: loads, trains, evaluates, and writes the run folder. Returns what `results.json` holds.
 
-    Args:
-        config: of the run.
-        say: told what the run does, line by line.
-        config_file: where `config` was read from; a run never removes it.
+    `config_file` is where `config` was read from; a run never removes it.
 
     Raises:
         ZofoError: if anything that was given cannot work; nothing has been overwritten then.

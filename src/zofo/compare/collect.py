@@ -26,11 +26,7 @@ _COLUMNS = ("task", "run", "seed", "score", "loss", "steps", "forward_equivalent
 
 
 def report(plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """All numbers of the report; runs that have failed or are not done are named and left out.
-
-    Raises:
-        ZofoError: if two runs of a task were scored on different rows.
-    """
+    """All numbers of the report; runs that have failed or are not done are named and left out."""
     tasks = [_Task(plan, task) for task in plan.tasks]
     compared = [(task, run, found) for task in tasks for run, found in task.differences.items()]
     adjusted = holm([found.p for _, _, found in compared]) if compared else []
@@ -84,7 +80,6 @@ class _Run:
 
     @property
     def scores(self) -> list[float]:
-        """Of each test row."""
         return [row["score"] for row in self.rows]
 
     @property
@@ -118,8 +113,6 @@ class _Run:
 
 
 class _Task:
-    """All runs on one task."""
-
     def __init__(self, plan: Plan, task: str) -> None:
         self._plan, self._task = plan, task
         cells = [cell for cell in plan.cells() if cell.trial is None and cell.task == task]

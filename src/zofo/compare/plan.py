@@ -73,11 +73,7 @@ class Plan:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """The plan in a YAML file.
-
-        Raises:
-            ZofoError: if a key is unknown, is missing or cannot be used, or a run is no fair part of the comparison.
-        """
+        """The plan in a YAML file; refuses one of which a run is no fair part of the comparison."""
         try:
             text, content = file.read_text(encoding="utf-8"), read_yaml(file, str(file))
         except OSError as error:

@@ -30,12 +30,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(found: Difference, adjusted_p: float, method: str, baseline: str, task: str) -> str:
     """What a comparison amounts to, in one sentence; 1 point is 0.01 of a score.
 
-    Args:
-        found: the difference, `method` minus `baseline`.
-        adjusted_p: its p-value after `holm` over all comparisons that are reported together.
-        method: name of the first method.
-        baseline: name of the second.
-        task: name of the task.
+    `found` is `method` minus `baseline`, and `adjusted_p` its p-value after `holm` over all comparisons that are
+    reported together.
 
     Examples:
         >>> from zofo.compare.statistics import paired_difference

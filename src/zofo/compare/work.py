@@ -26,11 +26,7 @@ _WAIT = 1.0  # seconds between two looks at what other processes have left
 
 
 def claim(plan: Plan) -> list[str]:
-    """Makes the folder of a comparison, or finds what of it can be reused; what to say of that.
-
-    Raises:
-        ZofoError: if the folder holds something else, or another comparison.
-    """
+    """Makes the folder of a comparison, or finds what of it can be reused; what to say of that."""
     folder = plan.output_dir
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise ZofoError(f"{folder} holds something else than a comparison: choose another output_dir")

@@ -26,10 +26,7 @@ def probe(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> Layout:
     each layout, and by plain forward passes of one row, in eval mode. With virtual tokens rows are always padded on
     the right, and this is probed as well; the layout is then that of the backbone alone.
 
-    Effects of more than the dozen tokens of such rows are not seen.
-
-    Raises:
-        ZofoError: if no layout is exact, or the model cannot read token ids alone.
+    Effects of more than the dozen tokens of such rows are not seen. A model for which no layout is exact is refused.
     """
     adapted.model.eval()
     devices = [adapted.base.device] if adapted.base.device.type == "cuda" else []

@@ -99,7 +99,6 @@ class Scorer:
         return [_loss(batch, part) for batch, part in zip(batches, parts, strict=True)]
 
     def option_totals(self, batch: Batch) -> OptionTotals:
-        """The log-probabilities of every option."""
         return _option_totals(batch, self.log_probabilities(batch))
 
     def _inputs(self, batch: Batch, keep: int) -> dict[str, Any]:

@@ -40,7 +40,6 @@ class Example:
 
     @property
     def right(self) -> tuple[str, ...]:
-        """All right answers."""
         return self.references or (self.texts[self.gold],)
 
 

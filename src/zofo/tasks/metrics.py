@@ -107,11 +107,7 @@ def compares_options(metrics: Sequence[Metric], has_options: bool) -> bool:
 
 
 def metric_name(metric: Metric) -> str:
-    """The name under which a metric is reported.
-
-    Raises:
-        ZofoError: if it is neither one of `METRICS` nor a function of predictions and references.
-    """
+    """The name under which a metric is reported: one of `METRICS`, or that of a function."""
     if isinstance(metric, str):
         if metric not in METRICS:
             raise ZofoError(f"unknown metric {metric!r}: {did_you_mean(metric, METRICS, ', '.join(METRICS))}")

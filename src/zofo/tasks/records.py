@@ -41,7 +41,6 @@ class Record:
 
     @property
     def right(self) -> tuple[str, ...]:
-        """Every right answer."""
         return self.references or (self.completion,)
 
     @property

@@ -48,9 +48,6 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
 
     Returns:
         {"all": rows} for a file or one split; rows by train, dev and test otherwise.
-
-    Raises:
-        ZofoError: if a file is missing, empty, broken, or belongs to no split.
     """
     if "\0" in source:
         raise ZofoError(f"source is {source!r:.80}, which holds a NUL character: take it out")

@@ -53,11 +53,7 @@ class Task:
         return self.metrics[0] in OPTION_METRICS
 
     def records(self) -> dict[str, list[Record]]:
-        """Every row as a record, by the first template and by split: {"all": ...}, or the splits of the source.
-
-        Raises:
-            ZofoError: with the first three bad rows, if any row cannot be rendered; or if no row of a split is left.
-        """
+        """Every row as a record, by the first template and by split: {"all": ...}, or the splits of the source."""
         splits: dict[str, list[Row]] = {}
         for name, source in self.source.items():
             available = read_rows(source, self.folder)
@@ -81,11 +77,7 @@ class Task:
         return records
 
     def reworded(self, records: Sequence[Record], template: int) -> list[Record]:
-        """The same rows by another template, with its index from 0.
-
-        Raises:
-            ZofoError: if there is no such template, or it cannot render a row.
-        """
+        """The same rows by another template, with its index from 0."""
         self._require_template(template)
         if template == 0:
             return list(records)
@@ -97,9 +89,6 @@ class Task:
         """Rows without their answers, which they need not have, and whatever `where` says: for predictions.
 
         The completion of a record is its first option, or `example`, an answer that stands for any; see `stand_in`.
-
-        Raises:
-            ZofoError: as `reworded` does.
         """
         self._require_template(template)
         asked = self._render(rows, template, "", answered=False)
@@ -153,14 +142,9 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str, source: str | None = None) -> Task:
-    """A task by its name, or from a YAML file.
+    """A task by its name, or from the YAML file of that path.
 
-    Args:
-        name: one of `task_names()`, or the path of a task file.
-        source: a folder of train.* and validation.*, or a file, to read in place of the task's own source.
-
-    Raises:
-        ZofoError: if there is none, or the file is wrong: with the file, the key, and the nearest correct one.
+    `source` is read in place of the task's own: a folder of train.* and validation.*, or a file.
 
     Examples:
         >>> load_task("movie_reviews").metrics[0]

@@ -44,9 +44,6 @@ def owned(run: Path) -> Generator[None]:
     """Within the block no other process writes this folder; what a killed one has left is settled first.
 
     Nothing remains of a folder in which the block writes nothing.
-
-    Raises:
-        ZofoError: if another run is writing it, or it cannot be made.
     """
     run = run.resolve()  # one lock, however the folder is named
     made = [place for place in (run, *run.parents) if not place.exists()]

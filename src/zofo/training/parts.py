@@ -20,13 +20,8 @@ def save_parts(
 ) -> None:
     """Writes backbone, tokenizer and adapters, and into each of them which rows it was trained on.
 
-    Args:
-        folder: where to.
-        adapted: the model.
-        tokenizer: its tokenizer.
-        rows: digests of the rows.
-        home: where the content of `folder` will be in the end, if elsewhere.
-        whole: a sealed checkpoint whose backbone is this one, bit for bit, and may be shared.
+    `home` is where the content of `folder` will be in the end, if elsewhere; `whole` is a sealed checkpoint whose
+    backbone is this one, bit for bit, and may be shared.
     """
     parts = ["", *adapted.adapters]
     if whole is not None and share(whole, folder, BACKBONE):
