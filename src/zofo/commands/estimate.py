@@ -19,7 +19,7 @@ from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_hollow, load_tokenizer, load_weights
 from zofo.models.peft import UPPER, adapter_config
 from zofo.report.words import duration
-from zofo.scoring.batch import Batch, collate, width
+from zofo.scoring.batch import Batch, collate, padding_id, width
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.training.callbacks import free_memory, resident_memory
@@ -168,7 +168,7 @@ class _Batches:
 
     def __init__(self, config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> None:
         self._config = config
-        self._pad_id = cast(int, tokenizer.pad_token_id)
+        self._pad_id = padding_id(tokenizer)
         self._examples = list(examples) * -(-_TIMED * config.per_device_train_batch_size // len(examples))
 
     def longest(self, adapted: AdaptedModel) -> Batch:

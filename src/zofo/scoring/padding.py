@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.adapters import AdaptedModel
-from zofo.scoring.batch import Layout, collate
+from zofo.scoring.batch import Layout, collate, padding_id
 from zofo.scoring.scorer import Scorer, Tokens, widest_layout
 from zofo.scoring.tokens import Example
 
@@ -88,10 +88,8 @@ def _in_a_batch(
     adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], layout: Layout
 ) -> Tensor | None:
     """The same log-probabilities from one batch; None where the model cannot read it."""
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
     scorer = Scorer(adapted, Tokens(), layout)
-    batch = collate(examples, "options", pad_id, scorer.layout)
+    batch = collate(examples, "options", padding_id(tokenizer), scorer.layout)
     try:
         return scorer.log_probabilities(send_to_device(batch, adapted.base.device))
     except _FORWARD_ERRORS as error:
