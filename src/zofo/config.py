@@ -78,7 +78,6 @@ class ZOFOConfig(Keys):
         elif not self.resume_from_checkpoint:  # which brings the weights
             require_fresh(self.adapter)
         self.settle_numbers(may_freeze=self.method_class.freezes)
-        self._check_zo_learning_rate()
         self._check_selection()
         settings.settle_checkpoints(self, self._given)
         self._settle_checkpointing()
@@ -164,13 +163,6 @@ class ZOFOConfig(Keys):
         if not self.method_class.backpropagates:
             self.activation_checkpointing = False  # forward passes keep nothing that could be computed again
 
-    def _check_zo_learning_rate(self) -> None:
-        if self.zo_learning_rate == AUTO and self.zo_weight_decay and self.method_class.zeroth_order:
-            raise ZofoError(
-                f"zo_weight_decay is {self.zo_weight_decay}, but the automatic rate grows without bound where losses "
-                "are flat, and the decay with it: leave it out, or give zo_learning_rate as a number"
-            )
-
     def _check_selection(self) -> None:
         if isinstance(self.zo_parameters, str):
             self.zo_parameters = [self.zo_parameters]
@@ -187,6 +179,11 @@ class ZOFOConfig(Keys):
             )
 
     def _check_combinations(self) -> None:
+        if self.zo_learning_rate == AUTO and self.zo_weight_decay and self.method_class.zeroth_order:
+            raise ZofoError(
+                f"zo_weight_decay is {self.zo_weight_decay}, but the automatic rate grows without bound where losses "
+                "are flat, and the decay with it: leave it out, or give zo_learning_rate as a number"
+            )
         if self.method_class.requires_adapter and self.adapter == "none":
             raise ZofoError(
                 f"method {self.method} trains an adapter, but adapter is none: choose lora, prefix or prompt, or "

@@ -107,7 +107,7 @@ def evaluate_model(
     configs: Sequence[ZOFOConfig],
     manner: Manner,
     say: Say,
-    samples: list[dict[str, Any]] | None = None,
+    samples: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task.
 
@@ -131,8 +131,7 @@ def evaluate_model(
         for template in rows.templates:
             scored, found = rows.score(loaded, template, span, say)
             scores.append(scored)
-            if samples is not None:
-                samples += found
+            samples += found
         asked = own or manner.split == "train" or rows.config.test_size is not None
         counted = "" if asked else rows.counted
         for note in filter(None, (counted, rows.note)):

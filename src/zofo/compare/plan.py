@@ -40,9 +40,8 @@ class Cell:
     @property
     def name(self) -> str:
         """What it is called in messages."""
-        return f"{self.task_name}, {self.run}, " + (
-            f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
-        )
+        which = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
+        return f"{self.task_name}, {self.run}, {which}"
 
     @property
     def task_name(self) -> str:
@@ -144,7 +143,7 @@ class Plan:
         settings = self.chosen(run, task)
         if settings is None:
             return []
-        config = self._config(run, task, settings)
+        config = _parsed(self.keys(run, task, settings), run)
         seeds = self.seeds if config.method_class.trains() or config.shots else self.seeds[:1]  # else all are equal
         return [self._cell(run, task, seed, None, settings) for seed in seeds]
 
@@ -156,9 +155,6 @@ class Plan:
         name = f"seed-{seed}-{mark}" if trial is None else f"trial-{trial}-{mark}"
         folder = self.output_dir / "runs" / Path(task).stem / run / name
         return Cell(run, task, seed, trial, settings, keys | {"output_dir": str(folder)}, folder)
-
-    def _config(self, run: str, task: str, settings: Settings) -> ZOFOConfig:
-        return _parsed(self.keys(run, task, settings), run)
 
     def _check(self, file: Path) -> None:
         if self.baseline not in self.runs:
@@ -181,7 +177,7 @@ class Plan:
                         f"{file}: the run {run} changes {key}, which all runs of a comparison share: put it into base"
                     )
             first = self.search.get(run, [{}])[0]
-            config = self._config(run, self.tasks[0], first)
+            config = _parsed(self.keys(run, self.tasks[0], first), run)
             for key in tried:
                 if any(key in notice for notice in config.notices()):
                     raise ZofoError(f"{file}: search: {key} has no effect on the run {run}: leave it out")

@@ -39,19 +39,16 @@ def verdict(found: Difference, adjusted_p: float, method: str, baseline: str, ta
         >>> verdict(found, found.p, "lora", "mezo", "trec").split(" (")[0]
         'lora is significantly better than mezo on trec'
     """
+    p = "p < 0.001" if adjusted_p < 0.001 else f"p = {adjusted_p:.3f}"
     numbers = (
         f"({100 * found.difference:+.1f} points, 95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}, "
-        f"{_told(adjusted_p)})"
+        f"Holm-adjusted {p})"
     )
     few = "; with one seed, this holds for these trained models only" if found.seeds == 1 else ""
     if adjusted_p < LEVEL:
         comparison = "better" if found.difference > 0 else "worse"
         return f"{method} is significantly {comparison} than {baseline} on {task} {numbers}{few}"
     return f"no significant difference between {method} and {baseline} on {task} {numbers}: {_seen(found)}{few}"
-
-
-def _told(p: float) -> str:
-    return "Holm-adjusted p < 0.001" if p < 0.001 else f"Holm-adjusted p = {p:.3f}"
 
 
 def _seen(found: Difference) -> str:

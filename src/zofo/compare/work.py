@@ -121,8 +121,7 @@ class _Progress:
     def left(self) -> list[Cell]:
         """Runs that are neither done nor tried; not those whose settings are still being searched for."""
         with self._lock:
-            cells = [cell for cell in self._plan.cells() if not cell.is_done and str(cell.folder) not in self._tried]
-            return cells
+            return [cell for cell in self._plan.cells() if not cell.is_done and str(cell.folder) not in self._tried]
 
     def begins(self, cell: Cell) -> bool:
         """Notes that a run begins; False if another thread has tried it."""

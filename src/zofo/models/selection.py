@@ -46,7 +46,9 @@ def select(
     kinds = _kinds(model, parameters)
     chosen = _matching(include, names, kinds) if include else set(parameters)
     if layers is not None:
-        chosen &= _of_layers(layers, parameters)
+        indices = layers_of(parameters)
+        wanted = chosen_layers("zo_layers", layers, indices)
+        chosen &= {name for name, index in indices.items() if index in wanted}
     chosen -= _matching(exclude, names, kinds)
     if not chosen:
         raise ZofoError(
@@ -101,12 +103,6 @@ def _matching_by_name(word: str, names: Mapping[str, set[str]]) -> set[str]:
         for name, aliases in names.items()
         if any(fnmatchcase(alias, word) or f".{word}." in f".{alias}." for alias in aliases)
     }
-
-
-def _of_layers(layers: str, parameters: Iterable[str]) -> set[str]:
-    indices = layers_of(parameters)
-    wanted = chosen_layers("zo_layers", layers, indices)
-    return {name for name, index in indices.items() if index in wanted}
 
 
 def layers_of(parameters: Iterable[str]) -> dict[str, int]:
