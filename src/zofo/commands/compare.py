@@ -1,7 +1,7 @@
 """`zofo compare`: many methods on many tasks under the same budget, and a report of what can be told apart."""
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 from zofo.commands.estimate import estimate
@@ -10,9 +10,8 @@ from zofo.compare.page import page
 from zofo.compare.plan import Plan
 from zofo.compare.work import claim, work
 from zofo.config import parse_config
+from zofo.console import Say
 from zofo.report.words import duration
-
-Say = Callable[[str], None]
 
 
 def compare(file: Path, say: Say, dry_run: bool = False) -> None:

@@ -1,7 +1,7 @@
 """`zofo eval`: a model on the rows of tasks, in every way that a row can be put to it."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.commands.stored import Loaded, StoredRun
 from zofo.config import ZOFOConfig, parse_config
+from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.models.peft import note_of_move
 from zofo.scoring.evaluation import Answer, Evaluator, Scoring
@@ -24,8 +25,6 @@ from zofo.tasks.splits import Splits
 from zofo.tasks.task import Task
 from zofo.training.rows import run_splits, run_task
 from zofo.training.trained_rows import trained_rows_of, was_trained_on
-
-Say = Callable[[str], None]
 
 ALL = "all"
 

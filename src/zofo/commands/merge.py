@@ -1,12 +1,13 @@
 """`zofo merge`: the backbone of a run with an adapter, as one plain Hugging Face folder."""
 
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.models.export import save_model, save_tokenizer
 from zofo.models.load import DType, load_tokenizer, load_weights, stored_dtype
@@ -14,8 +15,6 @@ from zofo.models.peft import UPPER, is_prompt, merged, note_of_move
 from zofo.training.checkpoint import writing
 from zofo.training.folder import reading
 from zofo.training.trained_rows import trained_rows_of, write_trained_rows
-
-Say = Callable[[str], None]
 
 
 def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) -> None:

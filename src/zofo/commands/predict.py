@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from zofo.commands.stored import Loaded, StoredRun
 from zofo.config import ZOFOConfig
+from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.scoring.evaluation import Answer, Evaluator
 from zofo.scoring.generation import ONE_LINE
@@ -33,7 +34,7 @@ def predict(
     config: ZOFOConfig,
     rows: Sequence[Row],
     batch_size: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> list[Row]:
     """The rows with the answers of a model, with or without a stored adapter.
 

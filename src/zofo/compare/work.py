@@ -9,18 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import yaml
 from filelock import FileLock, Timeout
 
 from zofo.compare.plan import Cell, Plan, failure, failure_file
+from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.report.words import duration
 from zofo.training.checkpoint import last_sealed
 
-Say = Callable[[str], None]
 MARK = "comparison.yaml"
 _WAIT = 1.0  # seconds between two looks at what other processes have left
 
