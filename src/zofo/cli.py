@@ -251,7 +251,7 @@ def _train(options: argparse.Namespace, keys: list[str]) -> None:
     config = parse_config(options.config, keys)
     _quiet_libraries()
     train(config, _say, options.config)
-    run = Path(config.output_dir)
+    run = Path(str(config.output_dir))
     adapter = " with the adapter upper/" if (run / "upper").is_dir() else ""
     _say(f"run folder: {run}; to deploy: backbone/{adapter}, as zofo predict --run {run} does")
 

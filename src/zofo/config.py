@@ -17,19 +17,8 @@ from zofo import parse
 from zofo.errors import ZofoError, first_line
 from zofo.habits import refuse_values
 from zofo.identity import anywhere, known
-from zofo.keys import AUTO, POSITIVE, Keys, field, numbers, refusing_unknown, require_honoured
-from zofo.methods import METHODS, Method
-from zofo.methods.settings import (
-    name_of,
-    require_evaluations,
-    require_few_batches,
-    require_lora,
-    require_optim_args,
-    require_schedule,
-    require_single_process,
-    require_whole_model,
-    settle_checkpoints,
-)
+from zofo.keys import AUTO, POSITIVE, Keys, default_of, field, numbers, refusing_unknown, require_honoured
+from zofo.methods import METHODS, Method, settings
 from zofo.models.peft import require_fresh, require_start
 from zofo.spelling import key_of, refuse_unknown
 
@@ -70,7 +59,6 @@ class ZOFOConfig(Keys):
     given: InitVar[Collection[str] | None] = None
 
     def __post_init__(self, given: Collection[str] | None) -> None:
-        """Checks the keys, then lets `TrainingArguments` check its own."""
         refuse_values(vars(self))
         if self.method not in METHODS:
             raise ZofoError(f"method is {self.method!r}, but must be one of {', '.join(METHODS)}")
@@ -90,9 +78,8 @@ class ZOFOConfig(Keys):
         elif not self.resume_from_checkpoint:  # which brings the weights
             require_fresh(self.adapter)
         self.settle_numbers(may_freeze=self.method_class.freezes)
-        self._check_zo_learning_rate()
         self._check_selection()
-        settle_checkpoints(self, self._given)
+        settings.settle_checkpoints(self, self._given)
         self._settle_checkpointing()
         self._check_combinations()
         try:
@@ -100,9 +87,9 @@ class ZOFOConfig(Keys):
         except (ValueError, TypeError) as error:
             raise ZofoError(" ".join(str(error).split())) from error
         self.do_eval = False  # transformers sets it, and nothing reads it
-        require_single_process(self)
+        settings.require_single_process(self)
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
-        require_few_batches(self, sum(stream.batches for stream in self.method_class.streams(self).values()))
+        settings.require_few_batches(self, sum(stream.batches for stream in self.method_class.streams(self).values()))
         self.activation_checkpointing_kwargs = numbers(self.activation_checkpointing_kwargs)
         options: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and options.get("use_reentrant"):
@@ -110,9 +97,9 @@ class ZOFOConfig(Keys):
         self.lr_scheduler_kwargs = numbers(self.lr_scheduler_kwargs)
         first_order = self.method_class.backpropagates
         rate = self.learning_rate if first_order else self.zo_learning_rate
-        require_schedule(self, rate if isinstance(rate, float) else 1.0)
+        settings.require_schedule(self, rate if isinstance(rate, float) else 1.0)
         if first_order and self.optim_args:
-            require_optim_args(self)
+            settings.require_optim_args(self)
 
     @property
     def method_class(self) -> type[Method]:
@@ -134,7 +121,7 @@ class ZOFOConfig(Keys):
         used = self.method_class.keys_used
         idle = [name for name in field_names() if name in self._given & (_method_keys() - used)]
         notices = [*self._notices, f"not used by {self.method}: {', '.join(idle)}"] if idle else [*self._notices]
-        if self.warmup_steps and self.method_class.trains() and name_of(self.lr_scheduler_type) == "constant":
+        if self.warmup_steps and self.method_class.trains() and settings.name_of(self.lr_scheduler_type) == "constant":
             notices.append("not used by lr_scheduler_type constant: warmup_steps (constant_with_warmup has it)")
         if self.system_prompt and not self.chat_template:
             notices.append("not used without chat_template: system_prompt")
@@ -159,13 +146,9 @@ class ZOFOConfig(Keys):
         self._notices.append(f"{key} is taken as {meant}: {values[meant]}")
 
     def settle_evaluations(self, dev_rows: int) -> None:
-        """Without dev rows there are no evaluations; refuses that where somebody asked for them.
-
-        Raises:
-            ZofoError: if a key that was given needs evaluations.
-        """
+        """Without dev rows there are no evaluations; refuses that where somebody asked for them."""
         asked = [key for key in ("eval_strategy", "eval_steps", "load_best_model_at_end") if key in self._given]
-        if dev_rows or name_of(self.eval_strategy) == "no":
+        if dev_rows or settings.name_of(self.eval_strategy) == "no":
             return
         if asked:
             raise ZofoError(f"{asked[0]} asks for evaluations, but no row is left for dev: give more rows, or dev_size")
@@ -179,13 +162,6 @@ class ZOFOConfig(Keys):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         if not self.method_class.backpropagates:
             self.activation_checkpointing = False  # forward passes keep nothing that could be computed again
-
-    def _check_zo_learning_rate(self) -> None:
-        if self.zo_learning_rate == AUTO and self.zo_weight_decay and self.method_class.zeroth_order:
-            raise ZofoError(
-                f"zo_weight_decay is {self.zo_weight_decay}, but the automatic rate grows without bound where losses "
-                "are flat, and the decay with it: leave it out, or give zo_learning_rate as a number"
-            )
 
     def _check_selection(self) -> None:
         if isinstance(self.zo_parameters, str):
@@ -203,14 +179,19 @@ class ZOFOConfig(Keys):
             )
 
     def _check_combinations(self) -> None:
+        if self.zo_learning_rate == AUTO and self.zo_weight_decay and self.method_class.zeroth_order:
+            raise ZofoError(
+                f"zo_weight_decay is {self.zo_weight_decay}, but the automatic rate grows without bound where losses "
+                "are flat, and the decay with it: leave it out, or give zo_learning_rate as a number"
+            )
         if self.method_class.requires_adapter and self.adapter == "none":
             raise ZofoError(
                 f"method {self.method} trains an adapter, but adapter is none: choose lora, prefix or prompt, or "
                 "method zo (MeZO) to update the backbone alone"
             )
-        require_lora(self)
-        require_whole_model(self, self.method_class, self._given)
-        require_evaluations(self)
+        settings.require_lora(self)
+        settings.require_whole_model(self, self.method_class, self._given)
+        settings.require_evaluations(self)
 
     def variant(self, method: str, adapter: str, **more: Any) -> Self:
         """The same run by another method, without the keys that do not count for it."""
@@ -243,7 +224,7 @@ class ZOFOConfig(Keys):
             idle = own.name not in self.method_class.keys_used and own.name in _method_keys()
             if _is_default(own, value) and (idle or own.name not in own_keys()):
                 continue
-            if _plain(value):
+            if isinstance(value, bool | int | float | str) or (isinstance(value, list | dict) and value):
                 kept[own.name] = anywhere(own.name, value)
         if self.activation_checkpointing:  # by the name that people give it: two would contradict each other
             kept["gradient_checkpointing"] = True
@@ -262,8 +243,7 @@ def identity_of_before(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_default(key: dataclasses.Field[Any], value: Any) -> bool:
-    default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
-    return value == default or (key.name, value) == ("zo_learning_rate", AUTO)
+    return value == default_of(key) or (key.name, value) == ("zo_learning_rate", AUTO)
 
 
 def _method_keys() -> frozenset[str]:
@@ -273,10 +253,6 @@ def _method_keys() -> frozenset[str]:
 
 def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, Enum) else value
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str) or (isinstance(value, list | dict) and bool(value))
 
 
 def own_keys() -> list[str]:

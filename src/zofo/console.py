@@ -1,10 +1,12 @@
-"""Standard output and standard error that outlive their reader."""
+"""What a command says: to whom, and on streams that outlive their reader."""
 
 import contextlib
 import io
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
+
+Say = Callable[[str], None]  # told what is done, line by line
 
 
 class Lasting:

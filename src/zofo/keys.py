@@ -130,9 +130,7 @@ def require_honoured(given: Mapping[str, Any], stated: bool) -> None:
         name = inherited.name
         if name in _HONOURED or name not in given:
             continue
-        default = inherited.default
-        if inherited.default_factory is not dataclasses.MISSING:
-            default = inherited.default_factory()
+        default = default_of(inherited)
         if given[name] in (default, own[name], _SETTLED.get(name, default)) and not (stated and name in _DONE_ANYWAY):
             continue
         instead = INSTEAD.get("push_to_hub" if name.startswith("hub_") else name, "leave it out")
@@ -174,6 +172,11 @@ def numbers(value: Any) -> Any:
 def field(default: Any, help: str, **more: Any) -> Any:
     """A field with its default and its help; `more` goes to argparse."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def default_of(key: dataclasses.Field[Any]) -> Any:
+    """The default of a key; one that is made anew if it can be changed."""
+    return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
 
 
 @dataclass

@@ -33,7 +33,8 @@ class Cell(str):
     __hash__ = str.__hash__
 
     def __eq__(self, other: object) -> bool:
-        self._require_text(other)
+        if isinstance(other, int | float):
+            raise TypeError(f"the text {str(self)!r} cannot be compared with {other!r}")
         return str(self) == other
 
     def __ne__(self, other: object) -> bool:
@@ -44,20 +45,11 @@ class Cell(str):
             raise TypeError(f"the text {str(self)!r} would count as true")
         return len(self) > 0
 
-    def _require_text(self, other: object) -> None:
-        if isinstance(other, int | float):
-            raise TypeError(f"the text {str(self)!r} cannot be compared with {other!r}")
-
 
 def read_yaml(source: str | Path, where: str) -> Any:
     """The content of a YAML text, or of a file: plain values, from the safe part of YAML.
 
-    Args:
-        source: the text, or the path of a file.
-        where: names it in messages.
-
-    Raises:
-        ZofoError: if it is no UTF-8 or no YAML, a key occurs twice, or it is nested or repeated too much.
+    Refuses keys that occur twice, and what is nested or repeated too much; `where` names the source in messages.
 
     Examples:
         >>> read_yaml("seed: 3", "run.yaml")
@@ -162,8 +154,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
 def plain_values(value: Any, where: str, depth: int = 0) -> Any:
     """A value from a file, with None for what is no number (NaN, infinite) and text for bytes that are UTF-8.
 
-    Raises:
-        ZofoError: if a key occurs twice, a text cannot be encoded, or lists are nested too deep; `where` names the row.
+    Refuses repeated keys, texts that cannot be encoded, and lists that are nested too deep; `where` names the row.
     """
     if isinstance(value, str):
         if not _can_be_encoded(value):
@@ -189,13 +180,8 @@ def read_table(text: str, where: str, delimiter: str | None = None) -> list[dict
     """The rows of a table of text with a header: every cell is the text that the file holds.
 
     Commas, semicolons and other separators are quoted as RFC 4180 says. Beside tabs, quotation marks are characters
-    like any other, as corpora have them: each line is a row.
-
-    Args:
-        text: of the file.
-        where: names it in messages.
-        delimiter: what separates the columns; None for what the header has most of: commas, semicolons or tabs. A first
-            line `sep=;` counts more than both.
+    like any other, as corpora have them: each line is a row. `delimiter` separates the columns; by default, what the
+    header has most of: commas, semicolons or tabs. A first line `sep=;` counts more than both.
     """
     named = _SEPARATOR.match(text)
     if named:
@@ -204,14 +190,13 @@ def read_table(text: str, where: str, delimiter: str | None = None) -> list[dict
     records = _records(text, delimiter, where, first=2 if named else 1)
     line, header = next(records, (1, list[str]()))
     require_unique(header, where)
-    if delimiter == "\t" and header and all(map(_QUOTED.fullmatch, header)):
+    tabs = delimiter == "\t"
+    if tabs and header and all(map(_QUOTED.fullmatch, header)):
         _refuse_quoted_tabs(where, line, header[0])
     rows: list[dict[str, Any]] = []
     for line, cells in records:
         if len(cells) != len(header):
-            mend = (
-                "texts may hold no tab and no line break" if delimiter == "\t" else "quote texts that hold separators"
-            )
+            mend = "texts may hold no tab and no line break" if tabs else "quote texts that hold separators"
             raise ZofoError(
                 f"cannot read {where}: line {line} has {len(cells)} fields, but the header has {len(header)} columns, "
                 f"separated by {delimiter!r}: {mend}"
@@ -287,6 +272,11 @@ def _columns(text: str, delimiter: str) -> int:
         return text.lstrip("\r\n").partition("\n")[0].count("\t") + 1
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     return next((len(cells) for cells in reader if cells), 1)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, which may be empty."""
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def _can_be_encoded(text: str) -> bool:

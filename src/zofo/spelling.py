@@ -31,15 +31,11 @@ def key_of(word: str) -> str:
 
 
 def require_known(verb: str, own: Collection[str], words: Sequence[str]) -> None:
-    """Refuses what is no option of a verb; `words` are those that its `own` options have left.
-
-    Raises:
-        ZofoError: with the nearest key that the verb takes, or the verb that has the option.
-    """
+    """Refuses what is no option of a verb, and names what is; `words` are those that its `own` options have left."""
     taken, every = _TAKEN.get(verb), key_names()
     for word in words:
         key = key_of(word)
-        if not _is_option(word):
+        if not word.startswith("--") or len(word) == 2 or " " in word:  # what argparse takes for a value
             if taken == ():
                 raise ZofoError(f"unrecognized arguments: {' '.join(words)}; see zofo {verb} --help")
         elif taken is None and every and key.removeprefix("no_") not in every:
@@ -74,8 +70,3 @@ def _class(name: str, package: str, file: str) -> ast.ClassDef:
     assert spec is not None
     tree = ast.parse(Path(str(spec.origin)).with_name(file).read_text(encoding="utf-8"))
     return next(part for part in tree.body if isinstance(part, ast.ClassDef) and part.name == name)
-
-
-def _is_option(word: str) -> bool:
-    """Whether argparse takes a word for an option; with a space in it, it is a value."""
-    return word.startswith("--") and len(word) > 2 and " " not in word

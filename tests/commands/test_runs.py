@@ -507,7 +507,9 @@ def test_ctrl_c_ends_with_130_and_one_line_and_the_last_checkpoint_is_whole(tmp_
         f"  go on:      {command} --resume_from_checkpoint true",
         f"  start anew: {command} --overwrite_output_dir true",
     ]
-    assert said.startswith("\nzofo: the run ends after this step or evaluation, with a checkpoint; Ctrl-C again ends it at once")
+    assert said.startswith(
+        "\nzofo: the run ends after this step or evaluation, with a checkpoint; Ctrl-C again ends it"
+    )
     before = snapshot(run / "backbone") if (run / "backbone").exists() else {}
     assert not before  # nothing that looks like the end of a run
     resumed = {**keys, "max_steps": number + 1, "resume_from_checkpoint": "true"}

@@ -1,7 +1,7 @@
 """`zofo compare`: many methods on many tasks under the same budget, and a report of what can be told apart."""
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 from zofo.commands.estimate import estimate
@@ -11,22 +11,12 @@ from zofo.compare.plan import Plan
 from zofo.compare.reading import read_plan
 from zofo.compare.work import claim, work
 from zofo.config import ZOFOConfig, parse_config
+from zofo.console import Say
 from zofo.report.words import duration
-
-Say = Callable[[str], None]
 
 
 def compare(file: Path, say: Say, dry_run: bool = False) -> None:
-    """Does the runs of a comparison that are not done, and writes its report.
-
-    Args:
-        file: the YAML file of the comparison.
-        say: told what is done.
-        dry_run: only say what would be done.
-
-    Raises:
-        ZofoError: if the file cannot be used, or its folder holds something else.
-    """
+    """Does the runs of a comparison that are not done, and writes its report; with `dry_run`, says what they are."""
     plan = read_plan(file, _seconds, dry_run)
     if dry_run:
         for line in planned(plan):

@@ -19,7 +19,7 @@ from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_hollow, load_tokenizer, load_weights
 from zofo.models.peft import UPPER, adapter_config
 from zofo.report.words import duration
-from zofo.scoring.batch import Batch, collate, width
+from zofo.scoring.batch import Batch, collate, padding_id, width
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.training.callbacks import free_memory, resident_memory
@@ -71,9 +71,6 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> Generator[Row]:
     by piece: a forward at θ + εz, a forward with its backward, a step of each optimizer.
 
     Without a task, rows of `max_length` tokens are assumed.
-
-    Raises:
-        ZofoError: if the model, the adapter or the task cannot be read, or the model cannot run without its weights.
     """
     if config.model is None:
         raise ZofoError("model is not given: add model: ... to the config, or --model ... to the command")
@@ -171,7 +168,7 @@ class _Batches:
 
     def __init__(self, config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> None:
         self._config = config
-        self._pad_id = cast(int, tokenizer.pad_token_id)
+        self._pad_id = padding_id(tokenizer)
         self._examples = list(examples) * -(-_TIMED * config.per_device_train_batch_size // len(examples))
 
     def longest(self, adapted: AdaptedModel) -> Batch:
@@ -189,7 +186,6 @@ class _Batches:
 
 
 def _updated(config: ZOFOConfig, adapted: AdaptedModel) -> int:
-    """How many numbers a run updates."""
     adapters = [p for name in adapted.adapters for p in adapted.adapter_parameters(name).values()]
     backbone = adapted.backbone.values() if config.updates_backbone else ()
     return sum(p.numel() for p in [*adapters, *backbone])

@@ -1,7 +1,7 @@
 """`zofo eval`: a model on the rows of tasks, in every way that a row can be put to it."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.commands.stored import Loaded, StoredRun
 from zofo.config import ZOFOConfig, parse_config
+from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.models.peft import note_of_move
 from zofo.scoring.evaluation import Answer, Evaluator, Scoring
@@ -24,8 +25,6 @@ from zofo.tasks.splits import Splits
 from zofo.tasks.task import Task
 from zofo.training.rows import run_splits, run_task
 from zofo.training.trained_rows import trained_rows_of, was_trained_on
-
-Say = Callable[[str], None]
 
 ALL = "all"
 
@@ -107,7 +106,7 @@ def evaluate_model(
     configs: Sequence[ZOFOConfig],
     manner: Manner,
     say: Say,
-    samples: list[dict[str, Any]] | None = None,
+    samples: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """{task: {metric, loss, rows}} of a model, with or without a stored adapter, on one split of each task.
 
@@ -131,8 +130,7 @@ def evaluate_model(
         for template in rows.templates:
             scored, found = rows.score(loaded, template, span, say)
             scores.append(scored)
-            if samples is not None:
-                samples += found
+            samples += found
         asked = own or manner.split == "train" or rows.config.test_size is not None
         counted = "" if asked else rows.counted
         for note in filter(None, (counted, rows.note)):

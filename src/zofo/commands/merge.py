@@ -1,12 +1,13 @@
 """`zofo merge`: the backbone of a run with an adapter, as one plain Hugging Face folder."""
 
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.models.export import save_model, save_tokenizer
 from zofo.models.load import DType, load_tokenizer, load_weights, stored_dtype
@@ -15,16 +16,11 @@ from zofo.training.checkpoint import writing
 from zofo.training.folder import reading
 from zofo.training.trained_rows import trained_rows_of, write_trained_rows
 
-Say = Callable[[str], None]
-
 
 def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say) -> None:
     """Writes the backbone of a run, with one of its adapters merged in, as a plain Hugging Face folder.
 
     An adapter of virtual tokens cannot be merged, and is put into a folder of its own beside the backbone.
-
-    Raises:
-        ZofoError: if there is no such run or adapter, it cannot be merged, or `output` exists.
     """
     with _new_folder(output) as half:
         with reading(run):
@@ -68,11 +64,7 @@ def _loaded(
 
 @contextmanager
 def _new_folder(output: Path) -> Generator[Path]:
-    """A folder beside `output` that becomes it when the block ends, and is gone if it raises.
-
-    Raises:
-        ZofoError: if either exists already; making the one beside keeps any other merge away.
-    """
+    """A folder beside `output`, of this merge alone, that becomes it when the block ends, and is gone if it raises."""
     if output.exists():
         raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
     half = output.with_name(output.name + ".half")

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from zofo.commands.stored import Loaded, StoredRun
 from zofo.config import ZOFOConfig
+from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.scoring.evaluation import Answer, Evaluator
 from zofo.scoring.generation import ONE_LINE
@@ -33,7 +34,7 @@ def predict(
     config: ZOFOConfig,
     rows: Sequence[Row],
     batch_size: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> list[Row]:
     """The rows with the answers of a model, with or without a stored adapter.
 
@@ -41,16 +42,8 @@ def predict(
     log-probabilities per token, and `scores` are these, in nats, by option. Else `prediction` is the generated text.
     `truncated` marks rows whose prompt was cut.
 
-    Args:
-        model: as `load_model` takes it.
-        adapter: a PEFT folder.
-        config: with the task, and how rows are put to the model; see `eval_config`.
-        rows: columns and values, as `rows_of` reads them.
-        batch_size: rows per forward pass.
-        say: told what is noticed.
-
-    Raises:
-        ZofoError: if the rows do not suit the task, before the model is loaded.
+    `config` has the task, and how rows are put to the model; see `eval_config`. Rows that do not suit the task are
+    refused before the model is loaded.
     """
     assert config.task is not None
     task = load_task(config.task)
@@ -73,11 +66,7 @@ def predict(
 
 
 def rows_of(data: str, output: Path | None) -> list[Row]:
-    """The rows of a data file, or of a split of a Hub data set.
-
-    Raises:
-        ZofoError: if the form of `output` is not known by its name, or cannot hold these rows with their answers.
-    """
+    """The rows of a data file, or of a split of a Hub data set, which `output` can hold with their answers."""
     if output is not None and output.suffix.lower() not in _WRITERS:
         raise ZofoError(f"output is {output}, but must end in {', '.join(_WRITERS)}, by which its form is known")
     path = Path(data).expanduser()

@@ -39,11 +39,7 @@ class StoredRun:
 
     @classmethod
     def at(cls, folder: Path) -> Self:
-        """The run in a folder.
-
-        Raises:
-            ZofoError: if there is none, or it has not ended.
-        """
+        """The run in a folder, which must have ended."""
         keys = _keys(folder)
         if keys is None:
             raise ZofoError(f"{folder} is no run: it holds no config.yaml; give the output_dir of zofo train")
@@ -108,5 +104,4 @@ class Loaded:
         return cls(adapted, tokenizer, Scorer(adapted, Tokens(), probe(adapted, tokenizer)))
 
     def place(self, batch: Any) -> Any:
-        """The batch on the model's device."""
         return send_to_device(batch, self.adapted.base.device)

@@ -68,12 +68,9 @@ def _offline(source: str) -> bool:
         except ZofoError:
             return False
     name, _, config = source.partition("#")[0].partition(":")
-    return (_hub_cache() / name.replace("/", "___") / config).is_dir() or Path(name).exists()
-
-
-def _hub_cache() -> Path:
-    """`datasets.config.HF_DATASETS_CACHE`, without the second that its import takes."""
-    return Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
+    # datasets.config.HF_DATASETS_CACHE, without the second that its import takes
+    cache = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
+    return (cache / name.replace("/", "___") / config).is_dir() or Path(name).exists()
 
 
 def _places(task: Task) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from zofo.config import ZOFOConfig
+from zofo.console import Say
 from zofo.errors import ZofoError, first_line
 from zofo.methods.settings import name_of
 from zofo.models.adapters import AdaptedModel
@@ -28,14 +29,12 @@ from zofo.tasks.metrics import row_scores
 from zofo.tasks.prompts import demonstrations, in_context, tokens_of_chat
 from zofo.tasks.records import Record, digest
 from zofo.tasks.splits import Splits
-from zofo.tasks.table import TASK_FILE, introduction, task_text
+from zofo.tasks.table import TASK_FILE, introduction
 from zofo.tasks.task import Task
 from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, seal, steps_of, writing
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
 from zofo.training.rows import level_rows, run_splits, run_task
 from zofo.training.trainer import ZOFOTrainer
-
-Say = Callable[[str], None]
 
 _PART = 1 << 24  # numbers in double precision at a time
 _ZERO_SHOT = "zero_shot"
@@ -45,10 +44,7 @@ _READ = ("model", "task", "data", "source", "adapter", "adapter_init")
 def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict[str, Any]:
     """One run: loads, trains, evaluates, and writes the run folder. Returns what `results.json` holds.
 
-    Args:
-        config: of the run.
-        say: told what the run does, line by line.
-        config_file: where `config` was read from; a run never removes it.
+    `config_file` is where `config` was read from; a run never removes it.
 
     Raises:
         ZofoError: if anything that was given cannot work; nothing has been overwritten then.
@@ -280,7 +276,7 @@ def _texts(config: ZOFOConfig, spec: dict[str, Any] | None) -> dict[str, str]:
         raise ZofoError(
             f"config.yaml cannot hold the keys of this run ({first_line(error)}): leave out what is no plain value"
         ) from error
-    return texts | ({TASK_FILE: task_text(spec)} if spec else {})
+    return texts | ({TASK_FILE: yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)} if spec else {})
 
 
 @contextmanager

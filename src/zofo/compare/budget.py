@@ -35,11 +35,7 @@ def iteration_cost(config: ZOFOConfig) -> float:
 
 
 def steps_within(config: ZOFOConfig, forward_equivalents: float) -> int:
-    """Iterations that a budget pays for.
-
-    Raises:
-        ZofoError: if it does not pay for one.
-    """
+    """Iterations that a budget pays for, which must be one at least."""
     each = iteration_cost(config)
     if each > forward_equivalents:
         raise ZofoError(

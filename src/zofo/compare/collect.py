@@ -91,17 +91,12 @@ class _Run:
         lines = (cell.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         self.rows = [json.loads(line) for line in lines]
         self.config = parse_config(yaml.safe_load((cell.folder / "config.yaml").read_text(encoding="utf-8")), [])
+        state = json.loads((cell.folder / "trainer_state.json").read_text(encoding="utf-8"))
+        self.steps, self.history = int(state["global_step"]), state["log_history"]
 
     @property
     def scores(self) -> list[float]:
-        """Of each test row."""
         return [row["score"] for row in self.rows]
-
-    @property
-    def steps(self) -> int:
-        """Iterations that it took."""
-        state = json.loads((self.cell.folder / "trainer_state.json").read_text(encoding="utf-8"))
-        return int(state["global_step"])
 
     @property
     def cost(self) -> dict[str, float]:
@@ -117,9 +112,8 @@ class _Run:
 
     def curve(self, metric: str) -> list[dict[str, float]]:
         """Loss and score on dev rows against what had been spent."""
-        state = json.loads((self.cell.folder / "trainer_state.json").read_text(encoding="utf-8"))
         whole, points = self.cost, list[dict[str, float]]()
-        for entry in state["log_history"]:
+        for entry in self.history:
             if "eval_loss" in entry and self.steps:
                 part = entry["step"] / self.steps
                 spent = {key: whole[key] * part for key in ("forward_equivalents", "seconds")}

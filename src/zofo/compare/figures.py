@@ -180,7 +180,6 @@ def _curves(task: Content, cost: _Cost, looks: dict[str, Look], place: str) -> s
 
 
 def _bars(task: Content, cost: _Cost, looks: dict[str, Look], place: str) -> str:
-    """A bar for each method."""
     found = [(m["name"], _number(m["cost"][cost.key])) for m in task["methods"]]
     if not any(math.isfinite(value) for _, value in found):
         return ""
@@ -199,7 +198,6 @@ def _bars(task: Content, cost: _Cost, looks: dict[str, Look], place: str) -> str
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    """A figure and its panel."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.subplots()

@@ -19,9 +19,6 @@ def points(space: Space, trials: int) -> list[Settings]:
     A list names values; {low, high} is a range, even in the logarithm where it spans a factor of ten or more. Lists
     alone give the whole grid if it has no more than `trials` points. Else the points are a Halton sequence.
 
-    Raises:
-        ZofoError: if a value is neither a list nor a range.
-
     Examples:
         >>> points({"learning_rate": [1e-3, 1e-2]}, 5)
         [{'learning_rate': 0.001}, {'learning_rate': 0.01}]

@@ -39,12 +39,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(found: Difference, adjusted_p: float, method: str, baseline: str, task: str) -> str:
     """What a comparison amounts to, in one sentence; 1 point is 0.01 of a score.
 
-    Args:
-        found: the difference, `method` minus `baseline`.
-        adjusted_p: its p-value after `holm` over all comparisons that are reported together.
-        method: name of the first method.
-        baseline: name of the second.
-        task: name of the task.
+    `found` is `method` minus `baseline`, and `adjusted_p` its p-value after `holm` over all comparisons that are
+    reported together.
 
     Examples:
         >>> from zofo.compare.statistics import paired_difference
@@ -52,9 +48,10 @@ def verdict(found: Difference, adjusted_p: float, method: str, baseline: str, ta
         >>> verdict(found, found.p, "lora", "mezo", "trec").split(" (")[0]
         'lora is significantly better than mezo on trec'
     """
+    p = "p < 0.001" if adjusted_p < 0.001 else f"p = {adjusted_p:.3f}"
     numbers = (
         f"({100 * found.difference:+.1f} points, 95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}, "
-        f"{_told(adjusted_p)})"
+        f"Holm-adjusted {p})"
     )
     few = "; with one seed, this holds for these trained models only" if found.seeds == 1 else ""
     if adjusted_p < LEVEL:
@@ -95,10 +92,6 @@ def _range(values: Sequence[float]) -> str:
     """The least and the greatest, or the one number that both are."""
     least, most = f"{min(values):.1f}", f"{max(values):.1f}"
     return least if least == most else f"{least} to {most}"
-
-
-def _told(p: float) -> str:
-    return "Holm-adjusted p < 0.001" if p < 0.001 else f"Holm-adjusted p = {p:.3f}"
 
 
 def _seen(found: Difference) -> str:

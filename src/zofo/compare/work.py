@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,21 +16,17 @@ import yaml
 from filelock import FileLock, Timeout
 
 from zofo.compare.plan import Cell, Plan, failure, failure_file
+from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.report.words import duration
 from zofo.training.checkpoint import last_sealed
 
-Say = Callable[[str], None]
 MARK = "comparison.yaml"
 _WAIT = 1.0  # seconds between two looks at what other processes have left
 
 
 def claim(plan: Plan) -> list[str]:
-    """Makes the folder of a comparison, or finds what of it can be reused; what to say of that.
-
-    Raises:
-        ZofoError: if the folder holds something else, or another comparison.
-    """
+    """Makes the folder of a comparison, or finds what of it can be reused; what to say of that."""
     folder = plan.output_dir
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise ZofoError(f"{folder} holds something else than a comparison: choose another output_dir")
@@ -153,8 +148,7 @@ class _Progress:
     def left(self) -> list[Cell]:
         """Runs that are neither done nor tried; not those whose settings are still being searched for."""
         with self._lock:
-            cells = [cell for cell in self._plan.cells() if not cell.is_done and str(cell.folder) not in self._tried]
-            return cells
+            return [cell for cell in self._plan.cells() if not cell.is_done and str(cell.folder) not in self._tried]
 
     def begins(self, cell: Cell) -> bool:
         """Notes that a run begins; False if another thread has tried it."""

@@ -5,16 +5,15 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import Trainer
 
 from zofo.errors import NonFiniteLossError, ZofoError, first_line
 from zofo.keys import AUTO, Keys
+from zofo.methods.settings import name_of, settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.selection import magnitude_limits
 from zofo.scoring.batch import Batch
@@ -223,7 +222,7 @@ def random_state() -> list[Tensor]:
 
 def require_optimizer(keys: Keys) -> None:
     """Refuses, before any work, an `optim` that is not there, needs another kind of model, or keeps weights."""
-    name = str(keys.optim.value if isinstance(keys.optim, Enum) else keys.optim)
+    name = name_of(keys.optim)
     if name.startswith("schedule_free"):
         raise ZofoError(f"optim {name} keeps weights of its own for training, which zofo does not: take adamw_torch")
     try:
@@ -238,8 +237,7 @@ def first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, ke
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": keys.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    made: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(keys)
-    kind, settings = made
+    kind, settings = settings_of_optimizer(keys)
     return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})
 
 

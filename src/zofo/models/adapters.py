@@ -1,7 +1,7 @@
 """A backbone with adapters on the same weights: none, one, or several, by name."""
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,26 +115,19 @@ class AdaptedModel:
             yield
             return
         assert self.mixes
-        # peft's own hooks for this argument remain after a forward pass that raises
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs: (args, {**kwargs, "adapter_names": list(adapters)}), with_kwargs=True
-            )
-            for layer in self._mixing
-        ]
-        try:
+
+        def named(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": list(adapters)}
+
+        with ExitStack() as hooks:  # peft's own for this argument remain after a forward pass that raises
+            for layer in self._mixing:
+                hooks.enter_context(layer.register_forward_pre_hook(named, with_kwargs=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def without_adapter(self) -> Generator[None]:
         """Within the block, forward passes use the backbone alone."""
-        if self._peft is None:
-            yield
-            return
-        with self._peft.disable_adapter():
+        with nullcontext() if self._peft is None else self._peft.disable_adapter():
             self._disabled = True
             try:
                 yield

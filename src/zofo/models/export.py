@@ -65,7 +65,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def with_old_keys(config: Json) -> Json:
     """The content of a config.json, with the keys of transformers 4.57 beside those of 5, also in nested configs."""
-    new = {key: with_old_keys(value) if _is_config(value) else value for key, value in config.items()}
+    nested = {key: value for key, value in config.items() if isinstance(value, dict) and "model_type" in value}
+    new = config | {key: with_old_keys(value) for key, value in nested.items()}
     kind = str(new.get("model_type"))
     if "dtype" in new:
         new["torch_dtype"] = new["dtype"]
@@ -75,10 +76,6 @@ def with_old_keys(config: Json) -> Json:
         new["num_experts"] = new["num_local_experts"]
     rope = new.get("rope_parameters")
     return new | (_old_rope(kind, rope) if rope else {})
-
-
-def _is_config(value: Any) -> bool:
-    return isinstance(value, dict) and "model_type" in value
 
 
 def _old_rope(kind: str, rope: Json) -> Json:

@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -246,7 +247,6 @@ def _require_separate(config: PeftConfig) -> None:
 
 @torch.no_grad()
 def _copy_values(model: PeftModel, source: str, target: str) -> None:
-    """Gives one adapter the values of another."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         parts = name.split(".")
@@ -301,13 +301,10 @@ def mixing_layers(model: PeftModel) -> list[nn.Module]:
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         input_shapes.add((layer, inputs[0].shape[:-1]))
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        with torch.no_grad():
-            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(record))
+        model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return layers if input_shapes == {(layer, ids.shape) for layer in layers} else []
 
 

@@ -46,7 +46,9 @@ def select(
     kinds = _kinds(model, parameters)
     chosen = _matching(include, names, kinds) if include else set(parameters)
     if layers is not None:
-        chosen &= _of_layers(layers, parameters)
+        indices = layers_of(parameters)
+        wanted = chosen_layers("zo_layers", layers, indices)
+        chosen &= {name for name, index in indices.items() if index in wanted}
     chosen -= _matching(exclude, names, kinds)
     if not chosen:
         raise ZofoError(
@@ -77,7 +79,7 @@ def magnitude_limits(parameters: Mapping[str, Tensor], sparsity: float) -> dict[
     return limits
 
 
-def _matching(words: Iterable[str], names: Mapping[str, list[str]], kinds: Mapping[str, set[str]]) -> set[str]:
+def _matching(words: Iterable[str], names: Mapping[str, set[str]], kinds: Mapping[str, set[str]]) -> set[str]:
     """The parameters that match any of the words, by their own names."""
     chosen: set[str] = set()
     for word in words:
@@ -95,18 +97,12 @@ def _matching(words: Iterable[str], names: Mapping[str, list[str]], kinds: Mappi
     return chosen
 
 
-def _matching_by_name(word: str, names: Mapping[str, list[str]]) -> set[str]:
+def _matching_by_name(word: str, names: Mapping[str, set[str]]) -> set[str]:
     return {
         name
         for name, aliases in names.items()
         if any(fnmatchcase(alias, word) or f".{word}." in f".{alias}." for alias in aliases)
     }
-
-
-def _of_layers(layers: str, parameters: Iterable[str]) -> set[str]:
-    indices = layers_of(parameters)
-    wanted = chosen_layers("zo_layers", layers, indices)
-    return {name for name, index in indices.items() if index in wanted}
 
 
 def layers_of(parameters: Iterable[str]) -> dict[str, int]:
@@ -135,14 +131,13 @@ def chosen_layers(key: str, layers: str, parameters: Iterable[str]) -> set[int]:
     return wanted
 
 
-def _all_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def _all_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, set[str]]:
     """Each parameter's names: a tied weight has several."""
     first = {id(parameter): name for name, parameter in parameters.items()}
-    names: dict[str, list[str]] = {name: [name] for name in parameters}
+    names = {name: {name} for name in parameters}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first_name = first.get(id(parameter))
-        if first_name is not None and name != first_name:
-            names[first_name].append(name)
+        if id(parameter) in first:
+            names[first[id(parameter)]].add(name)
     return names
 
 

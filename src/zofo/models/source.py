@@ -127,7 +127,6 @@ def _without_place(reader: gguf.GGUFReader, model: PreTrainedModel) -> list[str]
 
 
 def _require_model_folder(path: Path) -> None:
-    """Refuses a folder without config.json or safetensors files, or where one of these is damaged."""
     if not (path / "config.json").is_file():
         if (path / "backbone").is_dir():
             raise ZofoError(f"{path} is a run, not a model: give {path}/backbone (and --adapter {path}/upper)")

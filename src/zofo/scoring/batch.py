@@ -7,6 +7,7 @@ from typing import Literal, NotRequired, Self, TypedDict
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError
@@ -82,9 +83,9 @@ def collate(examples: Sequence[Example], kind: LossKind, pad_id: int, layout: La
     else:
         rows = [_Row.of(e, range(len(e.answers))) for e in examples]
     batch = _pad(rows, pad_id, layout.side, segments=side_by_side)
-    columns = iter(range(batch["scored"].shape[1]))
-    options = iter([[next(columns) for _ in option] for row in rows for option in row.scored])
-    slots = _padded_slots([[next(options) for _ in e.answers] for e in examples])
+    columns = torch.arange(batch["scored"].shape[1]).split([len(option) for row in rows for option in row.scored])
+    options = pad_sequence(list(columns), batch_first=True, padding_value=-1)
+    slots = pad_sequence(list(options.split([len(e.answers) for e in examples])), batch_first=True, padding_value=-1)
     return {**batch, "slots": slots, "gold": torch.tensor([e.gold for e in examples])}
 
 
@@ -156,14 +157,11 @@ def _cost(rows: int, width: int) -> int:
 
 
 def _pad(rows: Sequence[_Row], pad_id: int, side: str, segments: bool = False) -> Batch:
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    marks = torch.zeros_like(ids)
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, pad_id, side)
+    marks = pad_sequence([torch.tensor(row.segments) for row in rows], True, 0, side)
     scored: list[tuple[int, int, int]] = []
     for i, row in enumerate(rows):
-        start = width - len(row.ids) if side == "left" else 0
-        ids[i, start : start + len(row.ids)] = torch.tensor(row.ids)
-        marks[i, start : start + len(row.ids)] = torch.tensor(row.segments)
+        start = ids.shape[1] - len(row.ids) if side == "left" else 0
         scored += [(i, start + position, token) for option in row.scored for position, token in option]
     batch: Batch = {
         "input_ids": ids,
@@ -171,16 +169,6 @@ def _pad(rows: Sequence[_Row], pad_id: int, side: str, segments: bool = False) -
         "scored": torch.tensor(scored, dtype=torch.long).reshape(-1, 3).T,
     }
     return {**batch, "segments": marks} if segments else batch
-
-
-def _padded_slots(columns: list[list[list[int]]]) -> Tensor:
-    """(B, J, A), padded by -1."""
-    options, tokens = max(map(len, columns)), max(len(option) for example in columns for option in example)
-    slots = torch.full((len(columns), options, tokens), -1)
-    for b, example in enumerate(columns):
-        for j, option in enumerate(example):
-            slots[b, j, : len(option)] = torch.tensor(option)
-    return slots
 
 
 def by_length(examples: Sequence[Example], batch_size: int, kind: LossKind) -> list[list[int]]:

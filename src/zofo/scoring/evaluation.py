@@ -98,15 +98,10 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], premises: Sequence[Example] = ()) -> dict[str, float]:
-        """The metrics and the mean loss of a set of examples, in eval mode.
+        """{metric: value, "loss": mean, "rows": number} of a set of examples, in eval mode.
 
-        Args:
-            examples: the set.
-            premises: for "pmi", the same options after the premises, in the same order.
-
-        Returns:
-            {metric: value, "loss": value, "rows": number of examples}; the loss over options is the cross-entropy of
-            their scores.
+        The loss over options is the cross-entropy of their scores. `premises` are for "pmi": the same options after the
+        premises, in the same order.
         """
         return self.measure(examples, self.answers(examples, premises), premises)
 
@@ -144,7 +139,6 @@ class Evaluator:
         return {**values, "loss": loss, "rows": len(examples)}
 
     def _option_scores(self, examples: Sequence[Example], premises: Sequence[Example]) -> list[Tensor]:
-        """The scores of each example's options."""
         by_index: dict[int, Tensor] = {}
         for indices in self._bar([*_of_few_answers(examples, by_length(examples, self.batch_size, "options"))]):
             totals = self._totals([examples[i] for i in indices])

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.adapters import AdaptedModel
-from zofo.scoring.batch import Layout, collate
+from zofo.scoring.batch import Layout, collate, padding_id
 from zofo.scoring.scorer import Scorer, Tokens, widest_layout
 from zofo.scoring.tokens import Example
 
@@ -26,10 +26,7 @@ def probe(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> Layout:
     each layout, and by plain forward passes of one row, in eval mode. With virtual tokens rows are always padded on
     the right, and this is probed as well; the layout is then that of the backbone alone.
 
-    Effects of more than the dozen tokens of such rows are not seen.
-
-    Raises:
-        ZofoError: if no layout is exact, or the model cannot read token ids alone.
+    Effects of more than the dozen tokens of such rows are not seen. A model for which no layout is exact is refused.
     """
     adapted.model.eval()
     devices = [adapted.base.device] if adapted.base.device.type == "cuda" else []
@@ -42,8 +39,7 @@ def probe(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> Layout:
 
 
 def _candidates(adapted: AdaptedModel) -> list[Layout]:
-    widest = widest_layout(adapted)
-    return [*([widest] if widest.max_width else []), Layout("left"), Layout("right")]
+    return [*dict.fromkeys((widest_layout(adapted), Layout("left"), Layout("right")))]
 
 
 def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layouts: list[Layout]) -> Layout:
@@ -54,20 +50,16 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
         if is_lack_of_memory(error):
             raise
         raise ZofoError(
-            f"this {_family(adapted)} model cannot score token ids alone ({' '.join(str(error).split())[:200]}): "
-            "choose another model"
+            f"this {adapted.base.config.model_type} model cannot score token ids alone "
+            f"({' '.join(str(error).split())[:200]}): choose another model"
         ) from error
     for layout in layouts:
         if _is_exact(alone, _in_a_batch(adapted, tokenizer, examples, layout), adapted.base.dtype):
             return layout
     raise ZofoError(
-        f"what this {_family(adapted)} model says of a row depends on the padding or on the other rows of its batch, "
-        "on the left and on the right, so no loss would be right: choose another model"
+        f"what this {adapted.base.config.model_type} model says of a row depends on the padding or on the other rows "
+        "of its batch, on the left and on the right, so no loss would be right: choose another model"
     )
-
-
-def _family(adapted: AdaptedModel) -> str:
-    return adapted.base.config.model_type
 
 
 def _random_examples(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -96,10 +88,8 @@ def _in_a_batch(
     adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], layout: Layout
 ) -> Tensor | None:
     """The same log-probabilities from one batch; None where the model cannot read it."""
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
     scorer = Scorer(adapted, Tokens(), layout)
-    batch = collate(examples, "options", pad_id, scorer.layout)
+    batch = collate(examples, "options", padding_id(tokenizer), scorer.layout)
     try:
         return scorer.log_probabilities(send_to_device(batch, adapted.base.device))
     except _FORWARD_ERRORS as error:

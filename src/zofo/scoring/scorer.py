@@ -1,8 +1,8 @@
 """Losses and scores of batches."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Scorer:
         self.adapted = adapted
         self.tokens = tokens
         self.layout = Layout("right") if adapted.prompt_learning else layout or widest_layout(adapted)
-        self._selects_logits = "logits_to_keep" in _arguments(adapted)
+        self._selects_logits = "logits_to_keep" in signature(adapted.base.forward).parameters
         # with right padding the model's own positions are right, and peft shifts them by its virtual tokens itself
         self._passes_positions = self.layout.side == "left" and _takes_positions(adapted)
         self._max_shared = max_shared_width(adapted)
@@ -99,7 +99,6 @@ class Scorer:
         return [_loss(batch, part) for batch, part in zip(batches, parts, strict=True)]
 
     def option_totals(self, batch: Batch) -> OptionTotals:
-        """The log-probabilities of every option."""
         return _option_totals(batch, self.log_probabilities(batch))
 
     def _inputs(self, batch: Batch, keep: int) -> dict[str, Any]:
@@ -167,12 +166,8 @@ def max_shared_width(adapted: AdaptedModel) -> int:
     return min(limits, default=UNLIMITED)
 
 
-def _arguments(adapted: AdaptedModel) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(adapted.base.forward).parameters
-
-
 def _takes_positions(adapted: AdaptedModel) -> bool:
-    return "position_ids" in _arguments(adapted) and not _counts_from_padding(adapted.base)
+    return "position_ids" in signature(adapted.base.forward).parameters and not _counts_from_padding(adapted.base)
 
 
 def _max_masked_width(model: PreTrainedModel) -> int:

@@ -3,9 +3,9 @@
 import dataclasses
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import permutations, takewhile
 from typing import Any, Literal
 
 from tokenizers import Encoding
@@ -40,7 +40,6 @@ class Example:
 
     @property
     def right(self) -> tuple[str, ...]:
-        """All right answers."""
         return self.references or (self.texts[self.gold],)
 
 
@@ -58,57 +57,49 @@ def tokenize(
 
     Returns the examples, with at most `max_length` tokens each, and how many of them were truncated.
     """
-    chats = [record for record in records if isinstance(record, Chat)]
-    assert len(chats) in (0, len(records)), "the records of a set are put to the model in one way"
-    if not chats and any(isinstance(record, Conversation) for record in records):
-        raise ZofoError("rows with messages need the model's chat format: set chat_template: true")
-    whole = _chat_examples(chats, tokenizer) if chats else _plain_examples(records, tokenizer)
+    whole = _examples(records, tokenizer)
     _warn_of_prefixes(whole)
-    if chats:
-        pairs = zip(chats, whole, strict=True)
-        truncated = [_truncate_chat(chat, example, max_length, tokenizer) for chat, example in pairs]
-    else:
-        truncated = [_truncate(example, max_length, tokenizer) for example in whole]
+    pairs = zip(records, whole, strict=True)
+    truncated = [_truncate(record, example, max_length, tokenizer) for record, example in pairs]
     return truncated, sum(example.truncated for example in truncated)
 
 
-def _answered(records: Sequence[Record]) -> list[tuple[Record, str]]:
-    """Every record with each of its answers."""
-    return [(record, answer) for record in records for answer in record.options or (record.completion,)]
+def _examples(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The records at their full length; the tokenizer is called once for all of them."""
+    answered = [(record, answer) for record in records for answer in record.options or (record.completion,)]
+    chats = [(record, answer) for record, answer in answered if isinstance(record, Chat)]
+    assert len(chats) in (0, len(answered)), "the records of a set are put to the model in one way"
+    if not chats and any(isinstance(record, Conversation) for record in records):
+        raise ZofoError("rows with messages need the model's chat format: set chat_template: true")
+    pieces = iter(_chat_pieces(chats, tokenizer) if chats else _plain_pieces(answered, tokenizer))
+    return [_join(record, [next(pieces) for _ in record.options or (record.completion,)]) for record in records]
 
 
-def _grouped(records: Sequence[Record], pieces: Iterable["_Piece"]) -> list[Example]:
-    one = iter(pieces)
-    return [_join(record, [next(one) for _ in record.options or (record.completion,)]) for record in records]
+def _plain_pieces(answered: Sequence[tuple[Record, str]], tokenizer: PreTrainedTokenizerBase) -> list["_Piece"]:
+    encodings: Any = tokenizer([r.prompt + answer + r.suffix for r, answer in answered]).encodings
+    return [_cut(r, text, encoding, tokenizer) for (r, text), encoding in zip(answered, encodings, strict=True)]
 
 
-def _plain_examples(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    texts = _answered(records)
-    encodings: Any = tokenizer([r.prompt + answer + r.suffix for r, answer in texts]).encodings
-    pieces = (_cut(r, text, encoding, tokenizer) for (r, text), encoding in zip(texts, encodings, strict=True))
-    return _grouped(records, pieces)
-
-
-def _chat_examples(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _chat_pieces(answered: Sequence[tuple[Chat, str]], tokenizer: PreTrainedTokenizerBase) -> list["_Piece"]:
     """The prompts as they are tokenised alone; then the tokens by which an answer continues them."""
 
     def encoded(texts: list[str]) -> Any:
         return tokenizer(texts, add_special_tokens=False).encodings
 
-    texts = _answered(chats)
-    prompts = dict(zip([chat.prompt for chat in chats], encoded([chat.prompt for chat in chats]), strict=True))
-    wholes = encoded([chat.prompt + answer + chat.suffix for chat, answer in texts])
+    prompts = list(dict.fromkeys(chat.prompt for chat, _ in answered))
+    ids_of_prompt = {prompt: encoding.ids for prompt, encoding in zip(prompts, encoded(prompts), strict=True)}
+    wholes = encoded([chat.prompt + answer + chat.suffix for chat, answer in answered])
     pieces: list[_Piece] = []
-    for (chat, answer), whole in zip(texts, wholes, strict=True):
-        prompt: list[int] = prompts[chat.prompt].ids
+    for (chat, answer), whole in zip(answered, wholes, strict=True):
+        prompt: list[int] = ids_of_prompt[chat.prompt]
         before = len(chat.prompt)
         if whole.ids[: len(prompt)] != prompt:  # a token lies across the boundary; the model reads the prompt as it is
             (whole,) = encoded([answer + chat.suffix])
             before = 0
-        answered = whole.ids[len(prompt) if before else 0 :]
-        unscored = _first_after(whole, before + len(answer)) - (len(whole.ids) - len(answered)) if chat.partial else 0
-        pieces.append(_Piece(prompt, answered + _end(chat, tokenizer), unscored))
-    return _grouped(chats, pieces)
+        start = len(prompt) if before else 0
+        unscored = _first_after(whole, before + len(answer)) - start if chat.partial else 0
+        pieces.append(_Piece(prompt, whole.ids[start:] + _end(chat, tokenizer), unscored))
+    return pieces
 
 
 @dataclass(frozen=True)
@@ -179,9 +170,8 @@ def _warn_of_prefixes(examples: Sequence[Example]) -> None:
     prefixes = [
         (i, shorter, longer)
         for i, example in enumerate(examples)
-        for shorter, short in enumerate(example.answers)
-        for longer, long in enumerate(example.answers)
-        if len(short) < len(long) and long[: len(short)] == short
+        for shorter, longer in permutations(range(len(example.answers)), 2)  # different ones, as `_join` has seen to
+        if example.answers[longer][: len(example.answers[shorter])] == example.answers[shorter]
     ]
     if prefixes:
         i, shorter, longer = prefixes[0]
@@ -193,10 +183,12 @@ def _warn_of_prefixes(examples: Sequence[Example]) -> None:
         )  # fmt: skip
 
 
-def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _truncate(record: Record, example: Example, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Example:
     excess = example.length - max_length
     if excess <= 0:
         return example
+    if isinstance(record, Chat):
+        return _truncate_chat(record, example, max_length, tokenizer)
     special = sum(1 for _ in takewhile(tokenizer.all_special_ids.__contains__, example.prompt))
     if excess > len(example.prompt) - special - 1:
         raise ZofoError(
@@ -209,19 +201,15 @@ def _truncate(example: Example, max_length: int, tokenizer: PreTrainedTokenizerB
 
 def _truncate_chat(chat: Chat, example: Example, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Example:
     """The chat with as much of the end of the user's words as fits."""
-    if example.length <= max_length:
-        return example
-
-    def fits(start: int) -> bool:
-        return made(start).length <= max_length
 
     def made(start: int) -> Example:
-        (cut,) = _chat_examples([chat.saying(chat.said[start:])], tokenizer)
+        (cut,) = _examples([chat.saying(chat.said[start:])], tokenizer)
         return dataclasses.replace(cut, truncated=True)
 
     encodings: Any = tokenizer(chat.said, add_special_tokens=False).encodings
     starts = [*sorted({start for start, _ in encodings[0].offsets} | {0}), len(chat.said)]
-    first = bisect_left(starts, True, key=fits)  # as if every token of the words were a token of the chat
+    # as if every token of the words were a token of the chat
+    first = bisect_left(starts, True, key=lambda start: made(start).length <= max_length)
     if first == len(starts):
         raise ZofoError(
             f"max_length {max_length} is too short for the chat even without the user's words (the longest answer has "

@@ -13,8 +13,7 @@ _LONGEST = 40  # characters of an answer
 def answer_counts(records: Sequence[Record], task: str) -> str:
     """A line: how many rows have each of the options as answer; where options differ or are none, how many answers.
 
-    Raises:
-        ZofoError: if all of several rows have the same answer, by which nothing is learned; `task` is its name.
+    Refuses several rows that all have the same answer, by which nothing is learned; `task` is its name.
 
     Examples:
         >>> rows = [Record(f"{n} is", answer, (" odd", " even")) for n, answer in enumerate([" even", " odd", " even"])]

@@ -12,10 +12,8 @@ Turn = tuple[str, str]  # the role, and what it says
 def turns_of(row: dict[str, Any], where: str, unknown: str = "") -> list[Turn] | None:
     """The turns of a row, the last two of the user and the assistant; None if it is no conversation.
 
-    `unknown` stands for an answer that a row need not have; if it is empty, rows need one.
-
-    Raises:
-        ZofoError: if it is one that has no such end, or holds more than texts; `where` names the row.
+    `unknown` stands for an answer that a row need not have; if it is empty, rows need one. Refuses a conversation that
+    has no such end, or holds more than texts; `where` names the row.
 
     Examples:
         >>> asked, answered = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}

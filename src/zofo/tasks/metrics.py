@@ -107,11 +107,7 @@ def compares_options(metrics: Sequence[Metric], has_options: bool) -> bool:
 
 
 def metric_name(metric: Metric) -> str:
-    """The name under which a metric is reported.
-
-    Raises:
-        ZofoError: if it is neither one of `METRICS` nor a function of predictions and references.
-    """
+    """The name under which a metric is reported: one of `METRICS`, or that of a function."""
     if isinstance(metric, str):
         if metric not in METRICS:
             raise ZofoError(f"unknown metric {metric!r}: {did_you_mean(metric, METRICS, ', '.join(METRICS))}")
@@ -148,11 +144,9 @@ def _mean_best(of_pair: Callable[[str, str], float], rows: Rows) -> float:
 def _macro_f1(rows: Rows) -> float:
     """The mean F1 over the classes that occur among predictions or answers."""
     predictions, answers = rows.predictions, [right[0] for right in rows.references]
-    classes = sorted({*predictions, *answers})
-    pairs = list(zip(predictions, answers, strict=True))
-    hits = Counter(p for p, a in pairs if p == a)
+    hits = Counter(p for p, a in zip(predictions, answers, strict=True) if p == a)
     sizes = Counter(predictions) + Counter(answers)
-    return sum(2 * hits[c] / sizes[c] for c in classes) / len(classes)
+    return sum(2 * hits[c] / sizes[c] for c in sorted(sizes)) / len(sizes)
 
 
 def _f1(rows: Rows) -> float:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, Self
 
 import numpy as np
@@ -39,15 +41,13 @@ def in_context(
     examples before each of them.
     """
     blocks = [f"{record.prompt}{record.completion}{record.suffix}{SEPARATOR}" for record in shown]
-    sizes = [len(tokenizer(block)["input_ids"]) for block in blocks]
+    totals = list(accumulate(len(tokenizer(block)["input_ids"]) for block in reversed(blocks)))  # of the last ones
     prompted: list[Record] = []
     counts: list[int] = []
     for record in records:
         longest = max((record.options or (record.completion,)), key=len)
         free = max_length - 1 - len(tokenizer(record.prompt + longest + record.suffix)["input_ids"])
-        count = 0
-        while count < len(blocks) and sum(sizes[len(blocks) - count - 1 :]) <= free:
-            count += 1
+        count = bisect_right(totals, free)
         prompt = "".join(blocks[len(blocks) - count :]) + record.prompt
         prompted.append(dataclasses.replace(record, prompt=prompt))
         counts.append(count)
@@ -105,11 +105,9 @@ def as_chat(record: Record, tokenizer: PreTrainedTokenizerBase, system: str | No
     earlier = record.earlier if isinstance(record, Conversation) else ()
     if system is not None and not any(role == "system" for role, _ in earlier):
         earlier = (("system", system), *earlier)
-    said, rendered = record.prompt.rstrip(), partial(_rendered, tokenizer, earlier)
-    made = Chat(**vars(record), said=said, rendered=rendered)
+    chat = Chat(**vars(record), rendered=partial(_rendered, tokenizer, earlier)).saying(record.prompt.rstrip())
     return dataclasses.replace(
-        made,
-        prompt=rendered(said),
+        chat,
         completion=record.completion.lstrip(),
         options=tuple(option.lstrip() for option in record.options),
         references=tuple(reference.lstrip() for reference in record.references),

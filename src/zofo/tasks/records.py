@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from zofo.errors import ZofoError
 from zofo.habits import column_hint, dataset_hint
+from zofo.parse import is_texts
 from zofo.tasks.conversations import Turn, turns_of
 
 Row = dict[str, Any]
@@ -41,7 +42,6 @@ class Record:
 
     @property
     def right(self) -> tuple[str, ...]:
-        """Every right answer."""
         return self.references or (self.completion,)
 
     @property
@@ -70,7 +70,7 @@ def records(rows: Rows, name: str = "the data set") -> list[Record]:
 
     `rows` may be a list, a datasets.Dataset or a pandas DataFrame; `name` is for messages.
     """
-    return [_record(row, where) for row, where in _numbered(rows, name)]
+    return [_record(row, where, None) for row, where in _numbered(rows, name)]
 
 
 def questions(rows: Rows, example: str = "") -> list[Record]:
@@ -78,7 +78,7 @@ def questions(rows: Rows, example: str = "") -> list[Record]:
 
     A conversation may end with what the user says.
     """
-    return [_question(row, where, example) for row, where in _numbered(rows, "the data set")]
+    return [_record(row, where, example) for row, where in _numbered(rows, "the data set")]
 
 
 def _numbered(rows: Rows, name: str) -> Iterator[tuple[Record | Row, str]]:
@@ -98,42 +98,26 @@ def _numbered(rows: Rows, name: str) -> Iterator[tuple[Record | Row, str]]:
         yield cast("Record | Row", row), f"row {index}"
 
 
-def _record(row: Record | Row, where: str) -> Record:
+def _record(row: Record | Row, where: str, example: str | None) -> Record:
+    """A row as a record; where `example` is given, one whose answer is not known."""
     if isinstance(row, Record):
         return row
-    options = _options(row, where)
-    turns = turns_of(row, where)
+    options: Any = row.get("options") or ()
+    if not is_texts(options):
+        raise ZofoError(f"{where}: options must be a list of texts, but are {options!r:.80}")
+    options = tuple(options)
+    turns = turns_of(row, where, unknown="" if example is None else stand_in("", options, example))
     if turns:
-        return _conversation(turns, options)
-    for key in ("prompt", "completion"):
+        *earlier, (_, asked), (_, answered) = turns
+        return checked(Conversation(asked, answered, options, earlier=tuple(earlier)))
+    if example is not None and not isinstance(row.get("prompt"), str):
+        raise ZofoError(f"{where} has no text 'prompt': rows to predict need prompt, and perhaps options")
+    for key in ("prompt", "completion") if example is None else ():
         if not isinstance(row.get(key), str):
             hint = column_hint(row) or "rows need prompt, completion and perhaps options, or messages"
             raise ZofoError(f"{where} has no text {key!r}: {hint}")
-    return checked(Record(row["prompt"], row["completion"], options))
-
-
-def _question(row: Record | Row, where: str, example: str) -> Record:
-    if isinstance(row, Record):
-        return row
-    options = _options(row, where)
-    turns = turns_of(row, where, unknown=stand_in("", options, example))
-    if turns:
-        return _conversation(turns, options)
-    if not isinstance(row.get("prompt"), str):
-        raise ZofoError(f"{where} has no text 'prompt': rows to predict need prompt, and perhaps options")
-    return checked(Record(row["prompt"], stand_in(row["prompt"], options, example), options))
-
-
-def _options(row: Row, where: str) -> tuple[str, ...]:
-    options: Any = row.get("options") or ()
-    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
-        raise ZofoError(f"{where}: options must be a list of texts, but are {options!r:.80}")
-    return tuple(cast("Sequence[str]", options))
-
-
-def _conversation(turns: Sequence[Turn], options: tuple[str, ...]) -> Conversation:
-    *earlier, (_, asked), (_, answered) = turns
-    return checked(Conversation(asked, answered, options, earlier=tuple(earlier)))
+    completion = row["completion"] if example is None else stand_in(row["prompt"], options, example)
+    return checked(Record(row["prompt"], completion, options))
 
 
 def stand_in(prompt: str, options: Sequence[str], example: str = "") -> str:

@@ -4,7 +4,7 @@ import gzip
 import itertools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -48,9 +48,6 @@ def read_rows(source: str, folder: Path) -> dict[str, list[Row]]:
 
     Returns:
         {"all": rows} for a file or one split; rows by train, dev and test otherwise.
-
-    Raises:
-        ZofoError: if a file is missing, empty, broken, or belongs to no split.
     """
     if "\0" in source:
         raise ZofoError(f"source is {source!r:.80}, which holds a NUL character: take it out")
@@ -137,7 +134,6 @@ def _in_order(shards: list[_Shard], folder: Path) -> list[Path]:
 
 
 def _rows_of(*files: Path) -> list[Row]:
-    """The rows of a file, or of several in this order."""
     for file in files:
         if not file.is_file():
             raise ZofoError(f"there is no data file {file}: correct `source`; paths are relative to the task file")
@@ -200,7 +196,7 @@ def _parse_json(path: Path, text: str) -> list[Row]:
     return [_row(read_json(line, str(path), number), f"{path}, line {number}") for number, line in lines]
 
 
-def _plain_rows(rows: Sequence[Any], where: str) -> list[Row]:
+def _plain_rows(rows: Iterable[Any], where: str) -> list[Row]:
     return [_row(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
@@ -223,7 +219,7 @@ def _hub(source: str, split: str) -> dict[str, list[Row]]:
             f"{', '.join(SUFFIXES)}, or the id of a Hub data set that can be reached"
         ) from error
     if split:
-        return {"all": _plain_rows(list(loaded), f"{source}#{split}")}
+        return {"all": _plain_rows(loaded, f"{source}#{split}")}
     splits: dict[str, list[Row]] = {}
     for key, rows in loaded.items():
         known = split_name(key)
@@ -233,7 +229,7 @@ def _hub(source: str, split: str) -> dict[str, list[Row]]:
                 f"the data set {source} has {', '.join(loaded)}, of which {key} is {problem}: name those to use in "
                 f"`source`, such as {{train: {source}#train, test: {source}#test}}"
             )
-        splits[known] = _plain_rows(list(rows), f"{source}#{key}")
+        splits[known] = _plain_rows(rows, f"{source}#{key}")
     return splits
 
 

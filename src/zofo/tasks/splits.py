@@ -1,8 +1,8 @@
 """Disjoint, seeded, stratified parts of a task's records."""
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -61,19 +61,20 @@ def split_records(
     queues = {name: _grouped(_stratified(rows, seed)) for name, rows in records.items()}
     pool = "all" if "all" in records else "train"
     total = len(records[pool])
-    taker = _Taker()
+    seen = Counter[tuple[Any, ...]]()
 
     def take(name: str, size: int | None, limit: int) -> list[Record]:
         default = limit if name in queues else min(limit, total // 5)
-        return taker.take(queues.get(name, queues[pool]), size, f"{name}_size", default)
+        return _take(queues.get(name, queues[pool]), seen, size, f"{name}_size", default)
 
     test = take("test", test_size, TEST_ROWS)
     dev = take("dev", dev_size, DEV_ROWS)
-    train = taker.take(queues[pool], train_size, "train_size", total)
+    train = _take(queues[pool], seen, train_size, "train_size", total)
     if not train:
         raise ZofoError(f"no row is left to train on after {len(test)} for test and {len(dev)} for dev: ask for fewer")
-    repeats = f"{taker.dropped} rows dropped: their prompt occurs already in another row or split"
-    return Splits(train, dev, test, (repeats,) if taker.dropped else (), sum(map(len, records.values())))
+    dropped = seen.total() - len(seen)
+    repeats = f"{dropped} rows dropped: their prompt occurs already in another row or split"
+    return Splits(train, dev, test, (repeats,) if dropped else (), sum(map(len, records.values())))
 
 
 def two_levels(rows: list[_T], fraction: float) -> tuple[list[_T], list[_T]]:
@@ -89,27 +90,20 @@ def halves(rows: list[Record], fraction: float, seed: int) -> tuple[list[Record]
     return two_levels(_stratified(rows, seed), fraction)
 
 
-@dataclass
-class _Taker:
-    """Takes records from queues, each prompt once."""
-
-    seen: set[tuple[Any, ...]] = field(default_factory=set[tuple[Any, ...]])
-    dropped: int = 0
-
-    def take(self, queue: deque[list[Record]], size: int | None, key: str, default: int) -> list[Record]:
-        """The next `size` records whose prompts are new; if that is None, `default` of them or fewer."""
-        limit = default if size is None else size
-        taken: list[Record] = []
-        while queue and len(taken) < limit and (not taken or len(taken) + len(queue[0]) <= limit):
-            for record in queue.popleft():
-                if record.identity in self.seen:
-                    self.dropped += 1
-                else:
-                    self.seen.add(record.identity)
-                    taken.append(record)
-        if size is not None and len(taken) < size and not queue:
-            raise ZofoError(f"{key} is {size}, but only {len(taken)} rows are left for it: ask for fewer")
-        return taken
+def _take(
+    queue: deque[list[Record]], seen: Counter[tuple[Any, ...]], size: int | None, key: str, default: int
+) -> list[Record]:
+    """The next `size` records whose prompts are new in `seen`; if that is None, `default` of them or fewer."""
+    limit = default if size is None else size
+    taken: list[Record] = []
+    while queue and len(taken) < limit and (not taken or len(taken) + len(queue[0]) <= limit):
+        for record in queue.popleft():
+            seen[record.identity] += 1
+            if seen[record.identity] == 1:
+                taken.append(record)
+    if size is not None and len(taken) < size and not queue:
+        raise ZofoError(f"{key} is {size}, but only {len(taken)} rows are left for it: ask for fewer")
+    return taken
 
 
 def _grouped(rows: list[Record]) -> deque[list[Record]]:

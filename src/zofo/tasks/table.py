@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zofo.errors import ZofoError, did_you_mean, listed
 from zofo.parse import Cell
 from zofo.tasks.records import Record, Row
@@ -63,11 +61,6 @@ def introduction(record: Record, file: Path) -> list[str]:
         f"this task is kept as {file}; words that say what is asked usually score better: copy it, edit prompt, answer "
         "and options (docs/tasks.md), and give it as --task",
     ]
-
-
-def task_text(spec: dict[str, Any]) -> str:
-    """A task file as YAML."""
-    return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)
 
 
 def _require_column(rows: list[Row], column: str, file: str) -> None:

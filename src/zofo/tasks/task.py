@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from zofo.errors import ZofoError, did_you_mean
 from zofo.habits import task_hint
-from zofo.parse import read_yaml
+from zofo.parse import is_texts, read_yaml
 from zofo.tasks.metrics import METRICS, OPTION_METRICS
 from zofo.tasks.records import Record, Row, checked, stand_in
 from zofo.tasks.sources import read_rows, split_name
@@ -53,11 +53,7 @@ class Task:
         return self.metrics[0] in OPTION_METRICS
 
     def records(self) -> dict[str, list[Record]]:
-        """Every row as a record, by the first template and by split: {"all": ...}, or the splits of the source.
-
-        Raises:
-            ZofoError: with the first three bad rows, if any row cannot be rendered; or if no row of a split is left.
-        """
+        """Every row as a record, by the first template and by split: {"all": ...}, or the splits of the source."""
         splits: dict[str, list[Row]] = {}
         for name, source in self.source.items():
             available = read_rows(source, self.folder)
@@ -81,11 +77,7 @@ class Task:
         return records
 
     def reworded(self, records: Sequence[Record], template: int) -> list[Record]:
-        """The same rows by another template, with its index from 0.
-
-        Raises:
-            ZofoError: if there is no such template, or it cannot render a row.
-        """
+        """The same rows by another template, with its index from 0."""
         self._require_template(template)
         if template == 0:
             return list(records)
@@ -97,9 +89,6 @@ class Task:
         """Rows without their answers, which they need not have, and whatever `where` says: for predictions.
 
         The completion of a record is its first option, or `example`, an answer that stands for any; see `stand_in`.
-
-        Raises:
-            ZofoError: as `reworded` does.
         """
         self._require_template(template)
         asked = self._render(rows, template, "", answered=False)
@@ -153,14 +142,9 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str, source: str | None = None) -> Task:
-    """A task by its name, or from a YAML file.
+    """A task by its name, or from the YAML file of that path.
 
-    Args:
-        name: one of `task_names()`, or the path of a task file.
-        source: a folder of train.* and validation.*, or a file, to read in place of the task's own source.
-
-    Raises:
-        ZofoError: if there is none, or the file is wrong: with the file, the key, and the nearest correct one.
+    `source` is read in place of the task's own: a folder of train.* and validation.*, or a file.
 
     Examples:
         >>> load_task("movie_reviews").metrics[0]
@@ -173,7 +157,10 @@ def load_task(name: str, source: str | None = None) -> Task:
         path = Path(str(files("zofo.tasks").joinpath("builtin", f"{name}.yaml")))
     if not path.is_file():
         raise ZofoError(f"there is no task file {path}")
-    task = parse_task(_read(path), path)
+    spec = read_yaml(path, str(path))
+    if not isinstance(spec, dict):
+        raise ZofoError(f"{path} is no task file: it must name {', '.join(KEYS)}")
+    task = parse_task(spec, path)
     return task.from_source(source) if source else task
 
 
@@ -190,13 +177,6 @@ def parse_task(spec: dict[str, Any], path: Path) -> Task:
         templates=_templates(spec, path),
         keep=condition(str(spec["where"]), f"{path}, where") if "where" in spec else None,
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    spec = read_yaml(path, str(path))
-    if not isinstance(spec, dict):
-        raise ZofoError(f"{path} is no task file: it must name {', '.join(KEYS)}")
-    return spec
 
 
 def _is_metaicl(spec: dict[str, Any]) -> bool:
@@ -310,7 +290,7 @@ def _is_partial(spec: dict[str, Any], where: str) -> bool:
 def _list_template(spec: dict[str, Any], key: str, where: str) -> Render:
     """The function that gives the list of texts of a key for a row: the same for all rows, or by an expression."""
     value = spec.get(key)
-    if value is None or (value and _is_list_of_texts(value)):
+    if value is None or (value and is_texts(value)):
         return lambda row: value or ()
     if not isinstance(value, str):
         raise ZofoError(f"{where}: {key} must be a list of texts, or a template that gives one, but is {value!r:.200}")
@@ -318,15 +298,11 @@ def _list_template(spec: dict[str, Any], key: str, where: str) -> Render:
 
     def texts(row: Row) -> list[str]:
         rendered = render(row)
-        if not _is_list_of_texts(rendered):
+        if not is_texts(rendered):
             raise ZofoError(f"{where}: {key} must give a list of texts, but gave {rendered!r:.200}")
         return [str(text) for text in rendered]  # plain texts, of the cells of a table too
 
     return texts
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def _metaicl_record(row: Row, answered: bool) -> Record:
@@ -336,7 +312,7 @@ def _metaicl_record(row: Row, answered: bool) -> Record:
     if missing:
         raise ZofoError(f"rows of format metaicl need the text fields {' and '.join(needed)}: {missing[0]} is missing")
     options = row.get("options") or []
-    if not _is_list_of_texts(options):
+    if not is_texts(options):
         raise ZofoError(f"options of a metaicl row must be a list of texts, but are {options!r:.200}")
     prompt = row["input"] + "\n"
     completion = str(row["output"]) if answered else stand_in(prompt, options)

@@ -109,7 +109,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, _context: Any, _function: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        bound = _bound_to(_function)
+        bound = _function.__self__ if type(_function).__name__ == "builtin_function_or_method" else None
         if isinstance(bound, str | bytes) and _function.__name__ == "replace":
             return _replace(bound, *args, **kwargs)
         if isinstance(bound, str | bytes) and _function.__name__ == "join":
@@ -283,10 +283,6 @@ def _short_range(*limits: int) -> range:
     if len(numbers) > _RANGE:
         raise SecurityError(f"a range of {len(numbers)} is too long (at most {_RANGE})")
     return numbers
-
-
-def _bound_to(function: Any) -> Any:
-    return function.__self__ if type(function).__name__ == "builtin_function_or_method" else None
 
 
 _ENVIRONMENT = _Environment()

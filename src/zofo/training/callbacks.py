@@ -88,11 +88,6 @@ class EarlyStopping(EarlyStoppingCallback):
         self.early_stopping_patience_counter = _evaluations_without_progress(state)
 
 
-def early_stopping(patience: int | None) -> list[TrainerCallback]:
-    """The callback of the key `early_stopping_patience`, if it is given."""
-    return [EarlyStopping(patience)] if patience else []
-
-
 def is_over(state: TrainerState, patience: int | None) -> bool:
     """Whether a run with this state has stopped early."""
     return patience is not None and _evaluations_without_progress(state) >= patience

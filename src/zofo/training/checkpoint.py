@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import safe_globals
 from zofo.config import identity_of_before
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.identity import same
+from zofo.parse import is_texts
 
 SEAL = "seal.json"
 _HALF = f"{SEAL}.half"
@@ -130,7 +131,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
         raise ZofoError(f"{folder} is no complete checkpoint: it was only half written; resume from an earlier one")
     content = _content(folder)
     config, cost = content.get("config"), content.get("cost")
-    if not isinstance(config, dict) or not isinstance(cost, dict) or not _is_texts(config.get("rows") or []):
+    if not isinstance(config, dict) or not isinstance(cost, dict) or not is_texts(config.get("rows") or []):
         raise _damaged(folder, f"{SEAL} cannot be read")
     for name, size in content["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -177,11 +178,9 @@ def checkpoints(run: Path) -> list[Path]:
 def last_sealed(run: Path) -> Path:
     """The newest whole checkpoint of a run."""
     for folder in reversed(checkpoints(run)):
-        try:
+        with suppress(ZofoError):
             require_whole(folder)
-        except ZofoError:
-            continue
-        return folder
+            return folder
     raise ZofoError(f"{run} holds no complete checkpoint to resume from: start without resume_from_checkpoint")
 
 
@@ -262,13 +261,9 @@ def _content(folder: Path) -> dict[str, Any]:
     if not files or not isinstance(files, dict) or not all(isinstance(size, int) for size in files.values()):
         raise _damaged(folder, f"{SEAL} cannot be read")
     digests = content.get(_DIGESTS, dict.fromkeys(files, ""))  # which older versions did not write
-    if not isinstance(digests, dict) or digests.keys() != files.keys() or not _is_texts([*digests.values()]):
+    if not isinstance(digests, dict) or digests.keys() != files.keys() or not is_texts([*digests.values()]):
         raise _damaged(folder, f"{SEAL} cannot be read")
     return content
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _damaged(folder: Path, what: str) -> ZofoError:

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,6 @@ def owned(run: Path) -> Generator[None]:
     """Within the block no other process writes this folder; what a killed one has left is settled first.
 
     Nothing remains of a folder in which the block writes nothing.
-
-    Raises:
-        ZofoError: if another run is writing it, or it cannot be made.
     """
     run = run.resolve()  # one lock, however the folder is named
     made = [place for place in (run, *run.parents) if not place.exists()]
@@ -103,14 +101,14 @@ def written(run: Path) -> list[str]:
     sealed checkpoint says so of itself.
     """
     marker = _marker(run)
-    if marker is not None:
-        return [name for name in marker["written"] if _exists(run / name)]
+    if (run / MARKER).exists():
+        return [name for name in marker["written"] if lexists(run / name)]
     return _present(run) if _is_older_run(run) else [folder.name for folder in checkpoints(run) if _is_sealed(folder)]
 
 
 def claim(run: Path, *names: str) -> None:
     """Notes in the marker that this run writes these; to be called before they are written."""
-    marker = _marker(run) or _empty()
+    marker = _marker(run)
     if missing := [name for name in names if name not in marker["written"]]:
         _write_marker(run, {**marker, "written": [*marker["written"], *missing]})
 
@@ -199,10 +197,10 @@ def settle(run: Path) -> None:
     if sealed_files(run / _NEW) is not None:
         _take_places(run)
     _remove(run / _NEW)
-    if (run / _OLD).exists() and _has_something_whole(run):
-        drop_old(run)
+    if (run / _OLD).exists() and (_marker(run)["files"] or any(map(sealed_files, checkpoints(run)))):
+        drop_old(run)  # its successor has something whole
     if (run / _OLD).exists():
-        for name in [*(_marker(run) or _empty())["written"], MARKER]:  # of the run that failed
+        for name in [*_marker(run)["written"], MARKER]:  # of the run that failed
             _remove(run / name)
         os.replace(run / _OLD, run / _ASIDE)
     if (run / _ASIDE).exists():
@@ -215,7 +213,7 @@ def _set_aside(run: Path) -> None:
     own = written(run)
     (run / _ASIDE).mkdir()
     for name in [*own, MARKER]:
-        if _exists(run / name):
+        if lexists(run / name):
             os.replace(run / name, run / _ASIDE / name)
     os.replace(run / _ASIDE, run / _OLD)
 
@@ -224,31 +222,24 @@ def _take_places(run: Path) -> None:
     """Moves the sealed final parts where they belong; those that are still in `.zofo.new` have not been moved yet."""
     files = [*(sealed_files(run / _NEW) or {})]
     names = sorted({file.split("/")[0] for file in files})
-    marker = _marker(run) or _empty()
-    former = {file.split("/")[0] for file in marker["files"]} - set(names)
+    former = {file.split("/")[0] for file in _marker(run)["files"]} - set(names)
     claim(run, *names)
     trash = _fresh_trash(run)
     for name in former:
-        if _exists(run / name):
+        if lexists(run / name):
             os.replace(run / name, trash / name)
     for name in names:
         if (run / _NEW / name).exists():
-            if _exists(run / name):
+            if lexists(run / name):
                 os.replace(run / name, trash / name)
             os.replace(run / _NEW / name, run / name)
-    _write_marker(run, {**(_marker(run) or _empty()), "files": files})
-    _remove(run / _NEW)
+    _write_marker(run, {**_marker(run), "files": files})
     _remove(trash)
-
-
-def _has_something_whole(run: Path) -> bool:
-    marker = _marker(run) or _empty()
-    return bool(marker["files"]) or any(sealed_files(folder) for folder in checkpoints(run))
 
 
 def _require_no_guests(run: Path, own: Sequence[str]) -> None:
     """Refuses a run in whose folders somebody has put files of their own."""
-    final = [*(_marker(run) or _empty())["files"]]
+    final = _marker(run)["files"]
     for name in own:
         sealed = sealed_files(run / name)
         known = [f"{name}/{file}" for file in (*sealed, SEAL)] if sealed else final
@@ -264,7 +255,7 @@ def _require_no_guests(run: Path, own: Sequence[str]) -> None:
 
 def _present(run: Path) -> list[str]:
     """What is there under the names that a run uses."""
-    named = [name for name in (*_RUN, *_BESIDE) if _exists(run / name)]
+    named = [name for name in (*_RUN, *_BESIDE) if lexists(run / name)]
     return [*named, *(folder.name for folder in checkpoints(run))]
 
 
@@ -291,27 +282,20 @@ def _is_sealed(folder: Path) -> bool:
     return True
 
 
-def _empty() -> dict[str, Any]:
-    return {"format": _FORMAT, "written": [], "files": []}
-
-
-def _marker(run: Path) -> dict[str, Any] | None:
+def _marker(run: Path) -> dict[str, Any]:
     """The marker of a folder: `written`, the names there, and `files`, all that the final parts consist of."""
     try:
         marker: Any = json.loads((run / MARKER).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return {"format": _FORMAT, "written": [], "files": []}
     except (OSError, ValueError, RecursionError):
         marker = None
-    if not isinstance(marker, dict) or marker.get("format") != _FORMAT or not all(map(_is_names, _lists(marker))):
+    known = isinstance(marker, dict) and marker.get("format") == _FORMAT
+    if not known or not all(_is_names(marker.get(key)) for key in ("written", "files")):
         raise ZofoError(
             f"{run / MARKER}, where zofo notes what it has written, cannot be read: choose another output_dir"
         )
     return marker
-
-
-def _lists(marker: Mapping[str, Any]) -> list[Any]:
-    return [marker.get("written"), marker.get("files")]
 
 
 def _is_names(value: Any) -> bool:
@@ -331,10 +315,6 @@ def _fresh_trash(run: Path) -> Path:
     _remove(run / _TRASH)
     (run / _TRASH).mkdir()
     return run / _TRASH
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 def _remove(path: Path) -> None:

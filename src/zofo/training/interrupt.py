@@ -23,9 +23,6 @@ class Interrupt(TrainerCallback):
         """Within the block Ctrl-C is noticed, and raised at its end; handlers and threads of others are left alone.
 
         A run that `saves` nothing has nothing to wait for.
-
-        Raises:
-            KeyboardInterrupt: at the end of the block, if there was a Ctrl-C.
         """
         self.asked = False
         before = signal.getsignal(signal.SIGINT)

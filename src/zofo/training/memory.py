@@ -131,7 +131,6 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The sum."""
         return sum(vars(self).values())
 
 

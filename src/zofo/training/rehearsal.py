@@ -17,11 +17,7 @@ from zofo.models.peft import UPPER
 def require_schedule_and_batches(
     optimizer: Optimizer, schedule: Callable[[], object], batch: Callable[[], object]
 ) -> None:
-    """Makes a schedule and one batch, as training will, and leaves no trace of them.
-
-    Raises:
-        ZofoError: if the libraries cannot make them of the keys of this run.
-    """
+    """Makes a schedule and one batch, as training will, and leaves no trace of them."""
     try:
         with _restored(optimizer):
             schedule()

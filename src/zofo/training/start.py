@@ -53,11 +53,7 @@ def starting_model(
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase, str | None]:
-    """The backbone with its adapters, the tokenizer, and what the adapters' config says.
-
-    Raises:
-        ZofoError: if these do not go together.
-    """
+    """The backbone with its adapters, the tokenizer, and what the adapters' config says; these must go together."""
     if isinstance(model, str):
         model, loaded = load_model(model, args.dtype)
         tokenizer = tokenizer or loaded

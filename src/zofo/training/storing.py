@@ -8,12 +8,13 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zofo.config import ZOFOConfig
-from zofo.models.adapters import AdaptedModel
+from zofo.models.adapters import BACKBONE, AdaptedModel
+from zofo.models.export import save_tokenizer
 from zofo.training.callbacks import Cost
-from zofo.training.checkpoint import is_of, loading, read_seal, rotate_checkpoints, seal, unseal, writing
+from zofo.training.checkpoint import is_of, loading, read_seal, rotate_checkpoints, seal, share, unseal, writing
 from zofo.training.folder import claim, drop_old
-from zofo.training.parts import save_parts
 from zofo.training.rehearsal import require_finite
+from zofo.training.trained_rows import write_trained_rows
 
 
 class StoringTrainer(Trainer):
@@ -46,8 +47,20 @@ class StoringTrainer(Trainer):
             self._save_parts(folder, own=own and is_of(folder, Path(str(self.args.output_dir))))
 
     def _save_parts(self, folder: Path, home: Path | None = None, own: bool = False) -> None:
+        """Writes backbone, tokenizer and adapters, and into each of them which rows it was trained on.
+
+        A backbone that does not change is written once, and then shared by the folders that are this run's `own`.
+        """
+        parts = ["", *self.adapted.adapters]
         whole = self._whole if own and not self.args.updates_backbone else None
-        save_parts(folder, self.adapted, self._tokenizer, self._trained_rows, home=home, whole=whole)
+        if whole is not None and share(whole, folder, BACKBONE):
+            self.adapted.save_adapters(folder, home)
+        else:
+            save_tokenizer(self._tokenizer, self.adapted.save(folder, home))
+            parts.append(BACKBONE)
+        for part in parts:
+            if (folder / part).is_dir():
+                write_trained_rows(folder / part, self._trained_rows)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite()

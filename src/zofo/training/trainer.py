@@ -21,7 +21,7 @@ from zofo.methods.levels import require_optimizer
 from zofo.methods.method import Bundle
 from zofo.methods.settings import name_of
 from zofo.models.peft import UPPER
-from zofo.scoring.batch import collate, width
+from zofo.scoring.batch import collate, padding_id, width
 from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.padding import probe
@@ -32,7 +32,7 @@ from zofo.tasks.prompts import as_chat, chat_identity
 from zofo.tasks.records import Record, Rows, digest, questions, records
 from zofo.training import start
 from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
-from zofo.training.callbacks import Cost, CostCallback, LossBar, early_stopping, is_over
+from zofo.training.callbacks import Cost, CostCallback, EarlyStopping, LossBar, is_over
 from zofo.training.checkpoint import (
     is_of,
     last_sealed,
@@ -121,6 +121,7 @@ class ZOFOTrainer(StoringTrainer):
         self.require_scorable(evaluated)
         args.settle_evaluations(len(evaluated))
         use_cache = model.config.use_cache
+        stopping = [EarlyStopping(args.early_stopping_patience)] if args.early_stopping_patience else []
         with start.setting_up(args):
             super().__init__(
                 model=self.adapted.model,
@@ -128,7 +129,7 @@ class ZOFOTrainer(StoringTrainer):
                 train_dataset=cast(Any, [example for examples in train.values() for example in examples]),
                 eval_dataset=cast(Any, evaluated or None),
                 processing_class=processing_class,
-                callbacks=[CostCallback(self.cost), *early_stopping(args.early_stopping_patience), *(callbacks or [])],
+                callbacks=[CostCallback(self.cost), *stopping, *(callbacks or [])],
             )
         model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
         if self.pop_callback(ProgressCallback):
@@ -196,14 +197,14 @@ class ZOFOTrainer(StoringTrainer):
         rows: list[Example] = list(cast(Any, self.train_dataset))
         size, kind = self.args.per_device_train_batch_size, self.args.loss
         longest = sorted(rows, key=lambda example: width(example, kind), reverse=True)
-        pad_id, layout = cast(int, self._tokenizer.pad_token_id), self.method.scorer.layout
+        pad_id, layout = padding_id(self._tokenizer), self.method.scorer.layout
         both: list[Any] = [collate(part[:size], kind, pad_id, layout) for part in (longest, rows)]
         return trial(self.method, self.args, self.cost, *map(cast(Any, self._prepare_inputs), both))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
         args = self.args
-        manner = {"pad_id": self._tokenizer.pad_token_id, "layout": self.method.scorer.layout}
+        manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
         streams, size = self.method.streams(args), args.per_device_train_batch_size
         sampler = IterationSampler(self._sizes, streams, size, args.gradient_accumulation_steps, args.order_seed)
         collator = BundleCollator(streams, size, partial(collate, kind=args.loss, **cast(Any, manner)))
@@ -335,16 +336,15 @@ class ZOFOTrainer(StoringTrainer):
             KeyboardInterrupt: after Ctrl-C, once the last whole step has a checkpoint; a second one does not wait.
         """
         self._whole = None
+        run = Path(str(self.args.output_dir))
         if resume_from_checkpoint:
             last = resume_from_checkpoint is True
-            given = Path(str(resume_from_checkpoint)).expanduser()
-            run = Path(str(self.args.output_dir))
-            folder = last_sealed(run) if last else given
+            folder = last_sealed(run) if last else Path(str(resume_from_checkpoint)).expanduser()
             self.require_resumable(folder)
             self._own_checkpoints = siblings(folder, run, self.identity)
             self._whole = folder if is_of(folder, run) else None
             resume_from_checkpoint = str(folder)
-        with owned(Path(str(self.args.output_dir))), self.adapted.deployed_after():
+        with owned(run), self.adapted.deployed_after():
             if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
                 return TrainOutput(self.state.global_step, 0.0, {})
             with self._interrupt.listening(saves=name_of(self.args.save_strategy) != "no"):

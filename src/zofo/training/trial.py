@@ -27,9 +27,6 @@ def trial(method: Method, config: ZOFOConfig, cost: Cost, longest: Batch, typica
     """Runs a step on the longest rows, which must fit, and one on other rows, which is timed; nothing is changed.
 
     None if a loss is not finite, of which the run itself has more to say.
-
-    Raises:
-        ZofoError: if the longest rows do not fit into the memory.
     """
     checkpoint(config, method.adapted)
     counted, method.keys = copy.copy(vars(cost)), copy.copy(config)

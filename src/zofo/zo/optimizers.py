@@ -96,8 +96,7 @@ class ZerothOrderOptimizer(Optimizer):
         seed = estimate.seed
         terms = [Term(stream_key(seed, step, query, name), scale) for (step, query), scale in update.scales.items()]
         keep = 1 - self._group["lr"] * self.weight_decay if parameter.ndim >= 2 else 1.0
-        exact = parameter.dtype == torch.float32
-        rounding_key = None if exact else stream_key(seed, estimate.step, -1, name)
+        rounding_key = None if parameter.dtype == torch.float32 else stream_key(seed, estimate.step, -1, name)
         return Sum(parameter, parameter, terms, 0, keep, self.limits.get(name, math.inf), rounding_key)
 
 

@@ -89,9 +89,8 @@ def direction(
         >>> direction({"w": Tensor(2, 3)}, seed=0, step=0)["w"].shape
         torch.Size([2, 3])
     """
-    keys = {name: stream_key(seed, step, query, name) for name in parameters}
     return {
-        name: sample(keys[name], 0, p.numel(), distribution).view(p.shape).to(p.device)
+        name: sample(stream_key(seed, step, query, name), 0, p.numel(), distribution).view(p.shape).to(p.device)
         for name, p in parameters.items()
     }
 

@@ -186,8 +186,7 @@ class Reader:
                 if key not in copies:
                     return None
                 self._ahead.unread.discard(key)
-                for block in self._blocks:
-                    block.seen.add(key)
+                self._see(value)
                 value = copies[key]
             perturbed.append(value)
         return func(*perturbed)
@@ -214,7 +213,6 @@ class Reader:
         return buffer, copy
 
     def _write(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """W + scale·z of each parameter to the copy beside it."""
         sums: list[Sum] = []
         for parameter, copy in copies:
             terms, limit = self._added(parameter)
