@@ -190,7 +190,7 @@ def test_the_plan_is_shown_without_doing_it(tmp_path, made, here, capsys):
 @pytest.mark.embedded
 def test_the_shipped_comparison_is_read():
     file = Path(__file__).parents[2] / "comparisons" / "demo.yaml"
-    assert {cell.run for cell in planned(file).cells()} == {"zero-shot", "lora", "mezo", "bilevel"}
+    assert {cell.run for cell in planned(file).cells()} == {"zero-shot", "lora", "lora-last-2", "mezo", "bilevel"}
 
 
 def test_what_a_backward_costs(made):
@@ -290,6 +290,18 @@ def test_what_a_run_forgets_and_how_templates_spread_are_those_of_zofo_eval(tmp_
     assert lora["templates"] == pytest.approx(np.mean(by_hand, axis=0))
     assert lora["templates"][0] == pytest.approx(lora["mean"])
     assert len(zero["templates"]) == 2
+
+
+def test_macro_f1_is_compared_by_values_of_rows_whose_mean_it_is(tmp_path, made, here):
+    task = named_task(tmp_path, "days", metric="macro_f1")
+    (found,) = compared(plan_of(tmp_path, made, tasks=[task], seeds=[0]))["tasks"]
+    assert found["metric"] == "macro_f1"
+    cells = {cell.run: cell for cell in planned(tmp_path / "plan.yaml").cells()}
+    value = {run: json.loads((c.folder / "results.json").read_text())["metrics"]["upper"] for run, c in cells.items()}
+    for method in found["methods"]:
+        assert method["mean"] == pytest.approx(value[method["name"]]["macro_f1"])
+    difference = value["mezo"]["macro_f1"] - value["lora"]["macro_f1"]
+    assert found["methods"][1]["difference"]["difference"] == pytest.approx(difference)
 
 
 SHARING = """

@@ -5,6 +5,7 @@ import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from zofo.compare.plan import (
     score_of,
     templates_file,
 )
-from zofo.compare.statistics import LEVEL, Array, Difference, Groups, mean_interval, paired_difference
+from zofo.compare.statistics import LEVEL, Array, Difference, Groups, mean_interval, paired_difference, row_values
 from zofo.compare.verdicts import Compared, holm, summary, verdict
 from zofo.compare.work import command
 from zofo.config import parse_config
 from zofo.errors import ZofoError
+from zofo.tasks.metrics import score
 
 _VERSIONS = ("zofo", "torch", "transformers", "peft")
 _COLUMNS = ("task", "run", "seed", "score", "loss", "steps", "forward_equivalents", "seconds", "peak_bytes", "folder")
@@ -94,9 +96,20 @@ class _Run:
         state = json.loads((cell.folder / "trainer_state.json").read_text(encoding="utf-8"))
         self.steps, self.history = int(state["global_step"]), state["log_history"]
 
+    @cached_property
+    def scores(self) -> Array:
+        """A value of each test row, whose mean is the metric; of metrics that have none, whether the row is right."""
+        if self.metric != "macro_f1":
+            return np.array([row["score"] for row in self.rows], dtype=np.float64)
+        predictions, right = [row["prediction"] for row in self.rows], [row["right"] for row in self.rows]
+        return row_values(
+            lambda rows: score("macro_f1", [predictions[r] for r in rows], [right[r] for r in rows]), len(self.rows)
+        )
+
     @property
-    def scores(self) -> list[float]:
-        return [row["score"] for row in self.rows]
+    def metric(self) -> str:
+        """What decides on this task."""
+        return next(iter(self.results["metrics"]["upper"]))
 
     @property
     def cost(self) -> dict[str, float]:
@@ -213,7 +226,7 @@ class _Task:
             "task": Path(self._plan.forgetting).stem,
             "before": before,
             "after": float(np.mean(after)),
-            "changes": [score - before for score in after],
+            "changes": [one - before for one in after],
         }
 
     def _search(self, run: str) -> list[dict[str, Any]]:
@@ -223,8 +236,8 @@ class _Task:
         ]
         scores = map(mean_score, ended)
         return [
-            {"settings": cells[0].settings, "score": score, "loss": -loss, "chosen": cells[0].settings == chosen}
-            for cells, (score, loss) in zip(ended, scores, strict=True)
+            {"settings": cells[0].settings, "score": dev, "loss": -loss, "chosen": cells[0].settings == chosen}
+            for cells, (dev, loss) in zip(ended, scores, strict=True)
         ]
 
     def _differences(self) -> dict[str, Difference]:
@@ -248,8 +261,8 @@ class _Task:
         return np.array([one.scores for one in self._runs[run]], dtype=np.float64)
 
     def _metric(self, run: _Run) -> str:
-        """The task's metric if it is the mean of the rows' scores; else the share of right rows stands for it."""
-        metric, value = next(iter(run.results["metrics"]["upper"].items()))
+        """The task's metric if it is the mean of the rows' values; else the share of right rows stands for it."""
+        metric, value = run.metric, run.results["metrics"]["upper"][run.metric]
         return metric if abs(float(np.mean(run.scores)) - value) < 1e-6 else f"right rows (the metric is {metric})"
 
     def _groups(self, run: _Run | None) -> Groups:
