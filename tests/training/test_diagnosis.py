@@ -406,7 +406,7 @@ def test_what_does_not_apply_is_left_out_and_said(capsys, tmp_path, keys, line, 
         assert "diagnosis" not in found
         return
     assert found["diagnosis"].keys() - {"left_out"} == kept
-    assert "Left out: penalty_gap, as " in (tmp_path / "run" / "README.md").read_text()
+    assert "Left out: penalty_gap (" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_a_backward_pass_that_does_not_fit_is_left_out_and_said_once(tmp_path, caplog, monkeypatch):

@@ -98,7 +98,7 @@ def _diagnosis(found: dict[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:
     labels = {**_SERIES}
     if "cosine" in found:
         expected, q, d = (found["cosine"][key] for key in ("expected", "directions", "weights"))
-        labels["cosine"] += f"; {expected:.2g} is expected of directions: {q} in {d:,} weights"
+        labels["cosine"] += f" ({expected:.2g} is expected: q = {q}, d = {d:,})"
     scores = found.get("scores", {})
     states = ("neither", "backbone", "adapter", "both")
     return {

@@ -57,9 +57,7 @@ class Diagnosis:
                 points, projected = self._points(level, step, parts)
                 found = self._variances(level, step, parts, points) if self._compares else {}
                 if self._fits:
-                    queries = level.probes.queries
-                    found["cosine"] = self._cosine(level, step, parts, projected[:queries])
-                    found["cosine_expected"] = expected_cosine(queries, perturbed_weights(level))
+                    found |= self._cosine(level, step, parts, projected[: level.probes.queries])
         except NonFiniteLossError:
             return {}
         finally:
@@ -97,8 +95,10 @@ class Diagnosis:
             found[f"row_variance{name}"] = sum(errors) / len(errors)
         return found
 
-    def _cosine(self, level: ZerothOrderLevel, step: int, parts: Sequence[Part], projected: Sequence[float]) -> float:
-        """Nan, from then on without trying, where no backward pass is possible."""
+    def _cosine(
+        self, level: ZerothOrderLevel, step: int, parts: Sequence[Part], projected: Sequence[float]
+    ) -> dict[str, float]:
+        """Nothing, from then on without trying, where no backward pass is possible."""
         adapted, wanted = self._method.adapted, {id(p) for p in level.parameters.values()}
         for parameter in level.parameters.values():
             parameter.requires_grad_(True)
@@ -117,11 +117,12 @@ class Diagnosis:
         except RuntimeError as error:
             logger.warning("diagnose leaves out the cosine: no backward pass is possible (%s)", first_line(error))
             self._fits = False
-            return math.nan
+            return {}
         finally:
             for parameter in level.parameters.values():
                 parameter.grad = None
-        return alignment.cosine
+        expected = expected_cosine(len(projected), perturbed_weights(level))
+        return {"cosine": alignment.cosine, "cosine_expected": expected}
 
 
 def measured(level: ZerothOrderLevel, compares: bool) -> Probes:

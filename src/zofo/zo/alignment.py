@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zofo.noise import Distribution, Sum, Term, stream_key, write_sums
 
-_PART = 1 << 22  # weights whose directions are in memory at a time
+_PART = 1 << 20  # weights whose directions are in memory at a time
 
 
 class Alignment:
