@@ -88,7 +88,7 @@ _INHERITED = {
 # Which keys count for whom; every method's class puts its own together.
 STEP_KEYS = frozenset((
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "early_stopping_patience",
+    "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "early_stopping_patience", "diagnose",
 ))  # fmt: skip
 FIRST_ORDER_KEYS = frozenset((
     "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
@@ -256,6 +256,9 @@ class Keys(TrainingArguments):
         None, "end the run after so many evaluations without a better one; with eval_steps and load_best_model_at_end"
     )
     on_nonfinite: Literal["raise", "skip"] = field("raise", "at a loss that is not finite: raise, or skip the step")
+    diagnose: bool = field(
+        False, "record by what the run learns: signal to noise, the true gradient, gains; the weights stay the same"
+    )
     overwrite_output_dir: bool = field(False, "remove the run that output_dir holds already")
     lr_scheduler_type: str = field("constant", "as in TrainingArguments; scales all learning rates alike")
     eval_strategy: str = field("steps", "as in TrainingArguments; no evaluations without dev rows")

@@ -31,7 +31,9 @@ from zofo.tasks.records import Record, digest
 from zofo.tasks.splits import Splits
 from zofo.tasks.table import TASK_FILE, introduction
 from zofo.tasks.task import Task
+from zofo.training.attribution import diagnosed
 from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, seal, steps_of, writing
+from zofo.training.diagnosable import cost_line
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
 from zofo.training.rows import level_rows, run_splits, run_task
 from zofo.training.trainer import ZOFOTrainer
@@ -99,6 +101,8 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     with _begun(run, resume, texts):
         if config.method_class.trains():
             say(_plan(trainer, resume))
+            if config.diagnose:
+                say(cost_line(trainer.method, config))
         if config.zero_shot and (config.method_class.trains() or fitting):
             zero_shot = _zero_shot(trainer, rows, test, resume)
             say(f"zero-shot on {len(test)} {final} rows: {_words(zero_shot)}")
@@ -114,7 +118,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         if final != "test":
             scores["final_split"] = final
         with final_parts(run) as new:
-            results = _write_final(trainer, task, scores, _shown(trainer, asked, in_front), new, texts)
+            results = _write_final(trainer, task, scores, _shown(trainer, asked, in_front), new, texts, test)
     for adapter, own in metrics.items():
         say(f"{adapter} on {len(test)} {final} rows: {_words(own)}")
     return results
@@ -170,7 +174,13 @@ def _predictions(task: Task, records: Sequence[Record], examples: Sequence[Examp
 
 
 def _write_final(
-    trainer: ZOFOTrainer, task: Task, scores: dict[str, Any], shown: Shown, new: Path, texts: Mapping[str, str]
+    trainer: ZOFOTrainer,
+    task: Task,
+    scores: dict[str, Any],
+    shown: Shown,
+    new: Path,
+    texts: Mapping[str, str],
+    rows: Sequence[Example],
 ) -> dict[str, Any]:
     """Writes and seals what the run ends with: first what was learned, so that it stays whatever happens later."""
     config = trainer.args
@@ -189,6 +199,9 @@ def _write_final(
         "backbone_change": backbone_change(trainer.adapted, str(config.model), config.dtype),
         **({} if task.has_options else {"answer_span": asdict(trainer.span)}),
     }
+    if config.diagnose and config.method_class.trains():
+        known = scores["zero_shot"], scores["metrics"][UPPER]
+        results["diagnosis"] = diagnosed(trainer, str(config.model), rows, *known)
     backbone = str(config.model) if trainer.adapted.quantised else "backbone"
     card = model_card(config, results, task, trainer.state.global_step, backbone, shown, trainer.span)
     title = f"{config.method} ({config.adapter}) on {task.name}"

@@ -10,13 +10,15 @@ from zofo.keys import COUPLING_KEYS, FIRST_ORDER_KEYS, SHARED, STEP_KEYS, ZEROTH
 from zofo.methods.levels import (
     FirstOrderLevel,
     ZerothOrderLevel,
+    contributions,
     evaluations,
     mean_losses,
     random_state,
     root_mean_square,
 )
-from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
+from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batches, by_stream
 from zofo.models.peft import LOWER, UPPER
+from zofo.scoring.batch import Batch
 from zofo.zo.bilevel import Losses, Penalty, bilevel_step, scheduled_penalty
 from zofo.zo.estimators import Evaluate
 from zofo.zo.optimizers import JointOptimizer
@@ -73,12 +75,22 @@ class Bilevel(Method):
             zo_updates=moves,
         )
 
+    @property
+    def zeroth_order_level(self) -> ZerothOrderLevel | None:
+        return self.theta if self.keys.zo_learning_rate != 0 else None
+
+    def objective(self, progress: float) -> tuple[Part, ...]:
+        return _parts(self._penalty(progress), coupled=self.keys.penalty > 0)
+
+    def _penalty(self, progress: float) -> Penalty:
+        keys = self.keys
+        return Penalty(scheduled_penalty(keys.penalty, keys.penalty_schedule, progress), keys.normalize_penalty)
+
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         keys = self.keys
-        strength = scheduled_penalty(keys.penalty, keys.penalty_schedule, progress)
         if keys.on_nonfinite == "skip":
             self._before = self.s.snapshot()
-        iteration = _Iteration(self, number, micro, Penalty(strength, keys.normalize_penalty))
+        iteration = _Iteration(self, number, micro, self._penalty(progress))
         found = bilevel_step(
             keys.lower_steps,
             iteration.lower_step,
@@ -107,11 +119,19 @@ class Bilevel(Method):
         return {"upper_learning_rate": upper, "zo_learning_rate": self.theta.optimizer.rate}
 
 
+def _parts(penalty: Penalty, coupled: bool) -> tuple[Part, ...]:
+    """Of L: F(θ, p), G(θ, p) and G(θ, s)."""
+    of_upper, of_coupling = penalty.factors
+    coupling = (Part("penalty", UPPER, of_coupling), Part("penalty", LOWER, -of_coupling))
+    return (Part("upper", UPPER, of_upper), *(coupling if coupled else ()))
+
+
 class _Iteration:
     """The callables of one iteration."""
 
     def __init__(self, method: Bilevel, number: int, micro: Sequence[Bundle], penalty: Penalty) -> None:
         self.penalty = penalty
+        self._parts = _parts(penalty, coupled=method.keys.penalty > 0)
         self.gap = 0.0
         self._method = method
         self._number = number
@@ -119,6 +139,7 @@ class _Iteration:
         self._penalty_batches = batches(micro, "penalty")
         self._upper = batches(micro, "upper")
         self._at_theta: Losses | None = None
+        self._rows_at_theta: list[Tensor] = []  # with `diagnose`, of F(θ, p) and G(θ, p)
 
     def lower_step(self, t: int) -> float:
         loss = self._method.s.gradient(self._lower[t], f"step {self._number}: G(θ, s) of lower step {t}")
@@ -128,22 +149,30 @@ class _Iteration:
     def upper_gradient(self) -> Losses:
         before = random_state()
         of_upper, of_coupling = self.penalty.factors
-        upper = self._method.p.gradient(self._upper, f"step {self._number}: F(θ, p)", of_upper)
-        coupled = 0.0
-        if self._penalty_batches:
-            coupled = self._method.p.gradient(self._penalty_batches, f"step {self._number}: G(θ, p)", of_coupling)
+        upper = self._p_gradient(self._upper, "F(θ, p)", of_upper)
+        coupled = self._p_gradient(self._penalty_batches, "G(θ, p)", of_coupling) if self._penalty_batches else 0.0
         losses = Losses(upper, coupled)
         if all(map(torch.equal, before, random_state())):
             self._at_theta = losses  # no dropout: the same numbers as in eval mode
         return losses
+
+    def _p_gradient(self, batches: Sequence[Batch], label: str, factor: float) -> float:
+        with self._method.scorer.noting_rows(self._method.keys.diagnose) as shares:
+            loss = self._method.p.gradient(batches, f"step {self._number}: {label}", factor)
+        if shares:
+            self._rows_at_theta.append(contributions(shares, batches))
+        return loss
 
     def evaluate(self, scale: float, query: int) -> Losses:
         known = self._at_theta if scale == 0 else None
         asked = {} if known else {"F(θ, p)": (UPPER, self._upper), "G(θ, p)": (UPPER, self._penalty_batches)}
         asked["G(θ, s)"] = (LOWER, self._penalty_batches)
         named = {f"step {self._number}: {label} near θ": pair for label, pair in asked.items() if pair[1]}
+        rows = [*(self._rows_at_theta if known else ())] if self._method.keys.diagnose else None
         with self._method.theta.perturbed(self._number, scale, query):
-            found = mean_losses(self._method.scorer, named)
+            found = mean_losses(self._method.scorer, named, rows)
+        if rows:
+            self._method.theta.note(scale, query, by_stream(self._parts, rows))
         losses = Losses(known.upper, known.upper_penalty, *found) if known else Losses(*found)
         self.gap = losses.upper_penalty - losses.lower_penalty
         return losses

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from zofo.errors import NonFiniteLossError, ZofoError, first_line
 from zofo.keys import AUTO, Keys
 from zofo.methods.settings import name_of, settings_of_optimizer
+from zofo.methods.signal import Points, Rows, Signal
 from zofo.models.adapters import AdaptedModel
 from zofo.models.selection import magnitude_limits
 from zofo.scoring.batch import Batch
@@ -125,8 +126,10 @@ class ZerothOrderLevel:
 
     def __init__(self, adapted: AdaptedModel, parameters: Mapping[str, Tensor], keys: Keys) -> None:
         self._model = adapted.model
-        self._parameters = dict(parameters)
-        self._seed = keys.seed
+        self.parameters = dict(parameters)
+        self.seed = keys.seed
+        self.signal = Signal() if keys.diagnose else None
+        self._points = Points()
         self._scratch = Scratch()
         self._first = True
         rule, rate = RULES[keys.zo_optimizer](), keys.zo_learning_rate
@@ -135,14 +138,14 @@ class ZerothOrderLevel:
         asked = Probes(keys.zo_estimator, keys.zo_eps, keys.num_perturbations, keys.zo_distribution)
         self.probes = rule.probes(asked)
         self.optimizer = ZerothOrderOptimizer(
-            self._parameters,
+            self.parameters,
             rule,
             rate,
             distribution=self.probes.distribution,
-            limits=magnitude_limits(self._parameters, keys.zo_sparsity),
+            limits=magnitude_limits(self.parameters, keys.zo_sparsity),
             weight_decay=keys.zo_weight_decay,
         )
-        for parameter in self._parameters.values():
+        for parameter in self.parameters.values():
             parameter.requires_grad_(False)
 
     def perturbed(self, step: int, scale: float, query: int) -> AbstractContextManager[None]:
@@ -151,8 +154,8 @@ class ZerothOrderLevel:
             return nullcontext()
         return perturbed(
             self._model,
-            self._parameters,
-            self._seed,
+            self.parameters,
+            self.seed,
             scale,
             step,
             query,
@@ -162,9 +165,14 @@ class ZerothOrderLevel:
             require_all=self._first,
         )
 
+    def note(self, scale: float, query: int, rows: Rows) -> None:
+        """With `diagnose`: what the rows contribute to the loss that `evaluate` of `propose` returns for this point."""
+        self._points.note(scale, query, rows)
+
     def propose(self, step: int, evaluate: Evaluate) -> tuple[float, ...]:
         """Measures a loss at the points of a step, and has the rule propose an update; the projected gradients."""
         known: dict[tuple[float, int], float] = {}
+        self._points = Points()
 
         def remembered(scale: float, query: int) -> float:
             if (scale, query) not in known:
@@ -174,9 +182,11 @@ class ZerothOrderLevel:
         projected, bend = self.probes.project(remembered), None
         if self.optimizer.wants_curvature(step):
             bend = curvature(remembered, self.probes.eps, self.probes.distribution)
-        update = self.optimizer.propose(Estimate(self._seed, step, projected, bend), remembered)
+        if self.signal:
+            self.signal.add(self._points)
+        update = self.optimizer.propose(Estimate(self.seed, step, projected, bend), remembered)
         if self._first:
-            for warning in precision.warnings(self._parameters, self.probes.eps, update.size):
+            for warning in precision.warnings(self.parameters, self.probes.eps, update.size):
                 logger.warning(warning)
         self._first = False
         return projected
@@ -192,26 +202,41 @@ def root_mean_square(projected: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def mean_losses(scorer: Scorer, asked: Mapping[str, tuple[str, Sequence[Batch]]]) -> list[float]:
+def mean_losses(
+    scorer: Scorer, asked: Mapping[str, tuple[str, Sequence[Batch]]], rows: list[Tensor] | None = None
+) -> list[float]:
     """The mean loss over the batches of each entry in eval mode, summed in double precision.
 
     The n-th batches of all entries go through the model together, in one forward; in one for each adapter, where rows
-    of one forward cannot go through different ones. `asked` is the loss's name -> the adapter and the batches.
+    of one forward cannot go through different ones. `asked` is the loss's name -> the adapter and the batches. What the
+    rows of each entry contribute to its mean is added to `rows`, where there are any: (B,) float64.
     """
     scorer.adapted.model.eval()
     adapters = list(dict.fromkeys(adapter for adapter, _ in asked.values()))
-    sums = dict.fromkeys(asked, 0.0)
+    sums, shares = dict.fromkeys(asked, 0.0), {label: list[Tensor]() for label in asked}
     for together in [adapters] if scorer.adapted.mixes else [[adapter] for adapter in adapters]:
         group = {label: pair for label, pair in asked.items() if pair[0] in together}
         names = [adapter for adapter, _ in group.values()]
         for batches in zip(*(batches for _, batches in group.values()), strict=True):
-            for label, loss in zip(group, scorer.losses(batches, names), strict=True):
+            with scorer.noting_rows(rows is not None) as noted:
+                found = scorer.losses(batches, names)
+            for label, loss in zip(group, found, strict=True):
                 sums[label] += float(loss)
+            for label, part in zip(group, noted, strict=False):
+                shares[label].append(part)
     means = {label: sums[label] / sum(map(count, batches)) for label, (_, batches) in asked.items()}
     for label, mean in means.items():
         if not math.isfinite(mean):
             raise NonFiniteLossError(f"{label} is {mean}: lower zo_learning_rate or zo_eps, or set on_nonfinite: skip")
+    if rows is not None:
+        rows += [contributions(shares[label], batches) for label, (_, batches) in asked.items()]
     return list(means.values())
+
+
+def contributions(shares: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
+    """(B,) float64, whose mean is the mean loss over the batches, of the rows' shares in their summed losses."""
+    every = torch.cat(list(shares))
+    return every * (len(every) / sum(map(count, batches)))
 
 
 def random_state() -> list[Tensor]:

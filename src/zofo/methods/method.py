@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from zofo.errors import ZofoError
 from zofo.keys import Keys
+from zofo.methods.levels import ZerothOrderLevel
 from zofo.models.adapters import AdaptedModel
 from zofo.models.peft import UPPER
 from zofo.models.selection import select
@@ -38,6 +39,15 @@ class Stream:
     batches: int
     order: int
     counts: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of what zeroth-order steps descend: `factor` times the mean loss of a stream's rows with an adapter."""
+
+    stream: str
+    adapter: str
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,15 @@ class Method(ABC):
             NonFiniteLossError: if a loss is not finite.
         """
 
+    @property
+    def zeroth_order_level(self) -> ZerothOrderLevel | None:
+        """What its zeroth-order steps update; None where it takes none."""
+        return None
+
+    def objective(self, progress: float) -> tuple[Part, ...]:
+        """What its zeroth-order steps descend, at `progress` in [0, 1) of the run: the sum of these parts."""
+        return ()
+
     def skip(self) -> None:
         """Forgets what `step` prepared; a method whose `step` itself writes weights takes that back as well."""
         self.optimizer.zero_grad()
@@ -167,7 +186,20 @@ class Method(ABC):
         """Those to log beside the trainer's own, by name."""
         return {}
 
+    def signal_to_noise(self) -> Mapping[str, float]:
+        """With `diagnose`, that of the zeroth-order estimates since the last call, to be logged; else nothing."""
+        level = self.zeroth_order_level
+        return {} if level is None or level.signal is None else level.signal.taken()
+
 
 def batches(micro: Sequence[Bundle], stream: str, index: int = 0) -> list[Batch]:
     """Batch `index` of a stream from every micro-step; none where the stream gives none."""
     return [bundle[stream][index] for bundle in micro if bundle[stream]]
+
+
+def by_stream(parts: Sequence[Part], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What the rows of each stream contribute to an objective, of (B,) contributions to the mean loss of each part."""
+    found: dict[str, Tensor] = {}
+    for part, values in zip(parts, rows, strict=True):
+        found[part.stream] = part.factor * values + found.get(part.stream, 0.0)
+    return found

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from zofo.keys import FIRST_ORDER_KEYS, STAGE_KEYS, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.first_order import FirstOrder
-from zofo.methods.method import Bundle, Logs, Method, Stream, Work
+from zofo.methods.levels import ZerothOrderLevel
+from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work
 from zofo.methods.zeroth_order import ZerothOrder
 from zofo.zo.optimizers import JointOptimizer
 
@@ -46,6 +47,13 @@ class TwoStage(Method):
     def work(cls, keys: Keys) -> Work:
         fraction = keys.two_stage_fraction
         return FirstOrder.work(keys) * fraction + ZerothOrder.work(keys) * (1 - fraction)
+
+    @property
+    def zeroth_order_level(self) -> ZerothOrderLevel | None:
+        return self._backbone.zeroth_order_level
+
+    def objective(self, progress: float) -> tuple[Part, ...]:
+        return self._backbone.objective(progress)
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         fraction = self.keys.two_stage_fraction

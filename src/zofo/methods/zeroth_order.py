@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from zofo.keys import STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.levels import ZerothOrderLevel, evaluations, mean_losses, root_mean_square
-from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
+from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batches
 
 
 class ZerothOrder(Method):
@@ -27,13 +27,23 @@ class ZerothOrder(Method):
     def work(cls, keys: Keys) -> Work:
         return Work(forwards=keys.gradient_accumulation_steps * evaluations(keys), zo_updates=1)
 
+    @property
+    def zeroth_order_level(self) -> ZerothOrderLevel | None:
+        return self._level
+
+    def objective(self, progress: float) -> tuple[Part, ...]:
+        return (Part("zo", self.adapters[0]),)
+
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         asked = {f"step {number}: the loss near θ": (self.adapters[0], batches(micro, "zo"))}
         losses: list[float] = []
 
         def evaluate(scale: float, query: int) -> float:
+            rows = [] if self.keys.diagnose else None
             with self._level.perturbed(number, scale, query):
-                losses.extend(mean_losses(self.scorer, asked))
+                losses.extend(mean_losses(self.scorer, asked, rows))
+            if rows:
+                self._level.note(scale, query, {"zo": rows[0]})
             return losses[-1]
 
         projected = self._level.propose(number, evaluate)

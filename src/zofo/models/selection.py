@@ -110,6 +110,13 @@ def layers_of(parameters: Iterable[str]) -> dict[str, int]:
     return {name: int(m[1]) for name in parameters if (m := _BLOCK.search(name))}
 
 
+def parts_of(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """The part of the model that each parameter is in: `embeddings`, `block 0` and so on, `head`, or `other`."""
+    blocks, kinds = layers_of(parameters), _kinds(model, parameters)
+    outside = {name: kind for kind in ("head", "embeddings") for name in kinds[kind]}  # tied: embeddings
+    return {n: f"block {blocks[n]}" if n in blocks else outside.get(n, "other") for n in parameters}
+
+
 def chosen_layers(key: str, layers: str, parameters: Iterable[str]) -> set[int]:
     """The indices of the blocks that a key names, in a model with parameters of these names.
 

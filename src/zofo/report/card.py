@@ -18,6 +18,18 @@ from zofo.tasks.prompts import Chat
 from zofo.tasks.records import Record
 from zofo.tasks.task import Task
 
+_SERIES = {
+    "signal_to_noise": "signal to noise (1: noise alone)",
+    "penalty_gap": "penalty gap G(θ,p) - G(θ,s)",
+    "cosine": "cosine with the true gradient",
+    "variance": "variance of projected gradients",
+    "variance_s_start": "the same with s as at the start",
+    "variance_no_adapter": "the same without the adapter",
+    "row_variance": "their squared standard error over the rows",
+    "row_variance_s_start": "the same with s as at the start",
+    "row_variance_no_adapter": "the same without the adapter",
+}
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -72,8 +84,35 @@ def model_card(
         licence=base_licence(config.model or ""),
         adapter_tag=config.adapter if config.adapter in KINDS else "peft",
         columns=columns,
+        diagnosis=_diagnosis(results["diagnosis"]) if "diagnosis" in results else None,
         rows=[(label, [_number(row[column]) for column in columns]) for label, row in scores.items()],
     )
+
+
+def _diagnosis(found: dict[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:
+    """The rows of its tables: a label, and numbers in four figures."""
+
+    def figures(values: Any) -> list[str]:
+        return [f"{value:.4g}" for value in values]
+
+    labels = {**_SERIES}
+    if "cosine" in found:
+        expected, q, d = (found["cosine"][key] for key in ("expected", "directions", "weights"))
+        labels["cosine"] += f" ({expected:.2g} is expected: q = {q}, d = {d:,})"
+    scores = found.get("scores", {})
+    states = ("neither", "backbone", "adapter", "both")
+    return {
+        "series": [
+            (label, figures(found[key][of] for of in ("first", "last", "mean")))
+            for key, label in labels.items()
+            if key in found
+        ],
+        "updates": [(part, figures(change.values())) for part, change in found.get("update", {}).items()],
+        "scores": [
+            (key, figures([*(scores[state][key] for state in states), gain["backbone"], gain["adapter"]]))
+            for key, gain in found.get("gain", {}).items()
+        ],
+    }
 
 
 def base_licence(model: str) -> str | None:

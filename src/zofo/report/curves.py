@@ -8,6 +8,7 @@ _PANELS = (
     ("loss", ("loss", "lower_loss", "eval_loss", "eval_lower_loss")),
     ("projected gradient (rms)", ("projected_grad",)),
     ("zeroth-order learning rate", ("zo_learning_rate",)),
+    ("signal to noise (1: noise alone)", ("signal_to_noise",)),
     ("penalty gap G(θ,p) - G(θ,s)", ("penalty_gap",)),
 )
 _LABELS = {

@@ -1,6 +1,7 @@
 """Losses and scores of batches."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -51,6 +52,7 @@ class Scorer:
         # with right padding the model's own positions are right, and peft shifts them by its virtual tokens itself
         self._passes_positions = self.layout.side == "left" and _takes_positions(adapted)
         self._max_shared = max_shared_width(adapted)
+        self._noted: list[Tensor] | None = None
 
     @property
     def generates_alone(self) -> bool:
@@ -78,7 +80,7 @@ class Scorer:
 
         For options, cross-entropy over their mean log-probabilities; else that of the answers' tokens.
         """
-        return _loss(batch, self.log_probabilities(batch))
+        return self._loss(batch, self.log_probabilities(batch))
 
     def losses(self, batches: Sequence[Batch], adapters: Sequence[str]) -> list[Tensor]:
         """The `loss` of each batch with its adapter. One forward pass of all rows costs less than one for each batch.
@@ -96,7 +98,22 @@ class Scorer:
                 return [self.loss(batches[0])]
             stacked = self.log_probabilities(stack(batches, self.layout.side))
         parts = stacked.split([batch["scored"].shape[1] for batch in batches])
-        return [_loss(batch, part) for batch, part in zip(batches, parts, strict=True)]
+        return [self._loss(batch, part) for batch, part in zip(batches, parts, strict=True)]
+
+    @contextmanager
+    def noting_rows(self, wanted: bool = True) -> Generator[list[Tensor]]:
+        """Within the block, each batch adds its `row_losses` to the list, if they are wanted."""
+        noted: list[Tensor] = []
+        self._noted = noted if wanted else None
+        try:
+            yield noted
+        finally:
+            self._noted = None
+
+    def _loss(self, batch: Batch, log_probabilities: Tensor) -> Tensor:
+        if self._noted is not None:
+            self._noted.append(row_losses(batch, log_probabilities.detach()))
+        return _loss(batch, log_probabilities)
 
     def option_totals(self, batch: Batch) -> OptionTotals:
         return _option_totals(batch, self.log_probabilities(batch))
@@ -128,6 +145,16 @@ def _loss(batch: Batch, log_probabilities: Tensor) -> Tensor:
         means = _option_totals(batch, log_probabilities).means
         return functional.cross_entropy(means, batch["gold"], reduction="sum")
     return -log_probabilities.sum()
+
+
+def row_losses(batch: Batch, log_probabilities: Tensor) -> Tensor:
+    """(B,) float64 shares of the examples in the summed loss of a batch: of (N,) log-probabilities of its tokens."""
+    if "gold" in batch:
+        means = _option_totals(batch, log_probabilities).means
+        return functional.cross_entropy(means, batch["gold"], reduction="none").double()
+    rows = batch["scored"][0]
+    shares = torch.zeros(len(batch["input_ids"]), dtype=torch.float64, device=rows.device)
+    return shares.index_add(0, rows, -log_probabilities.double())
 
 
 def _option_totals(batch: Batch, log_probabilities: Tensor) -> OptionTotals:

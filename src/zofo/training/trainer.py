@@ -43,6 +43,7 @@ from zofo.training.checkpoint import (
     siblings,
     steps_of,
 )
+from zofo.training.diagnosis import Diagnosis
 from zofo.training.folder import owned
 from zofo.training.interrupt import Interrupt
 from zofo.training.rehearsal import require_schedule_and_batches
@@ -140,6 +141,7 @@ class ZOFOTrainer(StoringTrainer):
             start.warm_up(self.adapted)
         self._layout = probe(self.adapted, processing_class)
         self.method = args.method_class(self.adapted, Scorer(self.adapted, self.cost, self._layout), args)
+        self._diagnosis = self._diagnose() if args.diagnose and args.method_class.trains() else None
         self._micro: list[Bundle] = []
         self._logs: dict[str, list[float]] = defaultdict(list)
         self._skipped = self._skipped_in_a_row = 0
@@ -203,11 +205,7 @@ class ZOFOTrainer(StoringTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
-        args = self.args
-        manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
-        streams, size = self.method.streams(args), args.per_device_train_batch_size
-        sampler = IterationSampler(self._sizes, streams, size, args.gradient_accumulation_steps, args.order_seed)
-        collator = BundleCollator(streams, size, partial(collate, kind=args.loss, **cast(Any, manner)))
+        args, (sampler, collator) = self.args, self._order()
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self.train_dataset),
             batch_sampler=sampler,
@@ -216,6 +214,21 @@ class ZOFOTrainer(StoringTrainer):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
+
+    def _order(self) -> tuple[IterationSampler, BundleCollator]:
+        """Which rows go into which micro-step, and what makes its batches of them."""
+        args = self.args
+        manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
+        streams, size = self.method.streams(args), args.per_device_train_batch_size
+        sampler = IterationSampler(self._sizes, streams, size, args.gradient_accumulation_steps, args.order_seed)
+        return sampler, BundleCollator(streams, size, partial(collate, kind=args.loss, **cast(Any, manner)))
+
+    def _diagnose(self) -> Diagnosis:
+        """On the rows of the first micro-step."""
+        sampler, collator = self._order()
+        rows: list[Example] = list(cast(Any, self.train_dataset))
+        bundle: Any = collator([rows[i] for i in next(iter(sampler))])
+        return Diagnosis(self.method, cast(Any, self._prepare_inputs(bundle)))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The method's own."""
@@ -261,6 +274,7 @@ class ZOFOTrainer(StoringTrainer):
             self._logs.clear()
             self._skipped = 0
             logs.update(self.method.learning_rates())
+            logs.update(self.method.signal_to_noise())
         super().log(logs, start_time)
 
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -277,18 +291,22 @@ class ZOFOTrainer(StoringTrainer):
             prefix = metric_key_prefix if adapter == UPPER else f"{metric_key_prefix}_{adapter}"
             metrics.update({f"{prefix}_{key}": value for key, value in scores.items()})
         self.log(metrics)
+        if self._diagnosis and self.is_in_train and self.method.zeroth_order_level:
+            self.log(self._diagnosis.measure(self.state.global_step, self.state.global_step / self.state.max_steps))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def score(self, rows: Sequence[Example]) -> dict[str, dict[str, float]]:
+    def score(self, rows: Sequence[Example], adapters: Sequence[str] = ()) -> dict[str, dict[str, float]]:
         """{adapter: {metric, loss, rows}}; a model without adapters counts as `upper`, which is what is deployed."""
-        return {adapter: scores for adapter, (scores, _) in self.scored(rows).items()}
+        return {adapter: scores for adapter, (scores, _) in self.scored(rows, adapters).items()}
 
-    def scored(self, rows: Sequence[Example]) -> dict[str, tuple[dict[str, float], list[Answer]]]:
+    def scored(
+        self, rows: Sequence[Example], adapters: Sequence[str] = ()
+    ) -> dict[str, tuple[dict[str, float], list[Answer]]]:
         """The same with the answers that were scored."""
         found: dict[str, tuple[dict[str, float], list[Answer]]] = {}
         with self.adapted.deployed_after():
-            for adapter in self.adapted.adapters or (UPPER,):
+            for adapter in adapters or self.adapted.adapters or (UPPER,):
                 self.adapted.use(adapter)
                 evaluator = self._evaluator(f"evaluate {adapter}")
                 answers = evaluator.answers(rows)

@@ -52,6 +52,7 @@ def trial(method: Method, config: ZOFOConfig, cost: Cost, longest: Batch, typica
     finally:
         method.keys = config
         vars(cost).update(counted)
+        method.signal_to_noise()  # what the tried steps have measured
 
 
 def _steps(method: Method, config: ZOFOConfig, batch: Batch) -> None:
