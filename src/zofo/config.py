@@ -17,7 +17,7 @@ from zofo import parse
 from zofo.errors import ZofoError, first_line
 from zofo.habits import refuse_values
 from zofo.identity import anywhere, known
-from zofo.keys import AUTO, POSITIVE, Keys, default_of, field, numbers, refusing_unknown, require_honoured
+from zofo.keys import AUTO, POSITIVE, Keys, default_of, field, name_of, numbers, refusing_unknown, require_honoured
 from zofo.methods import METHODS, Method, settings
 from zofo.models.peft import require_fresh, require_start
 from zofo.spelling import key_of, refuse_unknown
@@ -121,7 +121,7 @@ class ZOFOConfig(Keys):
         used = self.method_class.keys_used
         idle = [name for name in field_names() if name in self._given & (_method_keys() - used)]
         notices = [*self._notices, f"not used by {self.method}: {', '.join(idle)}"] if idle else [*self._notices]
-        if self.warmup_steps and self.method_class.trains() and settings.name_of(self.lr_scheduler_type) == "constant":
+        if self.warmup_steps and self.method_class.trains() and name_of(self.lr_scheduler_type) == "constant":
             notices.append("not used by lr_scheduler_type constant: warmup_steps (constant_with_warmup has it)")
         if self.system_prompt and not self.chat_template:
             notices.append("not used without chat_template: system_prompt")
@@ -148,7 +148,7 @@ class ZOFOConfig(Keys):
     def settle_evaluations(self, dev_rows: int) -> None:
         """Without dev rows there are no evaluations; refuses that where somebody asked for them."""
         asked = [key for key in ("eval_strategy", "eval_steps", "load_best_model_at_end") if key in self._given]
-        if dev_rows or settings.name_of(self.eval_strategy) == "no":
+        if dev_rows or name_of(self.eval_strategy) == "no":
             return
         if asked:
             raise ZofoError(f"{asked[0]} asks for evaluations, but no row is left for dev: give more rows, or dev_size")

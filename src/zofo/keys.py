@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
@@ -296,3 +297,8 @@ class Keys(TrainingArguments):
                 bounds.require(name, values[name])
         for name, bounds in _INHERITED.items():
             bounds.require(name, values[name])
+
+
+def name_of(value: Any) -> str:
+    """The word that stands for a member of one of transformers' enumerations."""
+    return str(value.value if isinstance(value, Enum) else value)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from zofo.config import ZOFOConfig
 from zofo.console import Say
 from zofo.errors import ZofoError, first_line
-from zofo.methods.settings import name_of
+from zofo.keys import name_of
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import DType, load_model, load_weights, require_movable
 from zofo.models.peft import UPPER

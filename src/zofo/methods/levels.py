@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import Trainer
 
 from zofo.errors import NonFiniteLossError, ZofoError, first_line
-from zofo.keys import AUTO, Keys
-from zofo.methods.settings import name_of, settings_of_optimizer
+from zofo.keys import AUTO, Keys, name_of
 from zofo.methods.signal import Points, Rows, Signal
 from zofo.models.adapters import AdaptedModel
 from zofo.models.selection import magnitude_limits
@@ -254,6 +254,12 @@ def require_optimizer(keys: Keys) -> None:
         first_order_optimizer([torch.zeros(1, requires_grad=True)], keys.learning_rate, keys)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ZofoError(f"optim {name} cannot be used ({first_line(error)}): take adamw_torch, say") from error
+
+
+def settings_of_optimizer(keys: Keys) -> tuple[Any, dict[str, Any]]:
+    """The class of the first-order optimizer, and what it is made with."""
+    made: Any = Trainer.get_optimizer_cls_and_kwargs(keys)
+    return made
 
 
 def first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, keys: Keys) -> Optimizer:

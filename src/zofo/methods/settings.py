@@ -3,15 +3,15 @@
 import copy
 import math
 from collections.abc import Collection
-from enum import Enum
 from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 
 from zofo.errors import ZofoError, first_line
-from zofo.keys import FULL_KEYS, Keys
+from zofo.keys import FULL_KEYS, Keys, name_of
+from zofo.methods.levels import settings_of_optimizer
 from zofo.methods.method import Method
 
 _WITHOUT_KWARGS = ("constant", "constant_with_warmup")
@@ -131,17 +131,6 @@ def require_optim_args(keys: Keys) -> None:
             f"optim_args {idle[0]} changes nothing of {name_of(keys.optim)}: leave it out; Adam has adam_beta1, "
             "adam_beta2 and adam_epsilon"
         )
-
-
-def name_of(value: Any) -> str:
-    """The word that stands for a member of one of transformers' enumerations."""
-    return str(value.value if isinstance(value, Enum) else value)
-
-
-def settings_of_optimizer(keys: Keys) -> tuple[Any, dict[str, Any]]:
-    """The class of the first-order optimizer, and what it is made with."""
-    made: Any = Trainer.get_optimizer_cls_and_kwargs(keys)
-    return made
 
 
 def _without(keys: Keys, items: list[str], item: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What `diagnose` can record of a run, and what that costs."""
 
 from zofo.config import ZOFOConfig
+from zofo.keys import name_of
 from zofo.methods.method import Method
-from zofo.methods.settings import name_of
 from zofo.models.peft import LOWER
 from zofo.training.diagnosis import measured
 

@@ -16,7 +16,7 @@ from zofo import noise
 from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.habits import refuse_arguments
-from zofo.methods.settings import settings_of_optimizer
+from zofo.methods.levels import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model, require_fitting_tokenizer
 from zofo.models.peft import UPPER, adapter_config, described, taken_off

@@ -17,9 +17,9 @@ from transformers.trainer_utils import TrainOutput
 
 from zofo.config import ZOFOConfig
 from zofo.errors import NonFiniteLossError, ZofoError
+from zofo.keys import name_of
 from zofo.methods.levels import require_optimizer
 from zofo.methods.method import Bundle
-from zofo.methods.settings import name_of
 from zofo.models.peft import UPPER
 from zofo.scoring.batch import collate, padding_id, width
 from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
