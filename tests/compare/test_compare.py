@@ -304,6 +304,20 @@ def test_macro_f1_is_compared_by_values_of_rows_whose_mean_it_is(tmp_path, made,
     assert found["methods"][1]["difference"]["difference"] == pytest.approx(difference)
 
 
+def test_a_diagnosis_is_in_the_report_as_the_mean_over_seeds(tmp_path, made, here):
+    mezo = {"method": "zo", "adapter": "none", "zo_learning_rate": 1e-3, "diagnose": True, "logging_steps": 1}
+    file = plan_of(tmp_path, made, runs={"lora": {"method": "fo"}, "mezo": mezo})
+    lora, found = compared(file)["tasks"][0]["methods"]
+    assert lora["diagnosis"] is None
+    cells = [cell for cell in planned(file).cells() if cell.run == "mezo"]
+    entries = [json.loads((cell.folder / "results.json").read_text())["diagnosis"] for cell in cells]
+    mean = np.mean([entry["signal_to_noise"]["mean"] for entry in entries])
+    assert found["diagnosis"]["signal_to_noise"] == pytest.approx(mean)
+    assert found["diagnosis"]["expected_cosine"] == pytest.approx(entries[0]["cosine"]["expected"])
+    assert found["diagnosis"]["penalty_gap"] is found["diagnosis"]["adapter_gain"] is None
+    assert "Diagnosis" in (tmp_path / "out" / "report.html").read_text()
+
+
 SHARING = """
 import json, os, subprocess, sys, time
 from pathlib import Path

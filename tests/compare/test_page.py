@@ -29,6 +29,14 @@ def method(name, difference=None, **changes):
         ],
         "templates": [0.8431, 0.7211],
         "forgetting": {"task": "sst2", "before": 0.9123, "after": 0.8876, "changes": [-0.0312, -0.0182]},
+        "diagnosis": {
+            "signal_to_noise": 1.234,
+            "cosine": 0.00051,
+            "expected_cosine": 0.00032,
+            "penalty_gap": None,
+            "backbone_gain": 0.0123,
+            "adapter_gain": 0.2345,
+        },
         "search": [
             {"settings": {"learning_rate": 3e-4}, "score": 0.7777, "loss": 0.4567, "chosen": True},
             {"settings": {"zo_eps": 1e-3}, "score": 0.6666, "loss": 0.5678, "chosen": False},
@@ -138,6 +146,7 @@ def test_the_numbers_are_those_of_the_report(report):
     assert ["mezo baseline", "84.3 81.1 to 87.5", *"––––", "1,234", "56,789", "1 min 35 s", "1.5 GiB"] in rows
     assert ["lora", "sst2", "91.2", "88.8", "-2.5 -3.1 to -1.8"] in rows  # forgetting
     assert ["lora", "84.3", "72.1", "12.2"] in rows  # templates
+    assert ["lora", "1.2", "0.00051", "0.00032", "–", "+1.2", "+23.4"] in rows  # diagnosis
     assert ["lora", "83.2", "85.5"] in rows  # seeds
     assert ["chosen", "0.0003", "–", "77.8", "0.457"] in rows
     assert ["2", "–", "0.001", "66.7", "0.568"] in rows

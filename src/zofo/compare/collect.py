@@ -204,6 +204,7 @@ class _Task:
             "curve": found[0].curve(metric),
             "templates": self._templates(found),
             "forgetting": self._forgetting(found),
+            "diagnosis": self._diagnosis(found),
             "search": self._search(run),
             "commands": [" ".join(command(one.cell)) for one in found],
         }
@@ -228,6 +229,18 @@ class _Task:
             "after": float(np.mean(after)),
             "changes": [one - before for one in after],
         }
+
+    def _diagnosis(self, found: Sequence[_Run]) -> dict[str, float | None] | None:
+        """Of runs with `diagnose`, averaged over seeds: what their estimates were worth, and whose the gain is."""
+        entries = [one.results["diagnosis"] for one in found if "diagnosis" in one.results]
+        places = {
+            "signal_to_noise": ("signal_to_noise", "mean"),
+            "cosine": ("cosine", "mean"),
+            "expected_cosine": ("cosine", "expected"),
+            "penalty_gap": ("penalty_gap", "last"),
+        }
+        places |= {f"{part}_gain": ("gain", found[0].metric, part) for part in ("backbone", "adapter")}
+        return {name: _mean_at(entries, path) for name, path in places.items()} if entries else None
 
     def _search(self, run: str) -> list[dict[str, Any]]:
         chosen = self._plan.chosen(run, self._division)
@@ -287,3 +300,11 @@ def _scored(file: Path) -> dict[str, Any]:
 def _first(scores: Mapping[str, float]) -> float:
     """The metric that decides."""
     return next(iter(scores.values()))
+
+
+def _mean_at(entries: Sequence[dict[str, Any]], path: Sequence[str]) -> float | None:
+    """The mean of what stands at a path of keys; None if it stands nowhere."""
+    found: list[Any] = list(entries)
+    for key in path:
+        found = [entry[key] for entry in found if key in entry]
+    return float(np.mean(found)) if found else None
