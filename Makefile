@@ -6,7 +6,7 @@ INTERPRETER := .venv/interpreter
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-full bench clean
+.PHONY: install demo compare-demo test test-full bench clean
 
 install: $(READY)
 
@@ -22,8 +22,8 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --target $(INTERPRETER) "triton==3.8.0" || echo "no Triton here: its test is skipped"
 	touch $(READY)
 
-demo: install
-	$(BIN)/python benchmarks/demo.py
+demo compare-demo: install
+	$(BIN)/zofo compare --config comparisons/demo.yaml
 
 test: install
 	$(BIN)/ruff check .
