@@ -24,6 +24,7 @@ from zofo.methods.settings import (
     require_evaluations,
     require_few_batches,
     require_lora,
+    require_low_rank,
     require_optim_args,
     require_schedule,
     require_single_process,
@@ -209,6 +210,7 @@ class ZOFOConfig(Keys):
                 "method zo (MeZO) to update the backbone alone"
             )
         require_lora(self)
+        require_low_rank(self)
         require_whole_model(self, self.method_class, self._given)
         require_evaluations(self)
 

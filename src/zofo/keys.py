@@ -19,11 +19,11 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from zofo.errors import ZofoError
 from zofo.habits import INSTEAD
 from zofo.models.load import DType
-from zofo.noise import Distribution
 from zofo.scoring.tokens import LossKind
 from zofo.spelling import refuse_unknown
 from zofo.zo.bilevel import Schedule
 from zofo.zo.estimators import EstimatorName
+from zofo.zo.low_rank import DirectionName
 from zofo.zo.rules import RuleName
 
 AUTO = "auto"
@@ -97,7 +97,7 @@ FIRST_ORDER_KEYS = frozenset((
 ))  # fmt: skip
 ZEROTH_ORDER_KEYS = frozenset((
     "zo_learning_rate", "zo_eps", "num_perturbations", "zo_estimator", "zo_optimizer", "zo_weight_decay",
-    "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity", "zo_distribution",
+    "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity", "zo_distribution", "zo_rank",
 ))  # fmt: skip
 COUPLING_KEYS = frozenset((
     "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_fraction",
@@ -224,7 +224,8 @@ class Keys(TrainingArguments):
     zo_sparsity: Annotated[float, Bounds(at_least=0, below=1)] = field(
         0.0, "fraction of each matrix that stays fixed: its largest weights (Sparse MeZO)"
     )
-    zo_distribution: Distribution = field("normal", f"of the directions: {', '.join(get_args(Distribution))}")
+    zo_distribution: DirectionName = field("normal", f"of the directions: {', '.join(get_args(DirectionName))}")
+    zo_rank: Annotated[int, POSITIVE] = field(1, "r, of the directions of matrices, with zo_distribution low_rank")
     penalty: Rate = field(1.0, "λ, how strongly the upper level is held to the lower level's optimum")
     penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
     normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")

@@ -22,6 +22,7 @@ from zofo.scoring.scorer import Scorer, count
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
 from zofo.zo.estimators import Estimate, Evaluate, Probes, curvature
+from zofo.zo.low_rank import require_rank
 from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
 from zofo.zo.rules import CURVATURE_EVERY, RULES, Automatic
@@ -133,13 +134,14 @@ class ZerothOrderLevel:
         rule, rate = RULES[keys.zo_optimizer](), keys.zo_learning_rate
         if not isinstance(rate, float):
             rule, rate = Automatic(rule, keys.zo_eps), 1.0
-        asked = Probes(keys.zo_estimator, keys.zo_eps, keys.num_perturbations, keys.zo_distribution)
-        self.probes = rule.probes(asked)
+        self.probes = rule.probes(asked_probes(keys))
+        require_rank(self._parameters, self.probes.rank)
         self.optimizer = ZerothOrderOptimizer(
             self._parameters,
             rule,
             rate,
             distribution=self.probes.distribution,
+            rank=self.probes.rank,
             limits=magnitude_limits(self._parameters, keys.zo_sparsity),
             weight_decay=keys.zo_weight_decay,
         )
@@ -158,6 +160,7 @@ class ZerothOrderLevel:
             step,
             query,
             distribution=self.probes.distribution,
+            rank=self.probes.rank,
             limits=self.optimizer.limits,
             scratch=self._scratch,
             require_all=self._first,
@@ -177,7 +180,7 @@ class ZerothOrderLevel:
             bend = curvature(remembered, self.probes.eps, self.probes.distribution)
         update = self.optimizer.propose(Estimate(self._seed, step, projected, bend), remembered)
         if self._first:
-            for warning in precision.warnings(self._parameters, self.probes.eps, update.size):
+            for warning in precision.warnings(self._parameters, self.probes.eps, update.size, self.probes.rank):
                 logger.warning(warning)
         self._first = False
         return projected
@@ -243,9 +246,15 @@ def first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, ke
     return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})
 
 
+def asked_probes(keys: Keys) -> Probes:
+    """What the keys ask of a zeroth-order step."""
+    asked = keys.zo_estimator, keys.zo_eps, keys.num_perturbations
+    if keys.zo_distribution == "low_rank":
+        return Probes(*asked, rank=keys.zo_rank)
+    return Probes(*asked, keys.zo_distribution)
+
+
 def evaluations(keys: Keys) -> float:
     """Losses that a zeroth-order step measures, on average; an automatic learning rate measures curvatures as well."""
-    probes = RULES[keys.zo_optimizer]().probes(
-        Probes(keys.zo_estimator, keys.zo_eps, keys.num_perturbations, keys.zo_distribution)
-    )
+    probes = RULES[keys.zo_optimizer]().probes(asked_probes(keys))
     return probes.evaluations + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)

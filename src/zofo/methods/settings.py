@@ -62,6 +62,20 @@ def require_lora(keys: Keys) -> None:
         )
 
 
+def require_low_rank(keys: Keys) -> None:
+    """Refuses keys of low-rank directions without these, and `zo_sparsity` with them."""
+    if keys.zo_distribution != "low_rank" and keys.zo_rank != 1:
+        raise ZofoError(
+            f"zo_rank is {keys.zo_rank}, but zo_distribution is {keys.zo_distribution}: set zo_distribution: low_rank, "
+            "or leave it out"
+        )
+    if keys.zo_distribution == "low_rank" and keys.zo_sparsity:
+        raise ZofoError(
+            f"zo_sparsity is {keys.zo_sparsity}, but a direction of zo_distribution low_rank moves all of a matrix: "
+            "leave one of them out"
+        )
+
+
 def require_whole_model(keys: Keys, method: type[Method], given: Collection[str]) -> None:
     """Refuses `optimizer_in_backward` where a step needs all gradients at once, or is another one.
 

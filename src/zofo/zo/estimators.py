@@ -26,6 +26,7 @@ class Probes:
     eps: float = 1e-3
     queries: int = 1
     distribution: Distribution = "normal"
+    rank: int = 0  # of the directions of matrices; 0: full
 
     @property
     def evaluations(self) -> int:

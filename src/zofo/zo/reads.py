@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from zofo import noise
 from zofo.errors import ZofoError
-from zofo.noise import Distribution, Sum, Term
+from zofo.noise import Distribution, Sum, Term, representable
+from zofo.zo import low_rank
 from zofo.zo.buffers import Ahead, Buffer, Scratch, storage_of
+from zofo.zo.low_rank import Factors, Matrix
 
 PART = 1 << 20  # elements of a large matrix that are perturbed, and then multiplied with, at a time
 
@@ -57,13 +59,22 @@ class Block:
         scale: float,
         distribution: Distribution,
         limits: Mapping[str, float],
+        rank: int = 0,
     ) -> None:
         self.tensors = {id(p): p for p in parameters.values()}  # also keeps the ids alive
         self.names = {id(p): name for name, p in parameters.items()}
         self.terms = {id(p): Term(noise.stream_key(*direction, name), scale) for name, p in parameters.items()}
         self.limits = {id(p): limits[name] for name, p in parameters.items() if name in limits}
         self.distribution: Distribution = distribution
+        self.rank = rank
         self.seen = set[int]()
+        self._point = direction, representable(scale, distribution)
+
+    def factors(self, matrix: Tensor) -> Factors:
+        """What it adds to one of its matrices, where directions have a low rank."""
+        (seed, step, query), scale = self._point
+        named = Matrix(matrix, self.names[id(matrix)], self.rank, self.distribution)
+        return named.factors(seed, {(step, query): scale})
 
 
 class Noticed(TorchFunctionMode):
@@ -124,8 +135,9 @@ class Reader:
 
     @contextmanager
     def joined_by(self, block: Block) -> Generator[None]:
-        if any((other.distribution, other.limits) != (block.distribution, block.limits) for other in self._blocks):
-            raise ZofoError("nested perturbed blocks must share one distribution and the same limits")
+        kinds = [(other.distribution, other.limits, other.rank) for other in (*self._blocks, block)]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ZofoError("nested perturbed blocks must share one distribution and rank, and the same limits")
         outer = self._targets
         classes = {key: _plain(type(p)) for key, p in block.tensors.items() if key not in outer}
         self._ahead.end()
@@ -152,6 +164,8 @@ class Reader:
         if func in _METADATA:
             return func(*args, **kwargs)
         if func in _FRESH and not kwargs and (result := self._ready(func, args)) is not None:
+            return result
+        if self._blocks[0].rank and (result := self._by_factors(func, args, kwargs)) is not None:
             return result
         if func is functional.embedding and (result := self._looked_up(*args, **kwargs)) is not None:
             return result
@@ -217,6 +231,9 @@ class Reader:
         """W + scale·z of each parameter to the copy beside it."""
         sums: list[Sum] = []
         for parameter, copy in copies:
+            if self._is_factored(parameter):
+                low_rank.write(parameter.detach(), copy, self._factors(parameter))
+                continue
             terms, limit = self._added(parameter)
             sums.append(Sum(parameter, copy, terms, limit=limit))
         noise.write_sums(sums, self._blocks[0].distribution)
@@ -230,11 +247,28 @@ class Reader:
         blocks = [block for block in self._blocks if id(parameter) in block.terms]
         return [block.terms[id(parameter)] for block in blocks], blocks[0].limits.get(id(parameter), math.inf)
 
+    def _is_factored(self, tensor: Tensor) -> bool:
+        """Whether what is added to a tensor is a product of factors."""
+        return self._blocks[0].rank > 0 and id(tensor) in self._targets and low_rank.is_matrix(tensor)
+
+    def _factors(self, matrix: Tensor) -> Factors:
+        return low_rank.joined([block.factors(matrix) for block in self._blocks if id(matrix) in block.terms])
+
+    def _by_factors(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The product with a matrix, or its rows, without a copy of it; None where a copy must be made."""
+        read = low_rank.read_of(func, args, kwargs)
+        if read is None or not self._is_factored(read.weight) or id(read.x) in self._targets:
+            return None
+        self._see(read.weight)
+        moves = id(read.bias) in self._targets
+        result = read.plus(read.plain(None if moves else read.bias), self._factors(read.weight))
+        return self.call(Tensor.add_, (result, read.bias), {}) if moves else result
+
     def _looked_up(self, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor | None:
         """The rows of an embedding that are asked for, or None where all of it must be perturbed."""
         normed = options.get("max_norm") is not None or any(rest[1:2])
         integer = input.dtype in (torch.int32, torch.int64)
-        if id(weight) not in self._targets or normed or not integer or not weight.is_cpu:
+        if id(weight) not in self._targets or normed or not integer or not weight.is_cpu or self._is_factored(weight):
             return None
         ids = input.reshape(-1).long().contiguous()
         if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= len(weight):
@@ -250,7 +284,7 @@ class Reader:
         """The product with a large matrix, by parts of its rows, each multiplied in the caches; None if it is small."""
         if id(weight) not in self._targets or weight.numel() <= PART or not weight.is_cpu or torch.is_grad_enabled():
             return None
-        if id(input) in self._targets or weight.ndim != 2 or not weight.is_contiguous():
+        if id(input) in self._targets or weight.ndim != 2 or not weight.is_contiguous() or self._is_factored(weight):
             return None
         if input.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
             return None  # torch says what is wrong with them
@@ -279,8 +313,8 @@ class Reader:
             index = int(index)
         if id(tensor) not in self._targets or type(index) is not int or tensor.ndim < 2 or not tensor.is_contiguous():
             return None
-        if not -len(tensor) <= index < len(tensor):
-            return None  # torch says what is wrong with it
+        if not -len(tensor) <= index < len(tensor) or self._is_factored(tensor):
+            return None  # torch says what is wrong with an index outside
         index %= len(tensor)
         item = tensor.detach()[index]
         self._see(tensor)
