@@ -15,16 +15,18 @@ from transformers import Trainer
 
 from zofo.errors import NonFiniteLossError, ZofoError, first_line
 from zofo.keys import AUTO, Keys
+from zofo.methods.populations import Asked, member_losses, require_groups
 from zofo.models.adapters import AdaptedModel
 from zofo.models.selection import magnitude_limits
 from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, count
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
-from zofo.zo.estimators import Estimate, Evaluate, Probes, curvature
+from zofo.zo.estimators import Estimate, Measure, Point, Probes, curvature
 from zofo.zo.low_rank import require_rank
 from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
+from zofo.zo.population import Rows, population
 from zofo.zo.rules import CURVATURE_EVERY, RULES, Automatic
 
 logger = logging.getLogger(__name__)
@@ -129,6 +131,7 @@ class ZerothOrderLevel:
         self._model = adapted.model
         self._parameters = dict(parameters)
         self._seed = keys.seed
+        self._most = keys.zo_members_per_forward
         self._scratch = Scratch()
         self._first = True
         rule, rate = RULES[keys.zo_optimizer](), keys.zo_learning_rate
@@ -166,13 +169,45 @@ class ZerothOrderLevel:
             require_all=self._first,
         )
 
-    def propose(self, step: int, evaluate: Evaluate) -> tuple[float, ...]:
+    def losses(self, scorer: Scorer, step: int, points: Sequence[Point], asked: Asked) -> list[list[float]]:
+        """The mean losses of `asked` at each point: with low rank on the rows of its direction, many in one forward."""
+        if self.probes.rank:
+            parts = self.probes.queries if self.probes.own else 1
+            return member_losses(self, scorer, step, points, asked, parts, self._most)
+        found: list[list[float]] = []
+        for scale, query in points:
+            with self.perturbed(step, scale, query):
+                found.append(mean_losses(scorer, asked))
+        return found
+
+    def require_groups(self, scorer: Scorer, adapters: Sequence[str], batch: Batch) -> None:
+        """Refuses a model of which several points cannot share a forward, where they are to."""
+        if self.probes.rank and self._most != 1:
+            require_groups(self, scorer, adapters, batch, self.probes.eps)
+
+    def together(self, step: int, rows: Sequence[Rows]) -> AbstractContextManager[None]:
+        """The model with each of its rows at its own point. In the first step, every parameter must be read."""
+        return population(
+            self._model,
+            self._parameters,
+            self._seed,
+            rows,
+            step,
+            distribution=self.probes.distribution,
+            rank=self.probes.rank,
+            require_all=self._first,
+        )
+
+    def propose(self, step: int, measure: Measure) -> tuple[float, ...]:
         """Measures a loss at the points of a step, and has the rule propose an update; the projected gradients."""
-        known: dict[tuple[float, int], float] = {}
+        known: dict[Point, float] = {}
+        if self.probes.rank:  # many points at once; else each loss is measured when it is asked for
+            points = self.probes.points
+            known.update(zip(points, measure(points), strict=True))
 
         def remembered(scale: float, query: int) -> float:
             if (scale, query) not in known:
-                known[scale, query] = evaluate(scale, query)
+                (known[scale, query],) = measure([(scale, query)])
             return known[scale, query]
 
         projected, bend = self.probes.project(remembered), None
@@ -196,7 +231,7 @@ def root_mean_square(projected: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def mean_losses(scorer: Scorer, asked: Mapping[str, tuple[str, Sequence[Batch]]]) -> list[float]:
+def mean_losses(scorer: Scorer, asked: Asked) -> list[float]:
     """The mean loss over the batches of each entry in eval mode, summed in double precision.
 
     The n-th batches of all entries go through the model together, in one forward; in one for each adapter, where rows
@@ -250,11 +285,14 @@ def asked_probes(keys: Keys) -> Probes:
     """What the keys ask of a zeroth-order step."""
     asked = keys.zo_estimator, keys.zo_eps, keys.num_perturbations
     if keys.zo_distribution == "low_rank":
-        return Probes(*asked, rank=keys.zo_rank)
+        return Probes(*asked, rank=keys.zo_rank, own=keys.zo_rows == "own")
     return Probes(*asked, keys.zo_distribution)
 
 
 def evaluations(keys: Keys) -> float:
-    """Losses that a zeroth-order step measures, on average; an automatic learning rate measures curvatures as well."""
+    """Losses over a whole batch that a zeroth-order step measures, on average; an automatic rate measures curvatures.
+
+    Where directions have rows of their own, all of them together measure two such losses.
+    """
     probes = RULES[keys.zo_optimizer]().probes(asked_probes(keys))
-    return probes.evaluations + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)
+    return (2 if probes.own else probes.evaluations) + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)

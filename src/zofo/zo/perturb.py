@@ -1,7 +1,7 @@
 """Evaluate a model at θ + scale·z without ever writing θ: after an exception or Ctrl-C there is nothing to restore."""
 
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from zofo.errors import ZofoError
 from zofo.noise import Distribution, sample, stream_key
 from zofo.zo.buffers import Scratch
 from zofo.zo.low_rank import Matrix, is_matrix, require_rank
-from zofo.zo.reads import Block, Noticed, reader
+from zofo.zo.reads import Block, reader
+from zofo.zo.watch import Noticed
 
 
 @contextmanager
@@ -62,23 +63,32 @@ def perturbed(
         True
     """
     if require_all:
-        members = {id(p) for p in model.parameters()}
-        foreign = [name for name, p in parameters.items() if id(p) not in members]
-        if foreign:
-            raise ZofoError(
-                f"{foreign[0]} is not a parameter of this {type(model).__name__}: pass the tensors themselves, as from "
-                "dict(model.named_parameters()) or trainer.adapted.backbone, not copies of them"
-            )
+        require_members(model, parameters)
     require_rank(parameters, rank)
     if rank and limits:
         raise ZofoError("a direction of low rank moves all of a matrix: leave out the limits, or the rank")
     block = Block(parameters, (seed, step, query), scale, distribution, limits or {}, rank)
-    noticed = Noticed(block)
+    noticed = Noticed(block, block.names)
     with reader(scratch) as reads, reads.joined_by(block), noticed if require_all else nullcontext():
         yield
-    if not noticed.anything:
-        return
-    seen = {_of_any_expert(name) for key, name in block.names.items() if key in block.seen}
+    if noticed.anything:
+        require_read(parameters, [name for key, name in block.names.items() if key in block.seen])
+
+
+def require_members(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Refuses parameters that are not the model's."""
+    members = {id(p) for p in model.parameters()}
+    foreign = [name for name, p in parameters.items() if id(p) not in members]
+    if foreign:
+        raise ZofoError(
+            f"{foreign[0]} is not a parameter of this {type(model).__name__}: pass the tensors themselves, as from "
+            "dict(model.named_parameters()) or trainer.adapted.backbone, not copies of them"
+        )
+
+
+def require_read(parameters: Iterable[str], read: Iterable[str]) -> None:
+    """Refuses parameters that were not read; of the experts of a mixture it is enough that one was."""
+    parameters, seen = list(parameters), set(map(_of_any_expert, read))
     missed = [name for name in parameters if _of_any_expert(name) not in seen]
     if missed:
         raise ZofoError(
