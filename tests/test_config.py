@@ -13,6 +13,7 @@ from zofo.errors import ZofoError
 from zofo.noise import Distribution
 from zofo.noise.eager import SHAPES
 from zofo.zo.estimators import ESTIMATORS, EstimatorName
+from zofo.zo.low_rank import DirectionName
 from zofo.zo.rules import RULES, RuleName
 
 # Keys that count for every method; each other one is in a group of `keys.py`, of which a method's class takes some.
@@ -34,7 +35,15 @@ def test_every_key_counts_for_every_method_or_is_in_one_group():
     assert {key for key, times in found.items() if times > 1} == set()
 
 
-@pytest.mark.parametrize(("choices", "table"), [(RuleName, RULES), (Distribution, SHAPES), (EstimatorName, ESTIMATORS)])
+@pytest.mark.parametrize(
+    ("choices", "table"),
+    [
+        (RuleName, RULES),
+        (Distribution, SHAPES),
+        (DirectionName, (*SHAPES, "low_rank")),
+        (EstimatorName, ESTIMATORS),
+    ],
+)
 def test_the_choices_of_a_key_are_the_rows_of_its_table(choices, table):
     assert get_args(choices) == tuple(table)
 

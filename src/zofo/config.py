@@ -190,6 +190,7 @@ class ZOFOConfig(Keys):
                 "method zo (MeZO) to update the backbone alone"
             )
         settings.require_lora(self)
+        settings.require_low_rank(self)
         settings.require_whole_model(self, self.method_class, self._given)
         settings.require_evaluations(self)
 

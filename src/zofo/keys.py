@@ -20,15 +20,16 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from zofo.errors import ZofoError
 from zofo.habits import INSTEAD
 from zofo.models.load import DType
-from zofo.noise import Distribution
 from zofo.scoring.tokens import LossKind
 from zofo.spelling import refuse_unknown
 from zofo.zo.bilevel import Schedule
 from zofo.zo.estimators import EstimatorName
+from zofo.zo.low_rank import DirectionName
 from zofo.zo.rules import RuleName
 
 AUTO = "auto"
 SHARED = "shared"
+RowsName = Literal["own", "shared"]
 Order = Literal["adapter_first", "backbone_first"]
 _T = TypeVar("_T")
 _MOST = 1 << 31  # what counters of the libraries hold, and more than any run uses
@@ -98,7 +99,8 @@ FIRST_ORDER_KEYS = frozenset((
 ))  # fmt: skip
 ZEROTH_ORDER_KEYS = frozenset((
     "zo_learning_rate", "zo_eps", "num_perturbations", "zo_estimator", "zo_optimizer", "zo_weight_decay",
-    "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity", "zo_distribution",
+    "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity", "zo_distribution", "zo_rank",
+    "zo_rows", "zo_members_per_forward",
 ))  # fmt: skip
 COUPLING_KEYS = frozenset((
     "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_fraction",
@@ -228,7 +230,14 @@ class Keys(TrainingArguments):
     zo_sparsity: Annotated[float, Bounds(at_least=0, below=1)] = field(
         0.0, "fraction of each matrix that stays fixed: its largest weights (Sparse MeZO)"
     )
-    zo_distribution: Distribution = field("normal", f"of the directions: {', '.join(get_args(Distribution))}")
+    zo_distribution: DirectionName = field("normal", f"of the directions: {', '.join(get_args(DirectionName))}")
+    zo_rank: Annotated[int, POSITIVE] = field(1, "r, of the directions of matrices, with zo_distribution low_rank")
+    zo_rows: RowsName = field(
+        "own", "with zo_distribution low_rank: own: the directions divide the rows of a batch; shared: each sees all"
+    )
+    zo_members_per_forward: Count | None = field(
+        None, "with zo_distribution low_rank: evaluations (direction and sign) that share a forward; all if not given"
+    )
     penalty: Rate = field(1.0, "λ, how strongly the upper level is held to the lower level's optimum")
     penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
     normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")

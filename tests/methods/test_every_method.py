@@ -177,6 +177,7 @@ WITHOUT_OTHER = {
     "num_train_epochs", "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "optim_args",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",
+    "zo_rank", "zo_rows", "zo_members_per_forward",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
 from zofo.models.peft import UPPER, adapter_config
 from zofo.scoring import evaluation
-from zofo.scoring.batch import Layout, collate
+from zofo.scoring.batch import Layout, collate, share
 from zofo.scoring.evaluation import Evaluator
 from zofo.scoring.scorer import Scorer, Tokens, count
 from zofo.scoring.tokens import Example, tokenize
@@ -324,6 +324,25 @@ def test_losses_of_batches_in_one_forward_are_those_of_one_forward_each(kind, op
     made.model.eval()
     torch.testing.assert_close(torch.stack(scorer.losses(batches, [UPPER] * 3)), torch.stack(alone), **CLOSE)
     assert scorer.tokens.forward_tokens == counted
+
+
+@pytest.mark.parametrize("layout", [Layout("left"), Layout("right"), Layout("left", 100)])
+@pytest.mark.parametrize(("first", "second", "loss"), [(SINGLE, SINGLE, "options"), (SINGLE, MULTI, "options"),
+                                                       (MULTI, MULTI, "options"), (MULTI, MULTI, "lm")])  # fmt: skip
+def test_the_parts_of_a_batch_have_the_losses_of_their_examples(first, second, loss, layout):
+    made, rows = adapted(), ragged(first, second)
+    scorer = Scorer(made, Tokens(), layout)
+    batch = collate(rows, loss, PAD, layout)
+    assert share(batch, 0, 1) is batch
+    for parts in (2, 3, 4):
+        low = 0
+        for number in range(parts):
+            part, high = share(batch, number, parts), len(rows) * (number + 1) // parts
+            alone = collate(rows[low:high], loss, PAD, layout)
+            assert count(part) == count(alone)
+            torch.testing.assert_close(scorer.loss(part), scorer.loss(alone), **CLOSE)
+            low = high
+        assert low == len(rows)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -219,7 +219,7 @@ def test_ctrl_c_while_blocks_are_entered_leaves_a_model_that_works():
     model, x = nn.Linear(4, 4), torch.ones(4)
     theta, base, before = theta_of(model), model(x), sys.gettrace()
     expected = [moved_copy(model, (1, EPS))(x), moved_copy(moved_copy(model, (1, EPS)), (2, EPS))(x)]
-    files = tuple(os.path.join("zo", name) for name in ("reads.py", "perturb.py"))
+    files = tuple(os.path.join("zo", name) for name in ("reads.py", "watch.py", "perturb.py"))
     number, entered = 0, False
     while not entered:
         number += 1

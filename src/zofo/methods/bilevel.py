@@ -12,7 +12,6 @@ from zofo.methods.levels import (
     ZerothOrderLevel,
     contributions,
     evaluations,
-    mean_losses,
     random_state,
     root_mean_square,
 )
@@ -20,7 +19,7 @@ from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batche
 from zofo.models.peft import LOWER, UPPER
 from zofo.scoring.batch import Batch
 from zofo.zo.bilevel import Losses, Penalty, bilevel_step, scheduled_penalty
-from zofo.zo.estimators import Evaluate
+from zofo.zo.estimators import Measure, Point
 from zofo.zo.optimizers import JointOptimizer
 
 
@@ -108,6 +107,10 @@ class Bilevel(Method):
             logs["penalty_gap"] = iteration.gap
         return logs
 
+    def require_forwards(self, batch: Batch) -> None:
+        if self.keys.zo_learning_rate != 0:
+            self.theta.require_groups(self.scorer, self.adapters, batch)
+
     def skip(self) -> None:
         super().skip()
         if self._before is not None:
@@ -163,23 +166,31 @@ class _Iteration:
             self._rows_at_theta.append(contributions(shares, batches))
         return loss
 
-    def evaluate(self, scale: float, query: int) -> Losses:
-        known = self._at_theta if scale == 0 else None
+    def evaluate(self, points: Sequence[Point]) -> list[Losses]:
+        """At θ, where its losses over all rows are known, only G(θ, s) is measured."""
+        known = None if self._method.theta.probes.own else self._at_theta
+        losses = {
+            at_theta: self._losses([p for p in points if (p[0] == 0) == at_theta], known if at_theta else None)
+            for at_theta in (True, False)
+        }
+        found = [losses[scale == 0].pop(0) for scale, _ in points]
+        self.gap = sum(each.upper_penalty - each.lower_penalty for each in found) / len(found)
+        return found
+
+    def _losses(self, points: Sequence[Point], known: Losses | None) -> list[Losses]:
         asked = {} if known else {"F(θ, p)": (UPPER, self._upper), "G(θ, p)": (UPPER, self._penalty_batches)}
         asked["G(θ, s)"] = (LOWER, self._penalty_batches)
         named = {f"step {self._number}: {label} near θ": pair for label, pair in asked.items() if pair[1]}
-        rows = [*(self._rows_at_theta if known else ())] if self._method.keys.diagnose else None
-        with self._method.theta.perturbed(self._number, scale, query):
-            found = mean_losses(self._method.scorer, named, rows)
-        if rows:
-            self._method.theta.note(scale, query, by_stream(self._parts, rows))
-        losses = Losses(known.upper, known.upper_penalty, *found) if known else Losses(*found)
-        self.gap = losses.upper_penalty - losses.lower_penalty
-        return losses
+        if not points:
+            return []
+        before = self._rows_at_theta if known else []
+        level, scorer = self._method.theta, self._method.scorer
+        each = level.losses(scorer, self._number, points, named, lambda rows: by_stream(self._parts, [*before, *rows]))
+        return [Losses(known.upper, known.upper_penalty, *found) if known else Losses(*found) for found in each]
 
-    def propose(self, evaluate: Evaluate) -> tuple[float, ...]:
+    def propose(self, measure: Measure) -> tuple[float, ...]:
         if self._method.keys.zo_learning_rate == 0:
             return ()  # θ is frozen: no loss near it is worth a forward pass
-        projected = self._method.theta.propose(self._number, evaluate)
+        projected = self._method.theta.propose(self._number, measure)
         self._method.theta.release()
         return projected

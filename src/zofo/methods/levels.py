@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -14,16 +14,20 @@ from transformers import Trainer
 
 from zofo.errors import NonFiniteLossError, ZofoError, first_line
 from zofo.keys import AUTO, Keys, name_of
-from zofo.methods.signal import Points, Rows, Signal
+from zofo.methods.populations import Asked, member_losses, require_groups
+from zofo.methods.signal import Points, Signal
+from zofo.methods.signal import Rows as RowValues
 from zofo.models.adapters import AdaptedModel
 from zofo.models.selection import magnitude_limits
 from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, count
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
-from zofo.zo.estimators import Estimate, Evaluate, Probes, curvature
+from zofo.zo.estimators import Estimate, Measure, Point, Probes, curvature
+from zofo.zo.low_rank import require_rank
 from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
+from zofo.zo.population import Rows, population
 from zofo.zo.rules import CURVATURE_EVERY, RULES, Automatic
 
 logger = logging.getLogger(__name__)
@@ -130,18 +134,20 @@ class ZerothOrderLevel:
         self.seed = keys.seed
         self.signal = Signal() if keys.diagnose else None
         self._points = Points()
+        self._most = keys.zo_members_per_forward
         self._scratch = Scratch()
         self._first = True
         rule, rate = RULES[keys.zo_optimizer](), keys.zo_learning_rate
         if not isinstance(rate, float):
             rule, rate = Automatic(rule, keys.zo_eps), 1.0
-        asked = Probes(keys.zo_estimator, keys.zo_eps, keys.num_perturbations, keys.zo_distribution)
-        self.probes = rule.probes(asked)
+        self.probes = rule.probes(asked_probes(keys))
+        require_rank(self.parameters, self.probes.rank)
         self.optimizer = ZerothOrderOptimizer(
             self.parameters,
             rule,
             rate,
             distribution=self.probes.distribution,
+            rank=self.probes.rank,
             limits=magnitude_limits(self.parameters, keys.zo_sparsity),
             weight_decay=keys.zo_weight_decay,
         )
@@ -160,23 +166,65 @@ class ZerothOrderLevel:
             step,
             query,
             distribution=self.probes.distribution,
+            rank=self.probes.rank,
             limits=self.optimizer.limits,
             scratch=self._scratch,
             require_all=self._first,
         )
 
-    def note(self, scale: float, query: int, rows: Rows) -> None:
-        """With `diagnose`: what the rows contribute to the loss that `evaluate` of `propose` returns for this point."""
-        self._points.note(scale, query, rows)
+    def losses(
+        self,
+        scorer: Scorer,
+        step: int,
+        points: Sequence[Point],
+        asked: Asked,
+        of_rows: Callable[[list[Tensor]], RowValues],
+    ) -> list[list[float]]:
+        """The mean losses of `asked` at each point: with low rank on the rows of its direction, many in one forward.
 
-    def propose(self, step: int, evaluate: Evaluate) -> tuple[float, ...]:
+        With `diagnose`, `of_rows` says what the rows contribute to the loss that `measure` of `propose` returns.
+        """
+        if self.probes.rank:
+            parts = self.probes.queries if self.probes.own else 1
+            return member_losses(self, scorer, step, points, asked, parts, self._most)
+        found: list[list[float]] = []
+        for scale, query in points:
+            rows = [] if self.signal else None
+            with self.perturbed(step, scale, query):
+                found.append(mean_losses(scorer, asked, rows))
+            if rows:
+                self._points.note(scale, query, of_rows(rows))
+        return found
+
+    def require_groups(self, scorer: Scorer, adapters: Sequence[str], batch: Batch) -> None:
+        """Refuses a model of which several points cannot share a forward, where they are to."""
+        if self.probes.rank and self._most != 1:
+            require_groups(self, scorer, adapters, batch, self.probes.eps)
+
+    def together(self, step: int, rows: Sequence[Rows]) -> AbstractContextManager[None]:
+        """The model with each of its rows at its own point. In the first step, every parameter must be read."""
+        return population(
+            self._model,
+            self.parameters,
+            self.seed,
+            rows,
+            step,
+            distribution=self.probes.distribution,
+            rank=self.probes.rank,
+            require_all=self._first,
+        )
+
+    def propose(self, step: int, measure: Measure) -> tuple[float, ...]:
         """Measures a loss at the points of a step, and has the rule propose an update; the projected gradients."""
-        known: dict[tuple[float, int], float] = {}
+        known: dict[Point, float] = {}
         self._points = Points()
+        if self.probes.rank:  # many points at once; else each loss is measured when it is asked for
+            points = self.probes.points
+            known.update(zip(points, measure(points), strict=True))
 
         def remembered(scale: float, query: int) -> float:
             if (scale, query) not in known:
-                known[scale, query] = evaluate(scale, query)
+                (known[scale, query],) = measure([(scale, query)])
             return known[scale, query]
 
         projected, bend = self.probes.project(remembered), None
@@ -186,7 +234,7 @@ class ZerothOrderLevel:
             self.signal.add(self._points)
         update = self.optimizer.propose(Estimate(self.seed, step, projected, bend), remembered)
         if self._first:
-            for warning in precision.warnings(self.parameters, self.probes.eps, update.size):
+            for warning in precision.warnings(self.parameters, self.probes.eps, update.size, self.probes.rank):
                 logger.warning(warning)
         self._first = False
         return projected
@@ -202,9 +250,7 @@ def root_mean_square(projected: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def mean_losses(
-    scorer: Scorer, asked: Mapping[str, tuple[str, Sequence[Batch]]], rows: list[Tensor] | None = None
-) -> list[float]:
+def mean_losses(scorer: Scorer, asked: Asked, rows: list[Tensor] | None = None) -> list[float]:
     """The mean loss over the batches of each entry in eval mode, summed in double precision.
 
     The n-th batches of all entries go through the model together, in one forward; in one for each adapter, where rows
@@ -272,9 +318,18 @@ def first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, ke
     return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})
 
 
+def asked_probes(keys: Keys) -> Probes:
+    """What the keys ask of a zeroth-order step."""
+    asked = keys.zo_estimator, keys.zo_eps, keys.num_perturbations
+    if keys.zo_distribution == "low_rank":
+        return Probes(*asked, rank=keys.zo_rank, own=keys.zo_rows == "own")
+    return Probes(*asked, keys.zo_distribution)
+
+
 def evaluations(keys: Keys) -> float:
-    """Losses that a zeroth-order step measures, on average; an automatic learning rate measures curvatures as well."""
-    probes = RULES[keys.zo_optimizer]().probes(
-        Probes(keys.zo_estimator, keys.zo_eps, keys.num_perturbations, keys.zo_distribution)
-    )
-    return probes.evaluations + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)
+    """Losses over a whole batch that a zeroth-order step measures, on average; an automatic rate measures curvatures.
+
+    Where directions have rows of their own, all of them together measure two such losses.
+    """
+    probes = RULES[keys.zo_optimizer]().probes(asked_probes(keys))
+    return (2 if probes.own else probes.evaluations) + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)

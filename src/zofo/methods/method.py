@@ -178,6 +178,9 @@ class Method(ABC):
         """What its zeroth-order steps descend, at `progress` in [0, 1) of the run: the sum of these parts."""
         return ()
 
+    def require_forwards(self, batch: Batch) -> None:  # noqa: B027 most methods ask nothing special of a model
+        """Refuses, before training, a model that cannot take the forwards of a step; `batch` is one to try them on."""
+
     def skip(self) -> None:
         """Forgets what `step` prepared; a method whose `step` itself writes weights takes that back as well."""
         self.optimizer.zero_grad()

@@ -62,6 +62,32 @@ def require_lora(keys: Keys) -> None:
         )
 
 
+def require_low_rank(keys: Keys) -> None:
+    """Refuses keys of low-rank directions without these, and what does not go with them."""
+    if keys.zo_distribution != "low_rank":
+        usual = {"zo_rank": 1, "zo_rows": "own", "zo_members_per_forward": None}
+        for key, value in usual.items():
+            if vars(keys)[key] != value:
+                raise ZofoError(
+                    f"{key} is {vars(keys)[key]}, but zo_distribution is {keys.zo_distribution}: set zo_distribution: "
+                    "low_rank, or leave it out"
+                )
+        return
+    if keys.zo_sparsity:
+        raise ZofoError(
+            f"zo_sparsity is {keys.zo_sparsity}, but a direction of zo_distribution low_rank moves all of a matrix: "
+            "leave one of them out"
+        )
+    if keys.diagnose:
+        raise ZofoError("diagnose compares directions of full rank, but zo_distribution is low_rank: leave one of them out")
+    size = keys.per_device_train_batch_size
+    if keys.zo_rows == "own" and keys.num_perturbations > size:
+        raise ZofoError(
+            f"num_perturbations is {keys.num_perturbations}, but {size} rows of a batch (per_device_train_batch_size) "
+            "are divided among the directions: raise the batch size, or set zo_rows: shared"
+        )
+
+
 def require_whole_model(keys: Keys, method: type[Method], given: Collection[str]) -> None:
     """Refuses `optimizer_in_backward` where a step needs all gradients at once, or is another one.
 

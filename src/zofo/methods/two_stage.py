@@ -7,6 +7,7 @@ from zofo.methods.first_order import FirstOrder
 from zofo.methods.levels import ZerothOrderLevel
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work
 from zofo.methods.zeroth_order import ZerothOrder
+from zofo.scoring.batch import Batch
 from zofo.zo.optimizers import JointOptimizer
 
 
@@ -62,6 +63,9 @@ class TwoStage(Method):
         if of_adapter:
             self._backbone.release()
         return (self._adapter if of_adapter else self._backbone).step(number, progress, micro)
+
+    def require_forwards(self, batch: Batch) -> None:
+        self._backbone.require_forwards(batch)
 
     def learning_rates(self) -> Mapping[str, float]:
         return {"zo_learning_rate": self._backbone.learning_rates()["zo_learning_rate"]}

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from zofo.keys import STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
-from zofo.methods.levels import ZerothOrderLevel, evaluations, mean_losses, root_mean_square
+from zofo.methods.levels import ZerothOrderLevel, evaluations, root_mean_square
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batches
+from zofo.scoring.batch import Batch
+from zofo.zo.estimators import Point
 
 
 class ZerothOrder(Method):
@@ -38,16 +40,16 @@ class ZerothOrder(Method):
         asked = {f"step {number}: the loss near θ": (self.adapters[0], batches(micro, "zo"))}
         losses: list[float] = []
 
-        def evaluate(scale: float, query: int) -> float:
-            rows = [] if self.keys.diagnose else None
-            with self._level.perturbed(number, scale, query):
-                losses.extend(mean_losses(self.scorer, asked, rows))
-            if rows:
-                self._level.note(scale, query, {"zo": rows[0]})
-            return losses[-1]
+        def measure(points: Sequence[Point]) -> list[float]:
+            found = self._level.losses(self.scorer, number, points, asked, lambda rows: {"zo": rows[0]})
+            losses.extend(loss for (loss,) in found)
+            return losses[-len(points) :]
 
-        projected = self._level.propose(number, evaluate)
+        projected = self._level.propose(number, measure)
         return {"loss": sum(losses) / len(losses), "projected_grad": root_mean_square(projected)}
+
+    def require_forwards(self, batch: Batch) -> None:
+        self._level.require_groups(self.scorer, self.adapters[:1], batch)
 
     def learning_rates(self) -> Mapping[str, float]:
         """Also in place of the trainer's own, which is the factor of a schedule where the rate is automatic."""

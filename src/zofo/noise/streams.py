@@ -60,14 +60,17 @@ class Sum(NamedTuple):
 
 
 @lru_cache(_REMEMBERED, typed=True)
-def stream_key(seed: int, step: int = 0, query: int = 0, name: str = "") -> int:
+def stream_key(seed: int, step: int = 0, query: int = 0, name: str = "", part: str = "") -> int:
     """The 64-bit key of parameter `name` of the original model in direction `query` of a step; `seed` is the run's.
+
+    `part` names another stream of the same parameter; it must not begin with a digit or a sign, so that no two keys are
+    made of the same text.
 
     Examples:
         >>> stream_key(0, step=1) == stream_key(0, step=1), stream_key(0) == stream_key(1)
         (True, False)
     """
-    text = f"{seed}/{step}/{query}/{name}"
+    text = f"{part}{seed}/{step}/{query}/{name}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -131,6 +131,34 @@ def stack(batches: Sequence[Batch], side: Literal["left", "right"]) -> Batch:
     return stacked
 
 
+def share(batch: Batch, number: int, of: int) -> Batch:
+    """Part `number` of a batch whose examples are divided into `of` parts, one after the other, as equal as can be."""
+    if of == 1:
+        return batch
+    gold, slots, scored = batch.get("gold"), batch.get("slots"), batch["scored"]
+    examples = len(batch["input_ids"] if gold is None else gold)
+    low, high = (examples * part // of for part in (number, number + 1))
+    if slots is None:
+        inside = (scored[0] >= low) & (scored[0] < high)
+    else:
+        columns = torch.arange(scored.shape[1], device=scored.device)
+        own = slots[low:high]
+        inside = (columns >= own[own >= 0].min()) & (columns <= own.max())
+    columns = inside.nonzero()[:, 0]
+    first, last = int(scored[0, columns[0]]), int(scored[0, columns[-1]]) + 1
+    part: Batch = {
+        "input_ids": batch["input_ids"][first:last],
+        "attention_mask": batch["attention_mask"][first:last],
+        "scored": scored[:, columns] - scored.new_tensor((first, 0, 0))[:, None],
+    }
+    if "segments" in batch:
+        part["segments"] = batch["segments"][first:last]
+    if slots is not None and gold is not None:
+        own = slots[low:high]
+        part["slots"], part["gold"] = torch.where(own >= 0, own - columns[0], own), gold[low:high]
+    return part
+
+
 def apart(batch: Batch) -> Iterator[Batch]:
     """Each row of a batch as a batch of its own, without padding, `gold` and `slots`; `scored` is ordered by rows."""
     for number, mask in enumerate(batch["attention_mask"]):

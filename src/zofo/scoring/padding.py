@@ -1,5 +1,7 @@
 """Where the rows of a batch are padded: what a model does with padding is measured at the start, not believed."""
 
+from collections.abc import Sequence
+
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -7,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.adapters import AdaptedModel
-from zofo.scoring.batch import Layout, collate, padding_id
+from zofo.scoring.batch import Batch, Layout, collate, padding_id
 from zofo.scoring.scorer import Scorer, Tokens, widest_layout
 from zofo.scoring.tokens import Example
 
@@ -62,8 +64,15 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
     )
 
 
-def _random_examples(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """A short and a longer prompt, each with options of two lengths, of ids that have no special meaning."""
+def random_batch(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> Batch:
+    """Rows of random tokens on which a step can be tried: three examples of different lengths."""
+    return collate(_random_examples(adapted, tokenizer, (*_PROMPTS, 5)), "options", padding_id(tokenizer), layout)
+
+
+def _random_examples(
+    adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[int] = _PROMPTS
+) -> list[Example]:
+    """Short and longer prompts, each with options of two lengths, of ids that have no special meaning."""
     special = tokenizer.all_special_ids
     ordinary = [i for i in range(min(len(tokenizer), 1000)) if i not in special]
     generator = torch.Generator().manual_seed(0)
@@ -74,7 +83,7 @@ def _random_examples(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) 
 
     room = max(1, adapted.positions - max(_ANSWERS))
     texts = tuple(map(str, _ANSWERS))
-    return [Example(ids(min(count, room)), tuple(map(ids, _ANSWERS)), 0, texts) for count in _PROMPTS]
+    return [Example(ids(min(count, room)), tuple(map(ids, _ANSWERS)), 0, texts) for count in prompts]
 
 
 def _alone(adapted: AdaptedModel, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:

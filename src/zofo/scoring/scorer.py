@@ -82,15 +82,19 @@ class Scorer:
         """
         return self._loss(batch, self.log_probabilities(batch))
 
+    def fit_together(self, batches: Sequence[Batch]) -> bool:
+        """Whether the rows of several batches can be in one forward pass."""
+        width = max(batch["input_ids"].shape[1] for batch in batches)
+        # one mask serves all rows, and the wider ones need that of a sliding window
+        mask_fits = width <= self.layout.max_width or all("segments" not in batch for batch in batches)
+        return mask_fits and width <= self._max_shared
+
     def losses(self, batches: Sequence[Batch], adapters: Sequence[str]) -> list[Tensor]:
         """The `loss` of each batch with its adapter. One forward pass of all rows costs less than one for each batch.
 
         The adapters may differ only if the model `mixes`.
         """
-        width = max(batch["input_ids"].shape[1] for batch in batches)
-        # one mask serves all rows, and the wider ones need that of a sliding window
-        mask_fits = width <= self.layout.max_width or all("segments" not in batch for batch in batches)
-        if len(batches) > 1 and (not mask_fits or width > self._max_shared):
+        if len(batches) > 1 and not self.fit_together(batches):
             return [self.losses([batch], [name])[0] for batch, name in zip(batches, adapters, strict=True)]
         rows = [len(batch["input_ids"]) for batch in batches]
         with self.adapted.through([name for name, count in zip(adapters, rows, strict=True) for _ in range(count)]):

@@ -24,7 +24,7 @@ from zofo.models.peft import UPPER
 from zofo.scoring.batch import collate, padding_id, width
 from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
 from zofo.scoring.generation import AnswerSpan
-from zofo.scoring.padding import probe
+from zofo.scoring.padding import probe, random_batch
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.metrics import Metric
@@ -141,6 +141,9 @@ class ZOFOTrainer(StoringTrainer):
             start.warm_up(self.adapted)
         self._layout = probe(self.adapted, processing_class)
         self.method = args.method_class(self.adapted, Scorer(self.adapted, self.cost, self._layout), args)
+        if args.method_class.zeroth_order:
+            batch: Any = random_batch(self.adapted, processing_class, self.method.scorer.layout)
+            self.method.require_forwards(cast(Any, self._prepare_inputs(batch)))
         self._diagnosis = self._diagnose() if args.diagnose and args.method_class.trains() else None
         self._micro: list[Bundle] = []
         self._logs: dict[str, list[float]] = defaultdict(list)

@@ -7,11 +7,11 @@ R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604); J. Kwon et al., "A Full
 Stochastic Bilevel Optimization" (arXiv 2301.10945) for the penalty.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from zofo.zo.estimators import Evaluate
+from zofo.zo.estimators import Measure, Point
 
 Schedule = Literal["constant", "linear"]
 
@@ -69,9 +69,9 @@ def bilevel_step(
     lower_steps: int,
     lower_step: Callable[[int], float],
     upper_gradient: Callable[[], Losses],
-    evaluate: Callable[[float, int], Losses],
+    evaluate: Callable[[Sequence[Point]], Sequence[Losses]],
     penalty: Penalty,
-    estimator: Callable[[Evaluate], tuple[float, ...]],
+    estimator: Callable[[Measure], tuple[float, ...]],
 ) -> BilevelStep:
     """Algorithm 2: T steps on s, then the gradients of p and of θ at one point, with which the caller updates p and θ.
 
@@ -79,17 +79,18 @@ def bilevel_step(
         lower_steps: T >= 0.
         lower_step: (t) -> G(θ, s; B_t); takes one first-order step on s.
         upper_gradient: leaves grad_p of the objective in p's `.grad`; returns F and G at (θ, p).
-        evaluate: (scale, query) -> the three losses at θ + scale·z_query.
+        evaluate: points (scale, query) -> the three losses at each θ + scale·z_query.
         penalty: λ.
         estimator: `estimators.two_sided` or `one_sided` with ε and q filled in.
 
     Examples:
-        >>> losses = lambda scale=0.0, query=0: Losses(0.5 + 2.0 * scale)
-        >>> step = bilevel_step(2, lambda t: 1.0, losses, losses, Penalty(0.0), lambda f: (f(0.5, 0) - f(-0.5, 0),))
+        >>> near = lambda points: [Losses(0.5 + 2.0 * scale) for scale, _ in points]
+        >>> slope = lambda measure: (measure([(0.5, 0)])[0] - measure([(-0.5, 0)])[0],)
+        >>> step = bilevel_step(2, lambda t: 1.0, lambda: Losses(0.5), near, Penalty(0.0), slope)
         >>> step.lower, step.projected
         ((1.0, 1.0), (2.0,))
     """
     lower = tuple(lower_step(t) for t in range(lower_steps))
     upper = upper_gradient()
-    projected = estimator(lambda scale, query: penalty.objective(evaluate(scale, query)))
+    projected = estimator(lambda points: [penalty.objective(losses) for losses in evaluate(points)])
     return BilevelStep(lower, upper, projected)

@@ -5,14 +5,20 @@ regenerate the directions. J. Spall, "Multivariate Stochastic Approximation Usin
 Approximation" (1992); S. Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (2023), Algorithm 1.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from zofo.noise import Distribution, representable
 
+Point = tuple[float, int]
+"""(scale, query): the point θ + scale·z_query of a step."""
+
 Evaluate = Callable[[float, int], float]
 """(scale, query) -> the loss at θ + scale·z_query, as a Python float. Scale 0 asks for the loss at θ."""
+
+Measure = Callable[[Sequence[Point]], Sequence[float]]
+"""The losses at several points, in their order: all that a step asks of whoever evaluates a model."""
 
 Estimator = Callable[[Evaluate, float, int, Distribution], tuple[float, ...]]
 EstimatorName = Literal["two_sided", "one_sided"]
@@ -20,20 +26,39 @@ EstimatorName = Literal["two_sided", "one_sided"]
 
 @dataclass(frozen=True)
 class Probes:
-    """Which losses a step measures: along q = `queries` directions, at the scale ε = `eps`, in the weights' unit."""
+    """Which losses a step measures: along q = `queries` directions, at the scale ε = `eps`, in the weights' unit.
+
+    With `own`, every direction has rows of its own, on which all its losses are measured, also those at θ.
+    """
 
     estimator: EstimatorName = "two_sided"
     eps: float = 1e-3
     queries: int = 1
     distribution: Distribution = "normal"
+    rank: int = 0  # of the directions of matrices; 0: full
+    own: bool = False
 
     @property
     def evaluations(self) -> int:
         """How many losses that are."""
         return 2 * self.queries if self.estimator == "two_sided" else self.queries + 1
 
+    @property
+    def points(self) -> list[Point]:
+        """Where `project` measures, the points of a direction side by side."""
+        eps = representable(self.eps, self.distribution)
+        if self.estimator == "one_sided" and not self.own:
+            return [(0.0, 0), *((eps, query) for query in range(self.queries))]
+        scales = (eps, 0.0) if self.estimator == "one_sided" else (eps, -eps)
+        return [(scale, query) for query in range(self.queries) for scale in scales]
+
     def project(self, evaluate: Evaluate) -> tuple[float, ...]:
         """The projected gradient of a loss along each direction."""
+        if self.own:
+            return tuple(
+                replace(self, queries=1, own=False).project(lambda scale, _, query=query: evaluate(scale, query))[0]
+                for query in range(self.queries)
+            )
         return ESTIMATORS[self.estimator](evaluate, self.eps, self.queries, self.distribution)
 
 

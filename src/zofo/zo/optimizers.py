@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from zofo import noise
 from zofo.noise import Distribution, Sum, Term, stream_key
+from zofo.zo import low_rank
 from zofo.zo.estimators import Estimate, Evaluate
+from zofo.zo.low_rank import Matrix
 from zofo.zo.rules import Proposal, Rule, Update
 
 
@@ -24,6 +26,7 @@ class ZerothOrderOptimizer(Optimizer):
         rule: says what is added.
         lr: η, in the group like any optimizer's, so that schedulers can change it.
         distribution: of the directions.
+        rank: r > 0: those of matrices are A Bᵀ / sqrt(r), as in `perturbed`; 0: full rank.
         limits: name -> the |W| above which a parameter's weights stay; part of the state.
         weight_decay: wd, decoupled, as in AdamW; parameters with fewer than two dimensions (biases, norms) are exempt.
 
@@ -43,12 +46,14 @@ class ZerothOrderOptimizer(Optimizer):
         lr: float,
         *,
         distribution: Distribution = "normal",
+        rank: int = 0,
         limits: Mapping[str, float] | None = None,
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(list(parameters.items()), {"lr": lr})
         self.rule = rule
         self.distribution: Distribution = distribution
+        self.rank = rank
         self.weight_decay = weight_decay
         self.estimate: Estimate | None = None  # behind the proposal, if there is one
         self._proposed: Proposal = Update({}), {}
@@ -89,15 +94,25 @@ class ZerothOrderOptimizer(Optimizer):
         if estimate is None:
             return
         update, self._group["rule_state"] = self._proposed
-        named = zip(self._group["param_names"], self._group["params"], strict=True)
-        noise.write_sums([self._sum(name, p, estimate, update) for name, p in named], self.distribution)
+        named = [*zip(self._group["param_names"], self._group["params"], strict=True)]
+        factored = [pair for pair in named if self.rank and low_rank.is_matrix(pair[1])]
+        for name, matrix in factored:
+            factors = Matrix(matrix, name, self.rank, self.distribution).factors(estimate.seed, update.scales)
+            low_rank.update_(matrix, factors, self._keep(matrix), self._rounding_key(name, matrix, estimate))
+        whole = [self._sum(name, p, estimate, update) for name, p in named if not (self.rank and low_rank.is_matrix(p))]
+        noise.write_sums(whole, self.distribution)
 
     def _sum(self, name: str, parameter: Tensor, estimate: Estimate, update: Update) -> Sum:
         seed = estimate.seed
         terms = [Term(stream_key(seed, step, query, name), scale) for (step, query), scale in update.scales.items()]
-        keep = 1 - self._group["lr"] * self.weight_decay if parameter.ndim >= 2 else 1.0
-        rounding_key = None if parameter.dtype == torch.float32 else stream_key(seed, estimate.step, -1, name)
-        return Sum(parameter, parameter, terms, 0, keep, self.limits.get(name, math.inf), rounding_key)
+        limit, rounding_key = self.limits.get(name, math.inf), self._rounding_key(name, parameter, estimate)
+        return Sum(parameter, parameter, terms, 0, self._keep(parameter), limit, rounding_key)
+
+    def _keep(self, parameter: Tensor) -> float:
+        return 1 - self._group["lr"] * self.weight_decay if parameter.ndim >= 2 else 1.0
+
+    def _rounding_key(self, name: str, parameter: Tensor, estimate: Estimate) -> int | None:
+        return None if parameter.dtype == torch.float32 else stream_key(estimate.seed, estimate.step, -1, name)
 
 
 def _nothing_to_evaluate(scale: float, query: int) -> float:

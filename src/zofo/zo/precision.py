@@ -43,8 +43,11 @@ def gap(parameter: Tensor) -> float:
     return 2.0 ** math.floor(math.log2(size)) * torch.finfo(parameter.dtype).eps if size else 0.0
 
 
-def warnings(parameters: Mapping[str, Tensor], eps: float, update: float) -> list[str]:
-    """What a run with 16-bit weights loses of ε and of an update (the size of what a step adds), and what mends it."""
+def warnings(parameters: Mapping[str, Tensor], eps: float, update: float, rank: int = 0) -> list[str]:
+    """What a run with 16-bit weights loses of ε and of an update (the size of what a step adds), and what mends it.
+
+    With a `rank`, W + εz is never made of the matrices, and so not rounded.
+    """
     coarse = [p for p in parameters.values() if p.dtype in (torch.bfloat16, torch.float16) and p.numel()]
     if not coarse:
         return []
@@ -54,7 +57,7 @@ def warnings(parameters: Mapping[str, Tensor], eps: float, update: float) -> lis
     usual = max(counts, key=counts.__getitem__)
     dtype = str(coarse[0].dtype).removeprefix("torch.")
     messages: list[str] = []
-    if _rounded(eps, counts) > _NOTED:
+    if not rank and _rounded(eps, counts) > _NOTED:
         better = eps
         while _rounded(better, counts) > _WANTED:
             better *= 1.1

@@ -8,43 +8,28 @@ import math
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from zofo import noise
 from zofo.errors import ZofoError
-from zofo.noise import Distribution, Sum, Term
+from zofo.noise import Distribution, Sum, Term, representable
+from zofo.zo import low_rank
 from zofo.zo.buffers import Ahead, Buffer, Scratch, storage_of
+from zofo.zo.low_rank import Factors, Matrix
+from zofo.zo.watch import ACTIVE, METADATA, in_place, plain_class, watched
 
 PART = 1 << 20  # elements of a large matrix that are perturbed, and then multiplied with, at a time
 
-_ACTIVE: list["Reader"] = []  # at most one: nested blocks share it
-
-# Reads of these need no values. Whatever is missing here costs time, never correctness.
-_PROPERTIES: tuple[Any, ...] = (
-    Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.layout, Tensor.is_cuda, Tensor.is_cpu,
-    Tensor.is_meta, Tensor.requires_grad, Tensor.grad, Tensor.is_leaf, Tensor.grad_fn, Tensor.is_sparse,
-    Tensor.is_quantized, Tensor.itemsize, Tensor.nbytes, Tensor.is_nested,
-)  # fmt: skip
-_METADATA: frozenset[Any] = frozenset((
-    *(p.__get__ for p in _PROPERTIES), Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous,
-    Tensor.is_floating_point, Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.is_complex,
-    torch.is_floating_point, torch.numel, torch.is_complex,
-))  # fmt: skip
 
 # These only read their arguments, none of them in a list, and return new memory. Whatever is missing here costs time.
 _FRESH: frozenset[Any] = frozenset((
     functional.linear, functional.layer_norm, functional.rms_norm, torch.addmm, Tensor.mul, Tensor.__mul__,
     Tensor.__rmul__,
 ))  # fmt: skip
-
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_IN_PLACE = frozenset(["__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)])
 
 
 class Block:
@@ -57,58 +42,22 @@ class Block:
         scale: float,
         distribution: Distribution,
         limits: Mapping[str, float],
+        rank: int = 0,
     ) -> None:
         self.tensors = {id(p): p for p in parameters.values()}  # also keeps the ids alive
         self.names = {id(p): name for name, p in parameters.items()}
         self.terms = {id(p): Term(noise.stream_key(*direction, name), scale) for name, p in parameters.items()}
         self.limits = {id(p): limits[name] for name, p in parameters.items() if name in limits}
         self.distribution: Distribution = distribution
+        self.rank = rank
         self.seen = set[int]()
+        self._point = direction, representable(scale, distribution)
 
-
-class Noticed(TorchFunctionMode):
-    """Whether any torch function was called: a block in which none was need not read the parameters."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.anything = False
-        self._block = block
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _ACTIVE or not _ACTIVE[0].holds(self._block):  # Ctrl-C at the edge of a block has left this behind
-            return func(*args, **(kwargs or {}))
-        self.anything = True
-        known = self._block.names
-        names = [known[id(value)] for value in (*args, *(kwargs or {}).values()) if id(value) in known]
-        asked_before = _ACTIVE[0].asked
-        result = func(*args, **(kwargs or {}))
-        if names and _ACTIVE[0].asked == asked_before:  # data of torch.tensor, a number as alpha, what is set as .data
-            raise ZofoError(
-                f"{func.__name__} reads {names[0]} without asking for θ + scale·z: give it {names[0]}.clone() in the "
-                "model's code, or leave this parameter out, in a config by zo_exclude"
-            )
-        return result
-
-
-class _Watched:
-    """Mixed into the class of a parameter for the time of a block."""
-
-    @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage] torch's documented way
-            if _ACTIVE and _ACTIVE[0].thread == threading.get_ident():
-                return _ACTIVE[0].call(func, args, kwargs or {})
-            return func(*args, **(kwargs or {}))
-
-
-@lru_cache
-def _watched(plain: type[Tensor]) -> type[Tensor]:
-    return type(plain)(plain.__name__, (_Watched, plain), {})
-
-
-def _plain(cls: type[Tensor]) -> type[Tensor]:
-    """The class without `_Watched`, which Ctrl-C at the very end of a block may have left."""
-    return cls.__bases__[1] if issubclass(cls, _Watched) else cls
+    def factors(self, matrix: Tensor) -> Factors:
+        """What it adds to one of its matrices, where directions have a low rank."""
+        (seed, step, query), scale = self._point
+        named = Matrix(matrix, self.names[id(matrix)], self.rank, self.distribution)
+        return named.factors(seed, {(step, query): scale})
 
 
 class Reader:
@@ -124,16 +73,17 @@ class Reader:
 
     @contextmanager
     def joined_by(self, block: Block) -> Generator[None]:
-        if any((other.distribution, other.limits) != (block.distribution, block.limits) for other in self._blocks):
-            raise ZofoError("nested perturbed blocks must share one distribution and the same limits")
+        kinds = [(other.distribution, other.limits, other.rank) for other in (*self._blocks, block)]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ZofoError("nested perturbed blocks must share one distribution and rank, and the same limits")
         outer = self._targets
-        classes = {key: _plain(type(p)) for key, p in block.tensors.items() if key not in outer}
+        classes = {key: plain_class(type(p)) for key, p in block.tensors.items() if key not in outer}
         self._ahead.end()
         try:
             self._blocks.append(block)
             self._targets = self._ahead.targets = outer | block.tensors
             for key, plain in classes.items():
-                block.tensors[key].__class__ = _watched(plain)
+                block.tensors[key].__class__ = watched(plain)
             yield
         finally:
             for key, plain in classes.items():
@@ -149,9 +99,11 @@ class Reader:
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a torch function returns, with W + scale·z in place of each parameter W in its arguments."""
         self.asked += 1
-        if func in _METADATA:
+        if func in METADATA:
             return func(*args, **kwargs)
         if func in _FRESH and not kwargs and (result := self._ready(func, args)) is not None:
+            return result
+        if self._blocks[0].rank and (result := self._by_factors(func, args, kwargs)) is not None:
             return result
         if func is functional.embedding and (result := self._looked_up(*args, **kwargs)) is not None:
             return result
@@ -215,6 +167,9 @@ class Reader:
     def _write(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
         sums: list[Sum] = []
         for parameter, copy in copies:
+            if self._is_factored(parameter):
+                low_rank.write(parameter.detach(), copy, self._factors(parameter))
+                continue
             terms, limit = self._added(parameter)
             sums.append(Sum(parameter, copy, terms, limit=limit))
         noise.write_sums(sums, self._blocks[0].distribution)
@@ -228,11 +183,28 @@ class Reader:
         blocks = [block for block in self._blocks if id(parameter) in block.terms]
         return [block.terms[id(parameter)] for block in blocks], blocks[0].limits.get(id(parameter), math.inf)
 
+    def _is_factored(self, tensor: Tensor) -> bool:
+        """Whether what is added to a tensor is a product of factors."""
+        return self._blocks[0].rank > 0 and id(tensor) in self._targets and low_rank.is_matrix(tensor)
+
+    def _factors(self, matrix: Tensor) -> Factors:
+        return low_rank.joined([block.factors(matrix) for block in self._blocks if id(matrix) in block.terms])
+
+    def _by_factors(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The product with a matrix, or its rows, without a copy of it; None where a copy must be made."""
+        read = low_rank.read_of(func, args, kwargs)
+        if read is None or not self._is_factored(read.weight) or id(read.x) in self._targets:
+            return None
+        self._see(read.weight)
+        moves = id(read.bias) in self._targets
+        result = read.plus(read.plain(None if moves else read.bias), self._factors(read.weight))
+        return self.call(Tensor.add_, (result, read.bias), {}) if moves else result
+
     def _looked_up(self, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor | None:
         """The rows of an embedding that are asked for, or None where all of it must be perturbed."""
         normed = options.get("max_norm") is not None or any(rest[1:2])
         integer = input.dtype in (torch.int32, torch.int64)
-        if id(weight) not in self._targets or normed or not integer or not weight.is_cpu:
+        if id(weight) not in self._targets or normed or not integer or not weight.is_cpu or self._is_factored(weight):
             return None
         ids = input.reshape(-1).long().contiguous()
         if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= len(weight):
@@ -248,7 +220,7 @@ class Reader:
         """The product with a large matrix, by parts of its rows, each multiplied in the caches; None if it is small."""
         if id(weight) not in self._targets or weight.numel() <= PART or not weight.is_cpu or torch.is_grad_enabled():
             return None
-        if id(input) in self._targets or weight.ndim != 2 or not weight.is_contiguous():
+        if id(input) in self._targets or weight.ndim != 2 or not weight.is_contiguous() or self._is_factored(weight):
             return None
         if input.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
             return None  # torch says what is wrong with them
@@ -277,8 +249,8 @@ class Reader:
             index = int(index)
         if id(tensor) not in self._targets or type(index) is not int or tensor.ndim < 2 or not tensor.is_contiguous():
             return None
-        if not -len(tensor) <= index < len(tensor):
-            return None  # torch says what is wrong with it
+        if not -len(tensor) <= index < len(tensor) or self._is_factored(tensor):
+            return None  # torch says what is wrong with an index outside
         index %= len(tensor)
         item = tensor.detach()[index]
         self._see(tensor)
@@ -294,7 +266,7 @@ class Reader:
                 f"{self._name_of(args[0])} is read through its address, as by a custom kernel, where θ + scale·z "
                 "cannot be handed out: use the model's plain torch implementation"
             )
-        written = (args[:1], *map(kwargs.get, ("input", "self", "tensor"))) if _in_place(func) else ()
+        written = (args[:1], *map(kwargs.get, ("input", "self", "tensor"))) if in_place(func) else ()
         if not written and "out" not in kwargs:
             return
         for target in self._targets_in((*written, kwargs.get("out"))).values():
@@ -308,25 +280,22 @@ class Reader:
 @contextmanager
 def reader(scratch: Scratch | None) -> Generator[Reader]:
     """The reader of the block that is open, or a new one."""
-    if _ACTIVE:
-        yield _ACTIVE[0]
+    if ACTIVE:
+        if not isinstance(ACTIVE[0], Reader):
+            raise ZofoError("a perturbed block cannot be opened inside a population")
+        yield ACTIVE[0]
         return
     try:
-        _ACTIVE.append(Reader(scratch or Scratch()))
-        yield _ACTIVE[0]
+        made = Reader(scratch or Scratch())
+        ACTIVE.append(made)
+        yield made
     finally:
-        _ACTIVE.clear()
+        ACTIVE.clear()
 
 
 def _is_launched(parameter: Tensor) -> bool:
     """Whether a copy costs a launch; with gradients, all copies are kept, and none should be made too early."""
     return not parameter.is_cpu and not torch.is_grad_enabled()
-
-
-@lru_cache
-def _in_place(func: Callable[..., Any]) -> bool:
-    name = func.__name__
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _replaced(value: Any, copies: Mapping[int, tuple[Buffer, Tensor]]) -> Any:
