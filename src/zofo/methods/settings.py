@@ -79,7 +79,9 @@ def require_low_rank(keys: Keys) -> None:
             "leave one of them out"
         )
     if keys.diagnose:
-        raise ZofoError("diagnose compares directions of full rank, but zo_distribution is low_rank: leave one of them out")
+        raise ZofoError(
+            "diagnose compares directions of full rank, but zo_distribution is low_rank: leave one of them out"
+        )
     size = keys.per_device_train_batch_size
     if keys.zo_rows == "own" and keys.num_perturbations > size:
         raise ZofoError(
