@@ -22,7 +22,7 @@ from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, count
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
-from zofo.zo.estimators import Estimate, Measure, Point, Probes, curvature
+from zofo.zo.estimators import Estimate, Measure, Point, Probes
 from zofo.zo.low_rank import require_rank
 from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
@@ -136,7 +136,7 @@ class ZerothOrderLevel:
         self._first = True
         rule, rate = RULES[keys.zo_optimizer](), keys.zo_learning_rate
         if not isinstance(rate, float):
-            rule, rate = Automatic(rule, keys.zo_eps), 1.0
+            rule, rate = Automatic(rule, keys.zo_eps, population=keys.zo_distribution == "low_rank"), 1.0
         self.probes = rule.probes(asked_probes(keys))
         require_rank(self._parameters, self.probes.rank)
         self.optimizer = ZerothOrderOptimizer(
@@ -201,8 +201,9 @@ class ZerothOrderLevel:
     def propose(self, step: int, measure: Measure) -> tuple[float, ...]:
         """Measures a loss at the points of a step, and has the rule propose an update; the projected gradients."""
         known: dict[Point, float] = {}
+        curved = self.optimizer.wants_curvature(step)
         if self.probes.rank:  # many points at once; else each loss is measured when it is asked for
-            points = self.probes.points
+            points = self.probes.points(curved)
             known.update(zip(points, measure(points), strict=True))
 
         def remembered(scale: float, query: int) -> float:
@@ -210,9 +211,8 @@ class ZerothOrderLevel:
                 (known[scale, query],) = measure([(scale, query)])
             return known[scale, query]
 
-        projected, bend = self.probes.project(remembered), None
-        if self.optimizer.wants_curvature(step):
-            bend = curvature(remembered, self.probes.eps, self.probes.distribution)
+        projected = self.probes.project(remembered)
+        bend = self.probes.curvature(remembered) if curved else None
         update = self.optimizer.propose(Estimate(self._seed, step, projected, bend), remembered)
         if self._first:
             for warning in precision.warnings(self._parameters, self.probes.eps, update.size, self.probes.rank):
