@@ -295,4 +295,4 @@ def evaluations(keys: Keys) -> float:
     Where directions have rows of their own, all of them together measure two such losses.
     """
     probes = RULES[keys.zo_optimizer]().probes(asked_probes(keys))
-    return (2 if probes.own else probes.evaluations) + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)
+    return probes.passes + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)

@@ -43,6 +43,11 @@ class Probes:
         """How many losses that are."""
         return 2 * self.queries if self.estimator == "two_sided" else self.queries + 1
 
+    @property
+    def passes(self) -> int:
+        """How many passes over a batch that are: two if directions divide it, each part of it read at two points."""
+        return 2 if self.own else self.evaluations
+
     def points(self, curved: bool = False) -> list[Point]:
         """Where `project`, and `curvature` as well if `curved`, measure."""
         found = dict[Point, None]()
