@@ -96,6 +96,29 @@ def test_the_time_is_composed_as_documented(tmp_path):
     assert of(config, "bilevel") == 3 * 5 + 5 * 10 + 3 * 3 * 100 + 1000
 
 
+def test_the_work_of_a_population_is_its_passes_over_a_batch(tmp_path):
+    keys = {"zo_distribution": "low_rank", "num_perturbations": 4, "zo_learning_rate": 1e-3}
+    for rows, estimator, passes in (
+        ("own", "two_sided", 2), ("own", "one_sided", 2), ("shared", "two_sided", 8), ("shared", "one_sided", 5),
+    ):  # fmt: skip
+        config = ZOFOConfig(output_dir=str(tmp_path), use_cpu=True, zo_rows=rows, zo_estimator=estimator, **keys)
+        assert METHODS["zo"].work(config) == Work(forwards=passes, zo_updates=1)
+
+
+@pytest.mark.parametrize("method", ["zo", "bilevel"])
+def test_a_population_takes_the_memory_of_all_rows_that_share_a_forward(tmp_path, model_folder, method):
+    keys = {"model": str(model_folder), "num_perturbations": 4, "zo_distribution": "low_rank"}
+    adapter = "none" if method == "zo" else "lora"
+
+    def activations(**more):
+        rows = rows_of(tmp_path, timed=False, method=method, adapter=adapter, zo_eps=1e-3, **keys, **more)
+        return rows[method, adapter].memory.activations
+
+    single, own, shared = (activations(**more) for more in ({"zo_members_per_forward": 1}, {}, {"zo_rows": "shared"}))
+    assert single < own < shared
+    assert shared > 2 * own  # 8 times the rows of a batch, against twice
+
+
 def test_every_method_is_timed(tmp_path, model_folder):
     rows = rows_of(tmp_path, timed=True, model=str(model_folder), lower_steps=2)
     assert all(row.seconds > 0 for row in rows.values())
@@ -177,6 +200,10 @@ BAD = {
     "an unknown task": ({"task": "movie_review"}, "there is no task 'movie_review'"),
     "an unknown adapter": ({"adapter": "loar"}, "adapter is 'loar'"),
     "nothing to train": ({"method": "none", "adapter": "none"}, "method none trains nothing"),
+    "more directions than rows": (
+        {"method": "zo", "adapter": "none", "zo_distribution": "low_rank", "num_perturbations": 99},
+        "num_perturbations is 99, but",
+    ),
     "more rows than exist": ({"train_size": 41}, "train_size is 41, but only 40 rows are left for it"),
 }
 

@@ -1,6 +1,5 @@
 """The bilevel step on a problem whose solution is known: a quadratic in NumPy beside closures in torch."""
 
-import functools
 import math
 
 import numpy as np
@@ -110,10 +109,13 @@ class Run:
         )
 
     def find(self, q=1):
-        estimator = functools.partial(self.estimator, eps=1e-2, num_perturbations=q, distribution="normal")
-        return bilevel_step(
-            self.lower_steps, self.lower_step, self.upper_gradient, self.evaluate, self.penalty, estimator
-        )
+        def near(points):
+            return [self.evaluate(*point) for point in points]
+
+        def estimator(measure):
+            return self.estimator(lambda *point: measure([point])[0], 1e-2, q, "normal")
+
+        return bilevel_step(self.lower_steps, self.lower_step, self.upper_gradient, near, self.penalty, estimator)
 
     def outer_step(self):
         found = self.find()

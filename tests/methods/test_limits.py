@@ -175,9 +175,15 @@ def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, me
     propose, steps, used = level.propose, [], []
     eps = noise.representable(0.03)
 
-    def watched(number, evaluate):
+    def watched(number, measure):
         losses = {}
-        found = propose(number, lambda scale, query: losses.setdefault(round(scale / eps), evaluate(scale, query)))
+
+        def noted(points):
+            found = measure(points)
+            losses.update({round(scale / eps): loss for (scale, _), loss in zip(points, found, strict=True)})
+            return found
+
+        found = propose(number, noted)
         steps.append(losses)
         return found
 

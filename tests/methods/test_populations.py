@@ -12,6 +12,7 @@ from zofo.errors import ZofoError
 from zofo.zo.optimizers import JointOptimizer
 
 LOW = {"zo_distribution": "low_rank", "zo_learning_rate": 1e-3}
+AUTO = {"zo_learning_rate": "auto", "num_perturbations": 2}
 RUNS = {
     "zo": {"method": "zo", "adapter": "none"},
     "zo lora": {"method": "zo", "adapter": "lora"},
@@ -20,6 +21,8 @@ RUNS = {
     "zo one by one": {"method": "zo", "adapter": "none", "zo_members_per_forward": 1},
     "bilevel": {"num_perturbations": 2, "zo_parameters": ["attention"]},
     "two_stage": {"method": "two_stage"},
+    "zo auto": {"method": "zo", "adapter": "none", **AUTO},
+    "bilevel auto": {**AUTO, "zo_estimator": "one_sided", "zo_rows": "shared"},
 }
 
 

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tiny import theta_of, tiny_model, token_batch
 from zofo.models.load import replace_tensors
 from zofo.training.memory import MemoryTracker
+from zofo.zo.population import population
 
 FLOAT = 4
 
@@ -69,6 +70,19 @@ def test_fake_and_real_steps_of_a_language_model_peak_alike(family):
             assert float(loss.detach()) > 0  # of a fake loss as well
         peaks.append(tracker.peak)
     assert peaks[0] == peaks[1] > 2 * sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [1, 3]], ids=["equal", "unequal"])
+def test_fake_and_real_forwards_of_a_population_peak_alike(family, counts):
+    peaks, points = [], [(0.1, 0), (-0.1, 0), (0.1, 1), (-0.1, 1)]
+    for make in (lambda model: model, faked):
+        model = make(tiny_model(family))
+        with MemoryTracker() as tracker:
+            tracker.mark("weights", theta_of(model).values())
+            with population(model, theta_of(model), 0, list(zip(points, counts, strict=False)), rank=2):
+                model(input_ids=token_batch(4, 30), use_cache=False)
+        peaks.append(tracker.peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)  # a real forward has a few numbers of its own
 
 
 def test_a_tied_weight_stays_tied():

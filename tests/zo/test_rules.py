@@ -10,7 +10,7 @@ from test_estimators import Quadratic
 from test_optimizers import estimate, weights
 
 from plain import applied, make_trainer, trained
-from zofo import direction
+from zofo import direction, noise
 from zofo.noise.eager import SHAPES
 from zofo.zo.estimators import Estimate, Probes
 from zofo.zo.optimizers import ZerothOrderOptimizer
@@ -291,3 +291,60 @@ def test_curvature_is_wanted_at_first_and_then_now_and_again():
         asked += [step] * wanted
         _, state = rule.update(Estimate(0, step, (1.0,), 1.0 if wanted else None), 1.0, state, no_more)
     assert asked == [3, 4, 5, 6, 7, 10, 20, 30]
+
+
+def test_a_population_moves_the_weights_by_one_and_a_half_eps_however_large_it_is():
+    for q in (1, 4, 16):
+        rule = Automatic(SGD(), 1e-3, population=True)
+        update, state = rule.update(Estimate(0, 0, (2.0, -2.0) * (q // 2) or (2.0,)), 1.0, rule.init(), no_more)
+        assert update.size == pytest.approx(1.5e-3)
+        assert state["rate"] == pytest.approx(1.5e-3 * math.sqrt(q) / 2)
+        other = Automatic(SGD(), 1e-3).update(Estimate(0, 0, (2.0,) * q), 1.0, rule.init(), no_more)[1]["rate"]
+        assert state["rate"] == pytest.approx(other / math.sqrt(q))
+        curved = Automatic(SGD(), 1e-3, population=True).update(
+            Estimate(0, 0, (2.0,) * q, 1e4), 1.0, rule.init(), no_more
+        )[1]["rate"]
+        assert curved == pytest.approx(0.15 / 1e4 * math.sqrt(q))
+
+
+@pytest.mark.parametrize("q", [8, 32])
+def test_with_noise_of_the_rows_a_population_comes_close_to_the_best_constant_rate(q):
+    """Descent on x'Hx / 2 with 300 weights: q directions divide 32 rows, whose gradients have noise."""
+    eigenvalues = 50 / torch.arange(1, 301) / (1 / torch.arange(1, 301)).sum()
+
+    def final(rule, rate):
+        generator, state = torch.Generator().manual_seed(0), rule.init()
+        x = torch.randn(300, generator=generator)
+        for step in range(150):
+            z = torch.randn(q, 300, generator=generator)
+            noisy = 3 * (eigenvalues * q / 32).sqrt() * torch.randn(q, 300, generator=generator)
+            projected = (z * (eigenvalues * x + noisy)).sum(1)
+            bend = (z.square() * eigenvalues).sum(1).mean().item() if rule.wants_curvature(step, state) else None
+            update, state = rule.update(Estimate(0, step, tuple(projected.tolist()), bend), rate, state, no_more)
+            x = x + torch.tensor(list(update.scales.values())) @ z
+        return (eigenvalues * x * x).sum().item() / 2
+
+    best = min(final(SGD(), 10**-exponent) for exponent in torch.arange(0.5, 3.1, 0.25).tolist())
+    assert final(Automatic(SGD(), 0.02, population=True), 1.0) < 1.4 * best
+    assert final(Automatic(SGD(), 0.02), 1.0) > 1.4 * best  # with q in place of its root
+
+
+def test_the_curvature_of_a_population_is_the_mean_over_its_directions():
+    problem = Quadratic()
+    own = Probes(queries=3, rank=1, own=True, eps=0.5)
+    bends = [(problem.z(0, j) @ problem.A @ problem.z(0, j)).item() for j in range(3)]
+
+    def evaluate(scale, query):
+        asked.append((scale, query))
+        return problem(problem.theta + scale * problem.z(0, query))
+
+    for probes, at_theta in ((own, 3), (Probes(queries=3, rank=1, eps=0.5), 1)):
+        asked = []
+        assert probes.curvature(evaluate) == pytest.approx(sum(bends) / 3, rel=1e-6)
+        assert len(probes.points(curved=True)) == 6 + at_theta
+        assert set(asked) <= set(probes.points(curved=True))
+    asked = []
+    assert Probes(queries=3, eps=0.5).curvature(evaluate) == pytest.approx(bends[0], rel=1e-6)
+    eps = noise.representable(1e-3)
+    assert Probes("one_sided", queries=2, rank=1, own=True).points() == [(0.0, 0), (eps, 0), (0.0, 1), (eps, 1)]
+    assert Probes("one_sided", queries=2, rank=1).points() == [(0.0, 0), (eps, 0), (eps, 1)]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zofo import noise
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel, mean_losses
+from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
 from zofo.methods.method import Work
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_hollow, load_tokenizer, load_weights
@@ -219,15 +219,17 @@ class _Clock:
             noise.warm_up(next(iter(parameters.values())).dtype, config.device)
             level = ZerothOrderLevel(self._adapted, parameters, config)
 
+            points = level.probes.points() if level.probes.rank else [(config.zo_eps, 0)]
+            passes = level.probes.passes if level.probes.rank else 1  # over a batch, by all points together
+
             def near(batch: Batch) -> None:
-                with level.perturbed(0, config.zo_eps, 0):
-                    mean_losses(self._scorer, {"the loss near θ": (UPPER, [batch])})
+                level.losses(self._scorer, 0, points, {"the loss near θ": (UPPER, [batch])})
 
             def update(batch: Batch) -> None:
                 level.optimizer.propose(Estimate(0, 0, (0.0,) * level.probes.queries), lambda scale, query: 0.0)
                 level.optimizer.step()
 
-            self._zeroth_order[tuple(parameters)] = self._mean(near), self._mean(update)
+            self._zeroth_order[tuple(parameters)] = self._mean(near) / passes, self._mean(update)
         return self._zeroth_order[tuple(parameters)]
 
     def _first(self, config: ZOFOConfig) -> tuple[float, float]:

@@ -169,11 +169,10 @@ class _Iteration:
     def evaluate(self, points: Sequence[Point]) -> list[Losses]:
         """At θ, where its losses over all rows are known, only G(θ, s) is measured."""
         known = None if self._method.theta.probes.own else self._at_theta
-        losses = {
-            at_theta: self._losses([p for p in points if (p[0] == 0) == at_theta], known if at_theta else None)
-            for at_theta in (True, False)
-        }
-        found = [losses[scale == 0].pop(0) for scale, _ in points]
+        at_theta = [point for point in points if known and point[0] == 0]
+        near = [point for point in points if point not in at_theta]
+        losses = dict(zip([*near, *at_theta], [*self._losses(near, None), *self._losses(at_theta, known)], strict=True))
+        found = [losses[point] for point in points]
         self.gap = sum(each.upper_penalty - each.lower_penalty for each in found) / len(found)
         return found
 

@@ -23,7 +23,7 @@ from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, count
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
-from zofo.zo.estimators import Estimate, Measure, Point, Probes, curvature
+from zofo.zo.estimators import Estimate, Measure, Point, Probes
 from zofo.zo.low_rank import require_rank
 from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
@@ -139,7 +139,7 @@ class ZerothOrderLevel:
         self._first = True
         rule, rate = RULES[keys.zo_optimizer](), keys.zo_learning_rate
         if not isinstance(rate, float):
-            rule, rate = Automatic(rule, keys.zo_eps), 1.0
+            rule, rate = Automatic(rule, keys.zo_eps, population=keys.zo_distribution == "low_rank"), 1.0
         self.probes = rule.probes(asked_probes(keys))
         require_rank(self.parameters, self.probes.rank)
         self.optimizer = ZerothOrderOptimizer(
@@ -178,7 +178,7 @@ class ZerothOrderLevel:
         step: int,
         points: Sequence[Point],
         asked: Asked,
-        of_rows: Callable[[list[Tensor]], RowValues],
+        of_rows: Callable[[list[Tensor]], RowValues] | None = None,
     ) -> list[list[float]]:
         """The mean losses of `asked` at each point: with low rank on the rows of its direction, many in one forward.
 
@@ -189,10 +189,10 @@ class ZerothOrderLevel:
             return member_losses(self, scorer, step, points, asked, parts, self._most)
         found: list[list[float]] = []
         for scale, query in points:
-            rows = [] if self.signal else None
+            rows = [] if self.signal and of_rows else None
             with self.perturbed(step, scale, query):
                 found.append(mean_losses(scorer, asked, rows))
-            if rows:
+            if rows and of_rows:
                 self._points.note(scale, query, of_rows(rows))
         return found
 
@@ -218,8 +218,9 @@ class ZerothOrderLevel:
         """Measures a loss at the points of a step, and has the rule propose an update; the projected gradients."""
         known: dict[Point, float] = {}
         self._points = Points()
+        curved = self.optimizer.wants_curvature(step)
         if self.probes.rank:  # many points at once; else each loss is measured when it is asked for
-            points = self.probes.points
+            points = self.probes.points(curved)
             known.update(zip(points, measure(points), strict=True))
 
         def remembered(scale: float, query: int) -> float:
@@ -227,9 +228,8 @@ class ZerothOrderLevel:
                 (known[scale, query],) = measure([(scale, query)])
             return known[scale, query]
 
-        projected, bend = self.probes.project(remembered), None
-        if self.optimizer.wants_curvature(step):
-            bend = curvature(remembered, self.probes.eps, self.probes.distribution)
+        projected = self.probes.project(remembered)
+        bend = self.probes.curvature(remembered) if curved else None
         if self.signal:
             self.signal.add(self._points)
         update = self.optimizer.propose(Estimate(self.seed, step, projected, bend), remembered)
@@ -332,4 +332,4 @@ def evaluations(keys: Keys) -> float:
     Where directions have rows of their own, all of them together measure two such losses.
     """
     probes = RULES[keys.zo_optimizer]().probes(asked_probes(keys))
-    return (2 if probes.own else probes.evaluations) + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)
+    return probes.passes + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)

@@ -6,7 +6,7 @@ Approximation" (1992); S. Malladi et al., "Fine-Tuning Language Models with Just
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from zofo.noise import Distribution, representable
@@ -44,32 +44,55 @@ class Probes:
         return 2 * self.queries if self.estimator == "two_sided" else self.queries + 1
 
     @property
-    def points(self) -> list[Point]:
-        """Where `project` measures, the points of a direction side by side."""
-        eps = representable(self.eps, self.distribution)
-        if self.estimator == "one_sided" and not self.own:
-            return [(0.0, 0), *((eps, query) for query in range(self.queries))]
-        scales = (eps, 0.0) if self.estimator == "one_sided" else (eps, -eps)
-        return [(scale, query) for query in range(self.queries) for scale in scales]
+    def passes(self) -> int:
+        """How many passes over a batch that are: two if directions divide it, each part of it read at two points."""
+        return 2 if self.own else self.evaluations
+
+    def points(self, curved: bool = False) -> list[Point]:
+        """Where `project`, and `curvature` as well if `curved`, measure."""
+        found = dict[Point, None]()
+
+        def note(scale: float, query: int) -> float:
+            found[scale, query] = None
+            return 0.0
+
+        self.project(note)
+        if curved:
+            self.curvature(note)
+        return list(found)
 
     def project(self, evaluate: Evaluate) -> tuple[float, ...]:
         """The projected gradient of a loss along each direction."""
+        estimator = ESTIMATORS[self.estimator]
         if self.own:
-            return tuple(
-                replace(self, queries=1, own=False).project(lambda scale, _, query=query: evaluate(scale, query))[0]
-                for query in range(self.queries)
-            )
-        return ESTIMATORS[self.estimator](evaluate, self.eps, self.queries, self.distribution)
+            alone = [_along(evaluate, query) for query in range(self.queries)]
+            return tuple(estimator(along, self.eps, 1, self.distribution)[0] for along in alone)
+        return estimator(evaluate, self.eps, self.queries, self.distribution)
+
+    def curvature(self, evaluate: Evaluate) -> float:
+        """The `curvature` along z_0; of low rank, the mean over the directions whose losses are measured anyway."""
+        queries = self.queries if self.own or (self.rank and self.estimator == "two_sided") else 1
+        alone = [_along(evaluate, query, at_theta=query if self.own else 0) for query in range(queries)]
+        return sum(curvature(along, self.eps, self.distribution) for along in alone) / queries
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A gradient estimate g = (1/q) sum_j projected[j] z_j, with z_j = z(seed, step, j); curvature is z_0ᵀHz_0."""
+    """A gradient estimate g = (1/q) sum_j projected[j] z_j, with z_j = z(seed, step, j).
+
+    The curvature is z_0ᵀHz_0, or a mean of z_jᵀHz_j.
+    """
 
     seed: int
     step: int
     projected: tuple[float, ...]
     curvature: float | None = None
+
+
+def _along(evaluate: Evaluate, query: int, at_theta: int | None = None) -> Evaluate:
+    """The losses along one direction, at θ on the rows of direction `at_theta`; its own by default."""
+    base = query if at_theta is None else at_theta
+    return lambda scale, _: evaluate(scale, query if scale else base)
 
 
 def two_sided(evaluate: Evaluate, eps: float, num_perturbations: int, distribution: Distribution) -> tuple[float, ...]:

@@ -106,7 +106,7 @@ class _Apart(Tensor):
 
     @classmethod
     def of(cls, values: Sequence[Tensor], reader: "_Reader", name: str) -> "_Apart":
-        made = values[0].detach().as_subclass(cls)
+        made = torch.empty(0).as_subclass(cls)  # its own memory is never read
         made.at_points, made.reader, made.parameter = list(values), reader, name
         return made
 
@@ -155,7 +155,7 @@ class _Reader:
         """What a torch function returns, for all rows."""
         self.asked += 1
         if func in METADATA:
-            return func(*args, **kwargs)
+            return func(*map(_example, args), **kwargs)
         if (read := read_of(func, args, kwargs)) and id(read.x) not in self.names and not isinstance(read.x, _Apart):
             return self._read(read, func)
         values = [*args, *kwargs.values()]
@@ -167,7 +167,7 @@ class _Reader:
                 self._refuse(func, [value])
         if func in _PRODUCTS and len(args) == 2 and len(moved) == 1:
             other = args[1] if args[0] is moved[0] else args[0]
-            if self._has_rows(other) and other.shape[-1:] == moved[0].shape and moved[0].ndim == 1:
+            if self._has_rows(other) and other.shape[-1:] == _example(moved[0]).shape and _example(moved[0]).ndim == 1:
                 return self._multiplied(other, self._copies(moved[0]))
         return self._one_by_one(func, args, kwargs)
 
@@ -281,6 +281,11 @@ class _Reader:
             f"{named[0] if named else 'a weight'} is read by {func.__name__}, whose result cannot be told apart by the "
             f"rows of several directions: {INSTEAD}"
         )
+
+
+def _example(value: Any) -> Any:
+    """A value as it is at one of the points."""
+    return value.at_points[0] if isinstance(value, _Apart) else value
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:

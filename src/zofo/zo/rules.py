@@ -130,7 +130,12 @@ class Momentum(Rule):
 class Automatic(Rule):
     """Another rule with a learning rate found from the estimates.
 
-        η = q min( 1.5 ε / rms(w),  0.15 rms(g) / (rms(w) median|h|) ),   w = `weigh` of the rule; w = g for SGD
+        η = q' min( 1.5 ε / rms(w),  0.15 rms(g) / (rms(w) median|h|) ),   w = `weigh` of the rule; w = g for SGD
+
+    q' is q, and sqrt(q) for a `population`: q directions together then move the weights by 1.5 ε (root mean square),
+    however many they are. The best step on a quadratic is q s / (tr(H) + ...), where s = |G|² / mean g² is the part of
+    signal in a projected gradient: q without noise of the rows, and about constant where directions divide the rows of
+    a batch and noise prevails. sqrt(q) is between these, and known to be stable in both: docs/step-size.md.
 
     The first bound updates the weights along each direction by 1.5 ε on average, about the distance at which the losses
     were measured, whatever the scale of the loss. The second keeps to 0.15 / tr(H), where 1 / tr(H) is the best step on
@@ -148,6 +153,7 @@ class Automatic(Rule):
 
     rule: Rule
     eps: float = 1e-3
+    population: bool = False
 
     def probes(self, asked: Probes) -> Probes:
         return self.rule.probes(asked)
@@ -173,7 +179,8 @@ class Automatic(Rule):
         caution = _CAUTION * math.sqrt(of_gradient / of_weighed) if of_weighed else _CAUTION
         rms, bend = math.sqrt(total / weight), statistics.median(curvatures or [0.0])
         bounds = [factor / size for factor, size in ((REACH * self.eps, rms), (caution, bend)) if size > 0]
-        rate = learning_rate * queries * min(bounds, default=0.0)
+        factor = math.sqrt(queries) if self.population else queries
+        rate = learning_rate * factor * min(bounds, default=0.0)
         update, inner = self.rule.update(estimate, rate, state, evaluate)
         return update, {**inner, "total": total, "weight": weight, "curvatures": curvatures, "rate": rate}
 
