@@ -144,8 +144,13 @@ class _Reader:
         equal = len({count for _, count in self._blocks}) == 1
         # of equal parts of the rows: all blocks if these are equal, else single rows
         self._slices = [point for point, count in self._blocks for _ in range(1 if equal else count)]
-        self._first = min(query for _, query in self._points)
-        self._queries = range(self._first, max(query for _, query in self._points) + 1)
+        queries = [query for _, query in self._points]
+        self._queries = range(min(queries), max(queries) + 1)
+        places = torch.tensor([self._points[point][1] - self._queries.start for point in self._slices])
+        scales = torch.tensor([self._points[point][0] / math.sqrt(rank) for point in self._slices])[:, None, None]
+        devices = dict.fromkeys(p.device for p in parameters.values())
+        # of each slice, which of the directions is its own and with which scale
+        self._of_devices = {device: (places.to(device), scales.to(device)) for device in devices}
 
     def holds(self, block: object) -> bool:
         """Whether this is what is open."""
@@ -196,10 +201,8 @@ class _Reader:
         name = self.names[id(read.weight)]
         self.seen.add(name)
         drawn = Matrix(read.weight, name, self._rank, self._distribution).drawn(self._seed, self._step, self._queries)
-        points = [self._points[point] for point in self._slices]
-        queries = torch.tensor([query - self._first for _, query in points], device=parts.device)
-        scales = drawn[1].new_tensor([scale / math.sqrt(self._rank) for scale, _ in points])
-        a, b = drawn[0].to(parts.dtype), (drawn[1][queries] * scales[:, None, None]).to(parts.dtype)
+        queries, scales = self._of_devices[parts.device]
+        a, b = drawn[0].to(parts.dtype), (drawn[1][queries] * scales).to(parts.dtype)
         if read.func is functional.embedding:
             ids = read.x.reshape(len(parts), -1)
             parts.baddbmm_(a[queries[:, None], :, ids], b)
