@@ -90,9 +90,9 @@ def population(
         with torch.no_grad(), noticed if require_all else nullcontext():
             yield
     finally:
+        ACTIVE.clear()  # first: a watched class that Ctrl-C leaves behind does nothing without it
         for name, plain in classes.items():
             parameters[name].__class__ = plain
-        ACTIVE.clear()
     if noticed.anything:
         require_read(parameters, reader.seen)
 
