@@ -262,6 +262,7 @@ def changed(**changes):
 FAILED = [{"name": "lora", "seed": 0, "message": "out of memory"}]
 EMPTY = {"scores": {}, "curve": [], "forgetting": None, "search": [], "commands": []}
 NO_COST = {"steps": 0, "forward_equivalents": 0.0, "seconds": 0.0, "peak_bytes": 0.0}
+UNTRAINED = {**NO_COST, "seconds": None, "peak_bytes": None}
 DEGENERATE = {
     "a single method": (content(method("mezo")), 8),
     "one seed": (content(method("mezo"), method("lora", {**difference(), "seed_sd": None}), seeds=[0]), 9),
@@ -270,6 +271,7 @@ DEGENERATE = {
     "empty lists": (content(method("mezo", **EMPTY), method("lora", difference(), **EMPTY)), 7),
     "another baseline": ({**changed(), "baseline": "gone"}, 9),
     "no cost": (content(method("mezo", cost=NO_COST, curve=[])), 6),
+    "without training": (content(method("mezo"), method("zero-shot", difference(), cost=UNTRAINED, curve=[])), 9),
     "no number is known": (
         content(method("mezo"), unknown(method("lora", difference()))),
         8,

@@ -112,20 +112,19 @@ class _Run:
         return next(iter(self.results["metrics"]["upper"]))
 
     @property
-    def cost(self) -> dict[str, float]:
-        """Of training, evaluations aside."""
-        each = iteration_cost(self.config) if self.config.method_class.trains() else 0.0
-        found = self.results["cost"]
+    def cost(self) -> dict[str, float | None]:
+        """Of training, evaluations aside; without training, nothing was measured."""
+        trains, found = self.config.method_class.trains(), self.results["cost"]
         return {
             "steps": self.steps,
-            "forward_equivalents": each * self.steps,
-            "seconds": found["wall_seconds"],
-            "peak_bytes": found["peak_memory_bytes"],
+            "forward_equivalents": iteration_cost(self.config) * self.steps if trains else 0.0,
+            "seconds": found["wall_seconds"] if trains else None,
+            "peak_bytes": found["peak_memory_bytes"] if trains else None,
         }
 
     def curve(self, metric: str) -> list[dict[str, float]]:
         """Loss and score on dev rows against what had been spent."""
-        whole, points = self.cost, list[dict[str, float]]()
+        whole, points = {key: value or 0.0 for key, value in self.cost.items()}, list[dict[str, float]]()
         for entry in self.history:
             if "eval_loss" in entry and self.steps:
                 part = entry["step"] / self.steps
@@ -200,7 +199,7 @@ class _Task:
             **vars(mean),
             "scores": {f"seed {one.cell.seed}": float(np.mean(one.scores)) for one in found},
             "difference": self._judged.get(run),
-            "cost": {key: float(np.mean([cost[key] for cost in costs])) for key in costs[0]},
+            "cost": {key: _mean([cost[key] for cost in costs]) for key in costs[0]},
             "curve": found[0].curve(metric),
             "templates": self._templates(found),
             "forgetting": self._forgetting(found),
@@ -307,4 +306,10 @@ def _mean_at(entries: Sequence[dict[str, Any]], path: Sequence[str]) -> float | 
     found: list[Any] = list(entries)
     for key in path:
         found = [entry[key] for entry in found if key in entry]
-    return float(np.mean(found)) if found else None
+    return _mean(found)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known; None without any."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
