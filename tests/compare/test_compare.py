@@ -137,7 +137,7 @@ def test_no_run_is_done_twice_and_a_changed_plan_reuses_what_is_valid(tmp_path, 
     capsys.readouterr()
     report = compared(plan_of(tmp_path, made, seeds=[0, 5]))
     assert len(here) == 4
-    assert "2 of 4 runs are there already" in capsys.readouterr().out
+    assert "2 of 4 runs were done before" in capsys.readouterr().out
     assert any("2 of 4 runs" in note for note in report["notes"])
 
 

@@ -23,6 +23,7 @@ def method(name, difference=None, **changes):
         "scores": {"seed 0": 0.8317, "seed 1": 0.8545},
         "difference": difference,
         "cost": {"steps": 1234, "forward_equivalents": 56789.0, "seconds": 95.0, "peak_bytes": 1.5 * 2**30},
+        "batch": 16,
         "curve": [
             {"forward_equivalents": 0.0, "seconds": 0.0, "loss": 0.7, "score": 0.5},
             {"forward_equivalents": 56789.0, "seconds": 95.0, "loss": 0.4, "score": 0.8},
@@ -138,12 +139,20 @@ def test_the_numbers_are_those_of_the_report(report):
         "0.012",
         "3.9",
         "1.6",
-        "1,234",
+        "1,234 of 16 rows",
         "56,789",
         "1 min 35 s",
         "1.5 GiB",
     ] in rows
-    assert ["mezo baseline", "84.3 81.1 to 87.5", *"––––", "1,234", "56,789", "1 min 35 s", "1.5 GiB"] in rows
+    assert [
+        "mezo baseline",
+        "84.3 81.1 to 87.5",
+        *"––––",
+        "1,234 of 16 rows",
+        "56,789",
+        "1 min 35 s",
+        "1.5 GiB",
+    ] in rows
     assert ["lora", "sst2", "91.2", "88.8", "-2.5 -3.1 to -1.8"] in rows  # forgetting
     assert ["lora", "84.3", "72.1", "12.2"] in rows  # templates
     assert ["lora", "1.2", "0.00051", "0.00032", "–", "+1.2", "+23.4"] in rows  # diagnosis

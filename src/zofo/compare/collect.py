@@ -200,6 +200,7 @@ class _Task:
             "scores": {f"seed {one.cell.seed}": float(np.mean(one.scores)) for one in found},
             "difference": self._judged.get(run),
             "cost": {key: _mean([cost[key] for cost in costs]) for key in costs[0]},
+            "batch": found[0].config.per_device_train_batch_size * found[0].config.gradient_accumulation_steps,
             "curve": found[0].curve(metric),
             "templates": self._templates(found),
             "forgetting": self._forgetting(found),

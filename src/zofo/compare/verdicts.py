@@ -81,17 +81,14 @@ def summary(compared: Sequence[Compared], baseline: str) -> str:
     ]
     rest = [one for one in compared if one.p >= LEVEL]
     if rest:
-        least = [100 * one.found.detectable for one in rest if math.isfinite(one.found.detectable)]
-        seen = f"differences from {_range(least)} points could have been seen" if least else "none could have been seen"
-        parts.append(f"no significant difference: {', '.join(one.method for one in rest)} ({seen})")
+        parts.append("undecided: " + ", ".join(f"{one.method} ({_interval(one.found)})" for one in rest))
     sentence = "; ".join(parts) + "."
     return sentence[0].upper() + sentence[1:]
 
 
-def _range(values: Sequence[float]) -> str:
-    """The least and the greatest, or the one number that both are."""
-    least, most = f"{min(values):.1f}", f"{max(values):.1f}"
-    return least if least == most else f"{least} to {most}"
+def _interval(found: Difference) -> str:
+    points, low, high = (f"{100 * value:+.1f}" for value in (found.difference, found.low, found.high))
+    return f"{points} points, 95 % interval {low} to {high}"
 
 
 def _seen(found: Difference) -> str:

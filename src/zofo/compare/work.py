@@ -41,7 +41,7 @@ def claim(plan: Plan) -> list[str]:
             "output_dir"
         )
     (folder / MARK).write_text(plan.text, encoding="utf-8")
-    notes = [f"{len(done)} of {len(cells)} runs are there already, and are not done again"] if done else []
+    notes = [f"{len(done)} of {len(cells)} runs were done before, and are reused"] if done else []
     if len(ended) > len(done):
         notes.append(f"{len(ended) - len(done)} runs of an earlier plan stay in {folder}/runs, and do not count")
     return notes
