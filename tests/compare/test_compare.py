@@ -290,6 +290,17 @@ def test_what_a_run_forgets_and_how_templates_spread_are_those_of_zofo_eval(tmp_
     assert lora["templates"] == pytest.approx(np.mean(by_hand, axis=0))
     assert lora["templates"][0] == pytest.approx(lora["mean"])
     assert len(zero["templates"]) == 2
+    nights = named_task(tmp_path, "nights", [{"text": f"night {n}", "label": n % 2} for n in range(40)])
+    file = plan_of(
+        tmp_path, made, tasks=[two], runs=runs, baseline="zero", seeds=[0, 1], forgetting=nights, templates=True
+    )
+    trained = [words for words in here if "train" in words]
+    changed = compared(file)["tasks"][0]["methods"][0]["forgetting"]
+    assert [words for words in here if "train" in words] == trained
+    assert changed["task"] == "nights"
+    assert (
+        changed["before"] == scored("--model", str(made["model"]), "--task", nights, "--max_length", "64")["accuracy"]
+    )
 
 
 def test_macro_f1_is_compared_by_values_of_rows_whose_mean_it_is(tmp_path, made, here):
@@ -377,6 +388,7 @@ BAD = {
     "a seed twice": ({"seeds": [1, 1]}, "seeds holds a value twice"),
     "a task that is not there": ({"tasks": ["tweetz"]}, "there is no task 'tweetz'"),
     "no job": ({"jobs": 0}, "jobs is 0"),
+    "no model": ({"base": {"max_length": 8}}, "base holds no model, which all runs of a comparison start from"),
     "seconds side by side": ({"budget": {"seconds": 9}, "jobs": 2}, "runs side by side have no seconds of their own"),
     "tuning of nothing": ({"tuning": {"seeds": [1]}}, "tuning is given, but search is not"),
     "two data seeds": ({"data_seeds": [1, 1]}, "data_seeds holds a value twice"),

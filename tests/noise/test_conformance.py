@@ -7,12 +7,12 @@ anew. The tests compute the same in NumPy, from the equations alone.
 
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from plain_noise import hashes, integers, multiplier
 
 from zofo import noise
 from zofo.zo.low_rank import Matrix
@@ -57,32 +57,14 @@ def plain_key(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def mixed(x):
-    x = x ^ (x >> np.uint32(16))
-    x = x * np.uint32(0x7FEB352D)
-    x = x ^ (x >> np.uint32(15))
-    x = x * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
-
-
 def plain(key, start, count, distribution="normal"):
-    """Elements of a stream, one after the other, in NumPy."""
-    found = []
-    for index in range(start, start + count):
-        block, low = divmod(index, 1 << 32)
-        halves = plain_key(f"{key}/0/0/block {block}")
-        k0, k1 = np.array([halves & 0xFFFFFFFF, halves >> 32], np.uint32)
-        h = mixed(mixed(np.array([low], np.uint32) ^ k0) + k1)
-        if distribution == "rademacher":
-            found.append(1.0 if h[0] >> 31 else -1.0)
-            continue
-        mantissa, exponent = math.frexp(1 / math.sqrt(21845))  # to 15 significant bits
-        unit = math.ldexp(round(mantissa * (1 << 15)), exponent - 15)
-        found.append((sum(h.view(np.uint8).tolist()) - 510) * unit)
-    return np.array(found, np.float32)
+    """Elements of a stream, in float32."""
+    if distribution == "rademacher":
+        return np.where(hashes(key, start, count) >> 31, 1.0, -1.0)
+    return integers(key, start, count) * multiplier(1.0)
 
 
-STORED = json.loads(FILE.read_text()) if FILE.exists() else {"streams": [], "low_rank": []}
+STORED = json.loads(FILE.read_text())
 
 
 def test_the_file_is_what_this_package_gives():

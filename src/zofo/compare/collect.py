@@ -222,7 +222,7 @@ class _Task:
         if self._plan.forgetting is None or not found[0].config.method_class.trains():
             return None
         before = _first(_scored(before_file(self._plan)))
-        after = [_first(_scored(forgetting_file(one.cell.folder))) for one in found]
+        after = [_first(_scored(forgetting_file(self._plan, one.cell.folder))) for one in found]
         return {
             "task": Path(self._plan.forgetting).stem,
             "before": before,

@@ -151,8 +151,7 @@ class Plan:
         keys = self.keys(run, division, settings) | {"seed": seed}
         if trial is not None:
             keys["final_split"] = "dev"
-        mark = hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        name = f"seed-{seed}-{mark}" if trial is None else f"trial-{trial}-{mark}"
+        name = f"{f'seed-{seed}' if trial is None else f'trial-{trial}'}-{_mark(keys)}"
         folder = self.output_dir / "runs" / division.name / run / name
         after = {} if trial is not None else self._evaluations(folder, keys)
         return Cell(run, division, seed, trial, settings, keys | {"output_dir": str(folder)}, folder, after)
@@ -164,12 +163,21 @@ class Plan:
             shots = ["--shots", str(keys["shots"])] if keys.get("shots") else []
             found[templates_file(folder)] = ["--run", str(folder), "--template", "all", *shots]
         if self.forgetting and "max_steps" in keys:  # it trains
-            given = [(f"--{key}", str(self.base[key])) for key in ANY_TASK_KEYS if key in self.base]
-            options = ["--task", self.forgetting, *(word for pair in given for word in pair)]
+            options = self._of_other_task(self.forgetting)
             found[before_file(self)] = ["--model", str(self.base["model"]), *options]
             adapter = ["--adapter", str(folder / "upper")] if keys.get("adapter") != "none" else []
-            found[forgetting_file(folder)] = ["--model", str(folder / "backbone"), *adapter, *options]
+            found[forgetting_file(self, folder)] = ["--model", str(folder / "backbone"), *adapter, *options]
         return found
+
+    def _of_other_task(self, task: str) -> list[str]:
+        given = [(f"--{key}", str(self.base[key])) for key in ANY_TASK_KEYS if key in self.base]
+        return ["--task", task, *(word for pair in given for word in pair)]
+
+    @property
+    def forgetting_mark(self) -> str:
+        """Names the results on the other task, so that those of an earlier plan, with another task, do not count."""
+        asked = [self.base["model"], *self._of_other_task(str(self.forgetting))]
+        return _mark(asked)
 
 
 def templates_file(folder: Path) -> Path:
@@ -177,14 +185,18 @@ def templates_file(folder: Path) -> Path:
     return folder.with_suffix(".templates.json")
 
 
-def forgetting_file(folder: Path) -> Path:
+def forgetting_file(plan: Plan, folder: Path) -> Path:
     """Where the scores of a run on the task that it was not trained on are kept."""
-    return folder.with_suffix(".forgetting.json")
+    return folder.with_suffix(f".forgetting-{plan.forgetting_mark}.json")
 
 
 def before_file(plan: Plan) -> Path:
     """Where the scores on that task before all training are kept."""
-    return plan.output_dir / "before.json"
+    return plan.output_dir / f"before-{plan.forgetting_mark}.json"
+
+
+def _mark(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def score_of(cell: Cell) -> tuple[float, float]:

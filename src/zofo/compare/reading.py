@@ -93,6 +93,8 @@ def _check(plan: Plan) -> None:
         raise ZofoError(f"baseline is {plan.baseline!r}, but must be one of the runs: {', '.join(plan.runs)}")
     if plan.budget[0] == "seconds" and plan.jobs > 1:
         raise ZofoError(f"jobs is {plan.jobs}, but runs side by side have no seconds of their own: leave jobs out")
+    if not plan.base.get("model"):
+        raise ZofoError("base holds no model, which all runs of a comparison start from: add model: ... to base")
     for key in _ITS_OWN:
         if key in plan.base:
             raise ZofoError(f"base holds {key}, which a comparison sets itself: leave it out")
