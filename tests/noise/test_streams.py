@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_noise import hashes, integers, multiplier
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from plain_noise import hashes, integers, multiplier
 from zofo import noise
 from zofo.errors import ZofoError
 from zofo.noise import Sum, Term, cpu, eager, streams
