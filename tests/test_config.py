@@ -19,7 +19,7 @@ from zofo.zo.rules import RULES, RuleName
 # Keys that count for every method; each other one is in a group of `keys.py`, of which a method's class takes some.
 FOR_EVERY_METHOD = (
     "method", "model", "task", "source", "template", "data", "text", "label", "chat_template", "system_prompt",
-    "adapter", "adapter_layers", "train_size", "dev_size", "test_size", "final_split", "zero_shot", "dtype", "loss",
+    "adapter", "train_size", "dev_size", "test_size", "final_split", "zero_shot", "dtype", "loss",
     "max_length", "overwrite_output_dir",
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ import pytest
 import zofo
 from zofo.cli import main
 from zofo.config import parse_config
+from zofo.keys import LORA_KEYS
 from zofo.tasks.task import load_task, task_names
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +152,7 @@ def test_a_rival_is_keys_of_its_method_and_a_line_that_says_what_it_is(file):
     assert re.match(r"# [A-Z].*\.\n(\w+: .+\n)+$", text)
     config = parse_config(file, ["--output_dir", "run", "--use_cpu", "true", "--model", "m", "--task", "t"])
     assert config.notices() == []
-    allowed = {"method", "adapter", "adapter_layers"} | config.method_class.keys_used
+    allowed = {"method", "adapter", *LORA_KEYS} | config.method_class.keys_used
     assert set(re.findall(r"^(\w+):", text, re.MULTILINE)) <= allowed
 
 

@@ -17,7 +17,18 @@ from zofo import parse
 from zofo.errors import ZofoError, first_line
 from zofo.habits import refuse_values
 from zofo.identity import anywhere, known
-from zofo.keys import AUTO, POSITIVE, Keys, default_of, field, name_of, numbers, refusing_unknown, require_honoured
+from zofo.keys import (
+    AUTO,
+    LORA_KEYS,
+    POSITIVE,
+    Keys,
+    default_of,
+    field,
+    name_of,
+    numbers,
+    refusing_unknown,
+    require_honoured,
+)
 from zofo.methods import METHODS, Method, settings
 from zofo.models.peft import require_fresh, require_start
 from zofo.spelling import key_of, refuse_unknown
@@ -71,7 +82,8 @@ class ZOFOConfig(Keys):
         if self.max_steps != -1:
             POSITIVE.require("max_steps", self.max_steps)
         if not self.method_class.trains():
-            self.adapter, self.adapter_layers = "none", None  # one that is never trained would only be in the way
+            self.adapter = "none"  # one that is never trained would only be in the way
+            vars(self).update(dict.fromkeys(LORA_KEYS))
         elif self.adapter_init:
             require_start(self.adapter_init, self.adapter if "adapter" in self._given else None)
             self.adapter = self.adapter_init
@@ -164,10 +176,9 @@ class ZOFOConfig(Keys):
             self.activation_checkpointing = False  # forward passes keep nothing that could be computed again
 
     def _check_selection(self) -> None:
-        if isinstance(self.zo_parameters, str):
-            self.zo_parameters = [self.zo_parameters]
-        if isinstance(self.zo_exclude, str):
-            self.zo_exclude = [self.zo_exclude]
+        for key in ("zo_parameters", "zo_exclude", "lora_target_modules"):
+            if isinstance(vars(self)[key], str):
+                vars(self)[key] = [vars(self)[key]]
         self.zo_layers = None if self.zo_layers is None else str(self.zo_layers)
         self.adapter_layers = None if self.adapter_layers is None else str(self.adapter_layers)
         chosen = [key for key in _CHOOSING if vars(self)[key]]
@@ -202,7 +213,7 @@ class ZOFOConfig(Keys):
         if not METHODS[method].freezes and self.zo_learning_rate == 0:
             more = {"zo_learning_rate": None, **more}
         if adapter != self.adapter:
-            more = {"adapter_init": None, "adapter_layers": None, **more}
+            more = {"adapter_init": None, **dict.fromkeys(LORA_KEYS), **more}
         return dataclasses.replace(self, method=method, adapter=adapter, **more)
 
     def identity(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from zofo.models.peft import KINDS
+from zofo.models.kinds import KINDS
 
 _DESCRIBED = ("task", "source", "data", "adapter")  # their content is compared anyway: as rows, or as `peft_config`
 _WEIGHTS = ("model", "adapter_init")

@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from zofo.errors import ZofoError
 from zofo.habits import INSTEAD
+from zofo.models.kinds import Lora
 from zofo.models.load import DType
 from zofo.scoring.tokens import LossKind
 from zofo.spelling import refuse_unknown
@@ -106,6 +107,10 @@ COUPLING_KEYS = frozenset((
     "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_fraction",
 ))  # fmt: skip
 STAGE_KEYS = frozenset(("two_stage_fraction", "two_stage_order"))
+LORA_KEYS = {  # as LoraConfig calls them
+    "adapter_layers": "layers_to_transform", "lora_r": "r", "lora_alpha": "lora_alpha",
+    "lora_target_modules": "target_modules",
+}  # fmt: skip
 FULL_KEYS = frozenset(("optimizer_in_backward",))
 CONTEXT_KEYS = frozenset(("shots",))
 
@@ -202,6 +207,11 @@ class Keys(TrainingArguments):
     adapter_layers: str | None = field(
         None, "with adapter lora: blocks that get one, from 0, such as 0-11,20 or last 2; all if not given"
     )
+    lora_r: Count | None = field(None, "with adapter lora: its rank; 8 if not given")
+    lora_alpha: Count | None = field(None, "with adapter lora: α, of its factor α/r; 2 r if not given")
+    lora_target_modules: list[str] | None = field(
+        None, "with adapter lora: the modules that get one, or all-linear; queries and values if not given"
+    )
     learning_rate: Rate = field(1e-3, "of backpropagation; where there are two adapters, of the lower one, s")
     upper_learning_rate: Rate | None = field(None, "of the upper adapter p; learning_rate if not given")
     optimizer_in_backward: bool = field(
@@ -278,6 +288,12 @@ class Keys(TrainingArguments):
     logging_steps: Annotated[float, POSITIVE] = field(10, "as in TrainingArguments")
     logging_nan_inf_filter: bool = field(False, "off: a loss that is not finite must be seen")
     remove_unused_columns: bool = field(False, "off: rows are no model inputs")
+
+    @property
+    def lora(self) -> Lora:
+        """Where LoRA is put, and how large it is."""
+        targets = self.lora_target_modules
+        return Lora(self.adapter_layers, self.lora_r, self.lora_alpha, None if targets is None else tuple(targets))
 
     def settle_numbers(self, may_freeze: bool) -> None:
         """Reads the keys that are a number or one word; `zo_learning_rate` may be 0 where that freezes θ."""

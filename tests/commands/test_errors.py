@@ -28,6 +28,12 @@ KEYS = {
         {"adapter": "prefix", "adapter_layers": "last 2"},
         "adapter_layers is 'last 2', but adapter is prefix: leave it out, or set adapter: lora",
     ),
+    "a rank without LoRA": (
+        {"adapter": "prompt", "lora_r": 4},
+        "lora_r is 4, but adapter is prompt: leave it out, or set adapter: lora; a PEFT config has r",
+    ),
+    "a rank of 0": ({"lora_r": 0}, "lora_r is 0, but must be greater than 0"),
+    "modules that are not there": ({"lora_target_modules": ["qq_proj"]}, "qq_proj"),
     "layers that are not there": ({"adapter_layers": "last 3"}, "'last3' is no range of layers of this model: they"),
     "more examples than rows": (
         {"method": "none", "shots": 41},

@@ -49,6 +49,15 @@ def test_one_line_says_what_a_run_will_take(capsys, tmp_path, made, keys, end):
     assert lines.index(plan) < next(i for i, line in enumerate(lines) if line.startswith("zero-shot on"))
 
 
+def test_a_line_says_where_backpropagation_stops(capsys, tmp_path, made):
+    keys = {**made, **CHECKPOINTS, "save_strategy": "no", "output_dir": tmp_path}
+    lines = said(capsys, **keys, adapter_layers="last 1", lora_r=2)
+    assert "backpropagation runs through layer 1 alone; those below keep no activations" in lines
+    assert json.loads((tmp_path / "upper" / "adapter_config.json").read_text())["r"] == 2
+    again = said(capsys, **keys, overwrite_output_dir=True)
+    assert not [line for line in again if line.startswith("backpropagation")]
+
+
 def test_its_checkpoints_are_where_the_line_says(capsys, tmp_path, made):
     said(capsys, **made, **CHECKPOINTS | {"max_steps": 10}, output_dir=tmp_path)
     assert {folder.name for folder in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (6, 8, 10)}

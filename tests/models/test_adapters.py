@@ -14,7 +14,8 @@ from zofo import ZOFOConfig
 from zofo.commands.estimate import estimate
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
-from zofo.models.peft import LOWER, UPPER, adapter_config, attach, merged
+from zofo.models.kinds import Lora, adapter_config
+from zofo.models.peft import LOWER, UPPER, attach, merged
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # peft, of its prefixes
@@ -177,15 +178,31 @@ def test_a_misspelt_adapter_names_those_that_there_are():
 @pytest.mark.parametrize(("layers", "blocks"), [("last 2", {2, 3}), ("0,2-3", {0, 2, 3}), (None, {0, 1, 2, 3})])
 def test_lora_in_some_layers_alone(family, layers, blocks):
     model = tiny_model(family, num_hidden_layers=4)
-    adapted = AdaptedModel(model, adapter_config("lora", model, layers))
+    adapted = AdaptedModel(model, adapter_config("lora", model, Lora(layers)))
     names = adapted.adapter_parameters(UPPER)
     assert {int(re.search(r"\.(\d+)\.", name)[1]) for name in names} == blocks
     assert (len(names) == len(AdaptedModel(*_fresh(family)).adapter_parameters(UPPER))) == (layers is None)
+    assert adapted.blocks_of_backward == (range(min(blocks), 4), 4)
 
 
 def _fresh(family):
     model = tiny_model(family, num_hidden_layers=4)
     return model, adapter_config("lora", model)
+
+
+def test_lora_of_the_size_that_keys_say_on_the_modules_that_they_name():
+    model = tiny_model(num_hidden_layers=4)
+    found = adapter_config("lora", model, Lora("last 1", 4, 12, ("o_proj", "down_proj")))
+    assert found == LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules=["o_proj", "down_proj"], layers_to_transform=[3]
+    )
+    usual = adapter_config("lora", model)
+    assert (usual.r, usual.lora_alpha, usual.layers_to_transform) == (8, 16, None)
+    assert adapter_config("lora", model, Lora(r=2)).lora_alpha == 4
+    everywhere = AdaptedModel(model, adapter_config("lora", model, Lora(targets=("all-linear",))))
+    assert len(everywhere.adapter_parameters(UPPER)) == 4 * 7 * 2
+    with pytest.raises(ZofoError, match="adapter_layers is 'last 1', but LoRA goes on all-linear: name the modules"):
+        adapter_config("lora", model, Lora("last 1", targets=("all-linear",)))
 
 
 def test_backpropagation_stops_at_the_lowest_layer_with_lora(tmp_path):
@@ -204,7 +221,9 @@ def test_layers_beside_a_config_that_says_them_itself_are_refused(tmp_path):
     for given in ({"peft": LoraConfig(target_modules=["q_proj"])}, {"model": _peft_model()}):
         with pytest.raises(ZofoError, match="adapter_layers is 'last 1', but the adapter is given as a PEFT config or"):
             make_trainer(tmp_path, method="fo", adapter_layers="last 1", **given)
-    assert make_trainer(tmp_path, method="none", adapter_layers="last 1").adapted.adapters == ()
+        with pytest.raises(ZofoError, match=r"lora_r is 4, but the adapter is given .* LoraConfig\(r=...\)"):
+            make_trainer(tmp_path, method="fo", lora_r=4, **given)
+    assert make_trainer(tmp_path, method="none", adapter_layers="last 1", lora_r=2).adapted.adapters == ()
 
 
 def _peft_model():

@@ -26,7 +26,8 @@ from plain import make_trainer, moved, same, weights
 from tiny import tiny_model, token_batch
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
-from zofo.models.peft import LOWER, UPPER, adapter_config, attach, merged, real_keys_and_values
+from zofo.models.kinds import adapter_config
+from zofo.models.peft import LOWER, UPPER, attach, merged, real_keys_and_values
 from zofo.scoring.scorer import Scorer
 
 pytestmark = [

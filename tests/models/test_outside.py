@@ -9,7 +9,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
-from zofo.models.peft import adapter_config, attach
+from zofo.models.kinds import adapter_config
+from zofo.models.peft import attach
 
 MORE = {
     "a module to import": {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "this_module"},

@@ -8,7 +8,8 @@ from plain import MORE_TOKENS, make_rows, make_trainer
 from tiny import same_bits, snapshot, tiny_model, tiny_tokenizer
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
-from zofo.models.peft import UPPER, adapter_config
+from zofo.models.kinds import adapter_config
+from zofo.models.peft import UPPER
 from zofo.scoring.batch import Layout, collate
 from zofo.scoring.evaluation import Evaluator
 from zofo.scoring.padding import probe

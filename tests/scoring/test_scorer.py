@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, RobertaConfig
 from tiny import ALL_FAMILIES, FAMILIES, tiny_model, tiny_tokenizer
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
-from zofo.models.peft import UPPER, adapter_config
+from zofo.models.kinds import adapter_config
+from zofo.models.peft import UPPER
 from zofo.scoring import evaluation
 from zofo.scoring.batch import Layout, collate, share
 from zofo.scoring.evaluation import Evaluator

@@ -16,8 +16,9 @@ from zofo.errors import ZofoError
 from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
 from zofo.methods.method import Work
 from zofo.models.adapters import AdaptedModel
+from zofo.models.kinds import adapter_config
 from zofo.models.load import load_hollow, load_tokenizer, load_weights
-from zofo.models.peft import UPPER, adapter_config
+from zofo.models.peft import UPPER
 from zofo.report.words import duration
 from zofo.scoring.batch import Batch, collate, padding_id, width
 from zofo.scoring.scorer import Scorer, Tokens
@@ -198,7 +199,7 @@ class _Clock:
         config = variants[0]
         model = load_weights(str(config.model), config.dtype)
         names = max((variant.method_class.adapters for variant in variants), key=len)
-        self._adapted = AdaptedModel(model, adapter_config(config.adapter, model, config.adapter_layers), names)
+        self._adapted = AdaptedModel(model, adapter_config(config.adapter, model, config.lora), names)
         cast(nn.Module, self._adapted.model).to(config.device)
         checkpoint(config, self._adapted)
         self._batches = batches.typical(self._adapted)

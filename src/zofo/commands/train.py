@@ -100,7 +100,8 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     zero_shot: dict[str, float] = {}
     with _begun(run, resume, texts):
         if config.method_class.trains():
-            say(_plan(trainer, resume))
+            for line in (_plan(trainer, resume), *_backward(trainer)):
+                say(line)
             if config.diagnose:
                 say(cost_line(trainer.method, config))
         if config.zero_shot and (config.method_class.trains() or fitting):
@@ -136,6 +137,18 @@ def _plan(trainer: ZOFOTrainer, resume: Path | None) -> str:
         parts.append(f"about {duration(tried.seconds * (steps - done))} without evaluations")
         parts.append(f"{size(tried.peak)} at the peak")
     return f"{config.method}: {', '.join(parts)}; {_checkpoints(config, steps)}"
+
+
+def _backward(trainer: ZOFOTrainer) -> list[str]:
+    """A line that says through which blocks backpropagation runs, where it leaves some out."""
+    adapted, method = trainer.adapted, trainer.args.method_class
+    if not method.backpropagates or not adapted.adapters:
+        return []
+    through, blocks = adapted.blocks_of_backward
+    if len(through) == blocks:
+        return []
+    where = f"layers {through.start}-{blocks - 1}" if len(through) > 1 else f"layer {through.start}"
+    return [f"backpropagation runs through {where} alone; those below keep no activations"]
 
 
 def _checkpoints(config: ZOFOConfig, steps: int) -> str:

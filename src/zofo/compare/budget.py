@@ -11,9 +11,9 @@ from filelock import FileLock
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
+from zofo.models.kinds import Lora, adapter_config
 from zofo.models.load import load_hollow
-from zofo.models.peft import UPPER, adapter_config
-from zofo.models.selection import layers_of
+from zofo.models.peft import UPPER
 
 
 def iteration_cost(config: ZOFOConfig) -> float:
@@ -102,17 +102,12 @@ def _backward_cost(config: ZOFOConfig) -> float:
     again = 1.0 if config.activation_checkpointing else 0.0
     if config.adapter == "none":
         return 2.0 + again
-    return _part(str(config.model), config.dtype, config.adapter, config.adapter_layers) * (1.0 + again)
+    return _part(str(config.model), config.dtype, config.adapter, config.lora) * (1.0 + again)
 
 
 @lru_cache
-def _part(model: str, dtype: str, adapter: str, layers: str | None) -> float:
-    """The part of the blocks from the lowest one with an adapter on; all, if the adapter is not in the blocks."""
+def _part(model: str, dtype: str, adapter: str, lora: Lora) -> float:
+    """The part of the blocks that backpropagation to an adapter runs through."""
     base = load_hollow(model, dtype)  # pyright: ignore[reportArgumentType]
-    adapted = AdaptedModel(base, adapter_config(adapter, base, layers), (UPPER,))
-    blocks = max(layers_of(adapted.backbone).values(), default=-1) + 1
-    names = adapted.adapter_parameters(UPPER)
-    inside = layers_of(names)
-    if not blocks or len(inside) < len(names):
-        return 1.0
-    return (blocks - min(inside.values())) / blocks
+    through, blocks = AdaptedModel(base, adapter_config(adapter, base, lora), (UPPER,)).blocks_of_backward
+    return len(through) / blocks if blocks else 1.0

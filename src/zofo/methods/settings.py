@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from zofo.errors import ZofoError, first_line
-from zofo.keys import FULL_KEYS, Keys, name_of
+from zofo.keys import FULL_KEYS, LORA_KEYS, Keys, name_of
 from zofo.methods.levels import settings_of_optimizer
 from zofo.methods.method import Method
 
@@ -54,12 +54,13 @@ def require_evaluations(keys: Keys) -> None:
 
 
 def require_lora(keys: Keys) -> None:
-    """Refuses `adapter_layers` without the adapter that they are layers of."""
-    if keys.adapter_layers is not None and keys.adapter != "lora":
-        raise ZofoError(
-            f"adapter_layers is {keys.adapter_layers!r}, but adapter is {keys.adapter}: leave it out, or set adapter: "
-            "lora; a PEFT config has layers_to_transform"
-        )
+    """Refuses the keys of LoRA without this adapter."""
+    for key, of_peft in LORA_KEYS.items():
+        if vars(keys)[key] is not None and keys.adapter != "lora":
+            raise ZofoError(
+                f"{key} is {vars(keys)[key]!r}, but adapter is {keys.adapter}: leave it out, or set adapter: lora; a "
+                f"PEFT config has {of_peft}"
+            )
 
 
 def require_low_rank(keys: Keys) -> None:

@@ -19,6 +19,7 @@ from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.export import save_model
 from zofo.models.load import load_weights
 from zofo.models.peft import UPPER, attach, mixing_layers, real_keys_and_values, with_adapters
+from zofo.models.selection import layers_of
 
 BACKBONE = "backbone"
 _UNLIMITED = 1 << 30
@@ -83,6 +84,17 @@ class AdaptedModel:
         positions = config.get("max_position_embeddings") or config.get("n_positions") or _UNLIMITED
         prompt: Any = self._config
         return positions - prompt.num_virtual_tokens if self.prompt_learning else positions
+
+    @property
+    def blocks_of_backward(self) -> tuple[range, int]:
+        """The blocks that backpropagation to the adapters runs through, from the lowest one on, and how many there are.
+
+        All of them, if part of an adapter is outside of the blocks.
+        """
+        blocks = max(layers_of(self.backbone).values(), default=-1) + 1
+        names = self.adapter_parameters(self.adapters[0])
+        inside = layers_of(names)
+        return range(min(inside.values()) if len(inside) == len(names) else 0, blocks), blocks
 
     def use(self, adapter: str) -> None:
         """Makes forward passes use this adapter; without adapters, does nothing."""

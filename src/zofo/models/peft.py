@@ -1,4 +1,4 @@
-"""Adapters by peft: which config a kind of adapter gets; fresh and stored adapters on a model; merged adapters."""
+"""Adapters by peft: fresh and stored ones on a model; merged ones."""
 
 import copy
 import json
@@ -10,104 +10,33 @@ from typing import Any, cast
 
 import torch
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     PeftType,
     PrefixTuningConfig,
-    PromptTuningConfig,
-    PromptTuningInit,
-    TaskType,
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
 )
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.pytorch_utils import Conv1D
 
 from zofo.errors import ZofoError, is_lack_of_memory
 from zofo.models.load import DTYPES, DType, load_weights
 from zofo.models.outside import require_nothing_outside, require_plain_tokenizer
-from zofo.models.selection import chosen_layers
 
 UPPER = "upper"
 LOWER = "lower"
-KINDS = ("lora", "prefix", "prompt", "none")
 # Initial values of LoRA that leave the backbone as it is.
 _INITIAL_VALUES = (True, False, "gaussian", "orthogonal")
 # Kinds that take a part of the backbone, or keep some of their own parameters fixed.
 _ENTANGLED = ("ADALORA", "PSOFT", "OSF", "ADAMSS", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
 _PEFT_ERRORS = (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError)
-
-
-def adapter_config(adapter: str, model: PreTrainedModel, layers: str | None = None) -> PeftConfig | None:
-    """The PEFT config that the key `adapter` names.
-
-    Args:
-        adapter: "lora" (r=8, alpha=16, on queries and values), "prefix" (5 virtual tokens), "prompt" (10 virtual
-            tokens, from the vocabulary), "none", or the path of a PEFT config JSON.
-        model: the backbone that the adapter is for.
-        layers: the blocks that get LoRA, such as "0-3,7" or "last 2"; all if not given.
-    """
-    if adapter == "none":
-        return None
-    if adapter == "lora":
-        targets, names = _lora_targets(model), [name for name, _ in model.named_parameters()]
-        if layers is not None and isinstance(targets, str):
-            raise ZofoError(
-                f"adapter_layers is {layers!r}, but the layers of a {model.config.model_type} model are not known by "
-                "name: write a PEFT config with layers_to_transform and target_modules, and give it as adapter"
-            )
-        return LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=8,
-            lora_alpha=16,
-            target_modules=targets,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layout
-            layers_to_transform=None if layers is None else sorted(chosen_layers("adapter_layers", layers, names)),
-        )
-    if adapter == "prefix":
-        return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5)
-    if adapter == "prompt":
-        heads = model.config.to_dict().get("num_attention_heads", 1)  # peft asks for it, and does not use it
-        return PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=10, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
-            num_attention_heads=heads,
-        )  # fmt: skip
-    return _read_config(Path(adapter).expanduser())
-
-
-def _lora_targets(model: PreTrainedModel) -> list[str] | str:
-    """Queries and values, where these are separate modules; else peft's targets; else the model's own layers."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    last_parts = {name.split(".")[-1] for name in linear}
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
-    for targets in (("q_proj", "v_proj"), tuple(known), ("in_proj", "x_proj")):  # the last are of state-space models
-        if targets and last_parts.issuperset(targets):
-            return list(targets)
-    attention = {name.split(".")[-1] for name in linear if "attn" in name or "attention" in name}
-    return sorted(attention) or "all-linear"
-
-
-def _read_config(path: Path) -> PeftConfig:
-    file = path / "adapter_config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ZofoError(f"adapter is {str(path)!r}: give one of {', '.join(KINDS)}, or the path of a PEFT config JSON")
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        config = PeftConfig.from_peft_type(**{"peft_type": content["peft_type"], **content})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ZofoError(f"{file} is no PEFT config ({error}): write one with config.save_pretrained in peft") from error
-    config.task_type = TaskType.CAUSAL_LM
-    config.inference_mode = False
-    return config
 
 
 def require_fresh(adapter: str) -> None:

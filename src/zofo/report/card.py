@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from zofo.config import ZOFOConfig
-from zofo.models.peft import KINDS
+from zofo.models.kinds import KINDS
 from zofo.packages import PACKAGE_SCHEME, package_file
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.tokens import Example

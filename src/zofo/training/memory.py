@@ -24,8 +24,8 @@ from zofo.errors import ZofoError
 from zofo.methods.levels import first_order_optimizer
 from zofo.methods.method import Method
 from zofo.models.adapters import AdaptedModel
+from zofo.models.kinds import adapter_config
 from zofo.models.load import load_hollow, replace_tensors
-from zofo.models.peft import adapter_config
 from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.zo.optimizers import JointOptimizer, ZerothOrderOptimizer
@@ -138,9 +138,7 @@ def fake(config: ZOFOConfig) -> AdaptedModel:
     """The model of a run, with fake tensors for weights."""
     assert config.model is not None
     base = load_hollow(config.model, config.dtype)
-    adapted = AdaptedModel(
-        base, adapter_config(config.adapter, base, config.adapter_layers), config.method_class.adapters
-    )
+    adapted = AdaptedModel(base, adapter_config(config.adapter, base, config.lora), config.method_class.adapters)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = replace_tensors(
             adapted.model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=config.device)

@@ -16,10 +16,12 @@ from zofo import noise
 from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.habits import refuse_arguments
+from zofo.keys import LORA_KEYS
 from zofo.methods.levels import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
+from zofo.models.kinds import adapter_config
 from zofo.models.load import load_model, require_fitting_tokenizer
-from zofo.models.peft import UPPER, adapter_config, described, taken_off
+from zofo.models.peft import UPPER, described, taken_off
 from zofo.models.source import require_dense
 from zofo.tasks.metrics import Metric, metric_name
 from zofo.tasks.records import Record, Rows, records
@@ -65,7 +67,7 @@ def starting_model(
         require_fitting_tokenizer(tokenizer, base)
         if args.updates_backbone or not args.method_class.trains():  # Trainer takes no quantised model alone
             require_dense(base.config, base.config.name_or_path or type(base).__name__, f"method {args.method}")
-        config = peft_config or adapter_config(folder or args.adapter, base, args.adapter_layers)
+        config = peft_config or adapter_config(folder or args.adapter, base, args.lora)
         description = described(config)  # before peft fills in what it finds in the model
         real_prefix = peft_config is None and folder is None and args.adapter == "prefix"
         adapted = AdaptedModel(base, config, args.method_class.adapters, real_prefix=real_prefix, start=folder)
@@ -89,11 +91,12 @@ def _parts(
     """The backbone, and the folder of the trained adapter to start from, if there is one."""
     if peft_config is not None and args.adapter_init:
         raise ZofoError(f"both peft_config and adapter_init ({args.adapter_init}) are given: leave one of them out")
-    if args.adapter_layers and (peft_config is not None or isinstance(model, PeftModel)):
-        raise ZofoError(
-            f"adapter_layers is {args.adapter_layers!r}, but the adapter is given as a PEFT config or a PeftModel: "
-            "leave it out, and give LoraConfig(layers_to_transform=...)"
-        )
+    for key in LORA_KEYS if peft_config is not None or isinstance(model, PeftModel) else ():
+        if vars(args)[key] is not None:
+            raise ZofoError(
+                f"{key} is {vars(args)[key]!r}, but the adapter is given as a PEFT config or a PeftModel: leave it "
+                f"out, and give LoraConfig({LORA_KEYS[key]}=...)"
+            )
     if isinstance(model, PeftModel):
         if peft_config is not None or args.adapter_init or args.adapter == "none":
             raise ZofoError(
