@@ -202,6 +202,7 @@ class ZOFOConfig(Keys):
             )
         settings.require_lora(self)
         settings.require_low_rank(self)
+        settings.require_pool(self)
         settings.require_whole_model(self, self.method_class, self._given)
         settings.require_evaluations(self)
 

@@ -104,7 +104,8 @@ ZEROTH_ORDER_KEYS = frozenset((
     "zo_rows", "zo_members_per_forward",
 ))  # fmt: skip
 COUPLING_KEYS = frozenset((
-    "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_fraction",
+    "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_pool",
+    "lower_fraction",
 ))  # fmt: skip
 STAGE_KEYS = frozenset(("two_stage_fraction", "two_stage_order"))
 LORA_KEYS = {  # as LoraConfig calls them
@@ -252,6 +253,11 @@ class Keys(TrainingArguments):
     penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
     normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")
     lower_steps: Annotated[int, NOT_NEGATIVE] = field(10, "T, first-order steps on s per outer iteration")
+    lower_pool: Count | None = field(
+        None,
+        "batches that the T lower steps pass over, again and again, sharing the forwards of the blocks below the "
+        "adapters; T batches if not given",
+    )
     lower_fraction: float | str | None = field(
         2 / 3, "fraction of the training rows that the lower level trains on; or shared: both levels train on all"
     )

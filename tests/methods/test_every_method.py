@@ -167,7 +167,7 @@ OTHER = {
     "adam_epsilon": 0.1, "max_grad_norm": 0.01, "neftune_noise_alpha": 5.0, "zo_learning_rate": 0.03, "zo_eps": 0.01,
     "num_perturbations": 2, "zo_estimator": "one_sided", "zo_optimizer": "sign", "zo_weight_decay": 0.3,
     "zo_distribution": "rademacher", "upper_learning_rate": 0.03, "penalty": 3.0, "penalty_schedule": "linear",
-    "normalize_penalty": False, "lower_steps": 1, "lower_fraction": 0.5, "two_stage_fraction": 0.3,
+    "normalize_penalty": False, "lower_steps": 1, "lower_pool": 1, "lower_fraction": 0.5, "two_stage_fraction": 0.3,
     "two_stage_order": "backbone_first",
 }  # fmt: skip
 # ... but those that alone change nothing, and those that are refused where they do not count.

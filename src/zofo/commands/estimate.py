@@ -16,6 +16,7 @@ from zofo.errors import ZofoError
 from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
 from zofo.methods.method import Work
 from zofo.models.adapters import AdaptedModel
+from zofo.models.below import Below
 from zofo.models.kinds import adapter_config
 from zofo.models.load import load_hollow, load_tokenizer, load_weights
 from zofo.models.peft import UPPER
@@ -204,15 +205,15 @@ class _Clock:
         checkpoint(config, self._adapted)
         self._batches = batches.typical(self._adapted)
         self._scorer = Scorer(self._adapted, Tokens())
-        self._first_order: tuple[float, float] | None = None
+        self._first_order: Work | None = None
         self._zeroth_order: dict[tuple[str, ...], tuple[float, float]] = {}
 
     def seconds(self, config: ZOFOConfig) -> float:
         """Of one step of a run, put together from its pieces."""
         work, method = config.method_class.work(config), config.method_class
         forward, zo_update = self._zeroth(config) if method.zeroth_order else (0.0, 0.0)
-        backward, update = self._first(config) if method.backpropagates else (0.0, 0.0)
-        return seconds(work, Work(backward, update, forward, zo_update))
+        first = self._first(config) if method.backpropagates else Work()
+        return seconds(work, first + Work(forwards=forward, zo_updates=zo_update))
 
     def _zeroth(self, config: ZOFOConfig) -> tuple[float, float]:
         parameters = config.method_class.perturbed(self._adapted, config)
@@ -233,12 +234,23 @@ class _Clock:
             self._zeroth_order[tuple(parameters)] = self._mean(near) / passes, self._mean(update)
         return self._zeroth_order[tuple(parameters)]
 
-    def _first(self, config: ZOFOConfig) -> tuple[float, float]:
+    def _first(self, config: ZOFOConfig) -> Work:
         if self._first_order is None:
             level = FirstOrderLevel(self._adapted, self._scorer, UPPER, 0.0, config)
+            below = {id(batch): Below() for batch in self._batches}
+
+            def again(batch: Batch) -> None:
+                level.gradient([batch], "the loss", below=[below[id(batch)]])
+
             backward = self._mean(lambda batch: level.gradient([batch], "the loss"))
-            self._first_order = backward, self._mean(lambda batch: level.optimizer.step())
+            resumed = 0.0
+            if config.lower_pool:
+                for batch in self._batches:
+                    again(batch)
+                resumed = self._mean(again) - backward
+            update = self._mean(lambda batch: level.optimizer.step())
             level.optimizer.zero_grad()
+            self._first_order = Work(backwards=backward, resumed=resumed, updates=update)
         return self._first_order
 
     def _mean(self, run: Callable[[Batch], object]) -> float:

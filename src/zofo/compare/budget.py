@@ -17,11 +17,11 @@ from zofo.models.peft import UPPER
 
 
 def iteration_cost(config: ZOFOConfig) -> float:
-    """Forward equivalents of one iteration: rows (b (1 + c) + f).
+    """Forward equivalents of one iteration: rows (b (1 + c) + f - r (1 - a)).
 
     There are b forwards with a backward and f forwards alone, as the method says; c is what a backward counts: the
-    part of the blocks that it runs through, twice where their weights get gradients, and once more where activations
-    are computed again.
+    part a of the blocks that it runs through, twice where their weights get gradients, and once more where activations
+    are computed again. r forwards run through this part alone.
 
     Examples:
         >>> keys = {"output_dir": "run", "use_cpu": True, "adapter": "none"}
@@ -31,7 +31,8 @@ def iteration_cost(config: ZOFOConfig) -> float:
         24.0
     """
     work = config.method_class.work(config)
-    return config.per_device_train_batch_size * (work.backwards * (1 + _backward_cost(config)) + work.forwards)
+    saved = work.resumed * (1 - _part(config)) if work.resumed else 0.0
+    return config.per_device_train_batch_size * (work.backwards * (1 + _backward_cost(config)) + work.forwards - saved)
 
 
 def steps_within(config: ZOFOConfig, forward_equivalents: float) -> int:
@@ -102,12 +103,16 @@ def _backward_cost(config: ZOFOConfig) -> float:
     again = 1.0 if config.activation_checkpointing else 0.0
     if config.adapter == "none":
         return 2.0 + again
-    return _part(str(config.model), config.dtype, config.adapter, config.lora) * (1.0 + again)
+    return _part(config) * (1.0 + again)
+
+
+def _part(config: ZOFOConfig) -> float:
+    """The part of the blocks that backpropagation to an adapter runs through."""
+    return _part_of(str(config.model), config.dtype, config.adapter, config.lora)
 
 
 @lru_cache
-def _part(model: str, dtype: str, adapter: str, lora: Lora) -> float:
-    """The part of the blocks that backpropagation to an adapter runs through."""
+def _part_of(model: str, dtype: str, adapter: str, lora: Lora) -> float:
     base = load_hollow(model, dtype)  # pyright: ignore[reportArgumentType]
     through, blocks = AdaptedModel(base, adapter_config(adapter, base, lora), (UPPER,)).blocks_of_backward
     return len(through) / blocks if blocks else 1.0

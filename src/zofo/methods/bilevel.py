@@ -16,6 +16,7 @@ from zofo.methods.levels import (
     root_mean_square,
 )
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batches, by_stream
+from zofo.models.below import Below
 from zofo.models.peft import LOWER, UPPER
 from zofo.scoring.batch import Batch
 from zofo.zo.bilevel import Losses, Penalty, bilevel_step, scheduled_penalty
@@ -59,7 +60,7 @@ class Bilevel(Method):
     def streams(cls, keys: Keys) -> dict[str, Stream]:
         splits = cls.splits(keys)
         return {
-            "lower": Stream(splits[0], keys.lower_steps, order=0),
+            "lower": Stream(splits[0], min(keys.lower_steps, keys.lower_pool or keys.lower_steps), order=0),
             "penalty": Stream(splits[0], int(keys.penalty > 0), order=1, counts=False),
             "upper": Stream(splits[-1], 1, order=2),
         }
@@ -69,6 +70,7 @@ class Bilevel(Method):
         micro, coupled, moves = keys.gradient_accumulation_steps, int(keys.penalty > 0), int(keys.zo_learning_rate != 0)
         return Work(
             backwards=micro * (keys.lower_steps + 1 + coupled),
+            resumed=micro * (keys.lower_steps - cls.streams(keys)["lower"].batches),
             updates=keys.lower_steps + 1,
             forwards=moves * micro * evaluations(keys) * (1 + 2 * coupled),
             zo_updates=moves,
@@ -110,6 +112,8 @@ class Bilevel(Method):
     def require_forwards(self, batch: Batch) -> None:
         if self.keys.zo_learning_rate != 0:
             self.theta.require_groups(self.scorer, self.adapters, batch)
+        if self.work(self.keys).resumed:
+            self.s.require_below(batch)
 
     def skip(self) -> None:
         super().skip()
@@ -138,14 +142,18 @@ class _Iteration:
         self.gap = 0.0
         self._method = method
         self._number = number
-        self._lower = [batches(micro, "lower", t) for t in range(method.keys.lower_steps)]
+        pool = method.streams(method.keys)["lower"].batches
+        self._lower = [batches(micro, "lower", t) for t in range(pool)]
+        self._below = [[Below() for _ in part] for part in self._lower] if pool < method.keys.lower_steps else []
         self._penalty_batches = batches(micro, "penalty")
         self._upper = batches(micro, "upper")
         self._at_theta: Losses | None = None
         self._rows_at_theta: list[Tensor] = []  # with `diagnose`, of F(θ, p) and G(θ, p)
 
     def lower_step(self, t: int) -> float:
-        loss = self._method.s.gradient(self._lower[t], f"step {self._number}: G(θ, s) of lower step {t}")
+        label, place = f"step {self._number}: G(θ, s) of lower step {t}", t % len(self._lower)
+        below = self._below[place] if self._below else ()
+        loss = self._method.s.gradient(self._lower[place], label, below=below)
         self._method.s.step()
         return loss
 

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from zofo.errors import NonFiniteLossError, ZofoError, first_line
+from zofo.errors import NonFiniteLossError, ZofoError, first_line, is_lack_of_memory
 from zofo.keys import AUTO, Keys, name_of
 from zofo.methods.populations import Asked, member_losses, require_groups
 from zofo.methods.signal import Points, Signal
 from zofo.methods.signal import Rows as RowValues
 from zofo.models.adapters import AdaptedModel
+from zofo.models.below import Below, blocks_below
 from zofo.models.selection import magnitude_limits
 from zofo.scoring.batch import Batch
-from zofo.scoring.scorer import Scorer, count
+from zofo.scoring.scorer import Scorer, Tokens, count
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
 from zofo.zo.estimators import Estimate, Measure, Point, Probes
@@ -53,6 +54,7 @@ class FirstOrderLevel:
         self._adapter = adapter
         self._keys = keys
         self._remedy = remedy
+        self._below = blocks_below(adapted) if adapted.adapters else []
         self.norm = 0.0  # of the last gradient
         named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
         self._parameters = list(named.values())
@@ -60,18 +62,20 @@ class FirstOrderLevel:
             parameter.requires_grad_(True)
         self.optimizer = first_order_optimizer(self._parameters, learning_rate, keys)
 
-    def gradient(self, batches: Sequence[Batch], label: str, factor: float = 1.0) -> float:
+    def gradient(self, batches: Sequence[Batch], label: str, factor: float = 1.0, below: Sequence[Below] = ()) -> float:
         """Adds the gradient of `factor` times the mean loss over all batches to `.grad`; returns the mean loss.
 
         One batch at a time goes forward and backward, so memory is that of one. Train mode: dropout is on. With
-        `optimizer_in_backward` the parameters are updated when it returns, and have no `.grad`.
+        `optimizer_in_backward` the parameters are updated when it returns, and have no `.grad`. With `below`, one for
+        each batch, its forward begins above the blocks that have run for this batch before.
         """
         self._adapted.use(self._adapter)
         self._adapted.model.train()
         total = sum(map(count, batches))
         loss, norms = 0.0, list[Tensor]()
-        for batch in batches:
-            part = self._scorer.loss(batch) / total
+        for batch, kept in zip(batches, below or [Below() for _ in batches], strict=True):
+            with kept.shared(self._below if below else ()):
+                part = self._scorer.loss(batch) / total
             loss += float(part.detach())
             self._require_finite(loss, label)
             norms += self._backward(part * factor)
@@ -80,6 +84,28 @@ class FirstOrderLevel:
         self.norm = float(torch.nn.utils.get_total_norm(gradients))
         self._require_finite(self.norm, f"{label} (its gradient)")
         return loss
+
+    @torch.no_grad()
+    def require_below(self, batch: Batch) -> None:
+        """Refuses a model whose loss is another one where its forward begins above the blocks below the adapter."""
+        scorer, below = Scorer(self._adapted, Tokens(), self._scorer.layout), Below()
+        self._adapted.use(self._adapter)
+        self._adapted.model.eval()
+        losses: list[float] = []
+        reason = "gives another loss"
+        try:
+            for _ in range(2):
+                with below.shared(self._below):
+                    losses.append(float(scorer.loss(batch)))
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            if is_lack_of_memory(error):
+                raise
+            reason = f"fails ({first_line(error)})"
+        if len(losses) < 2 or not math.isclose(*losses, rel_tol=1e-5):
+            raise ZofoError(
+                f"lower_pool is set, but a forward of this {self._adapted.base.config.model_type} model that begins "
+                f"above the blocks below its adapter {reason}: leave lower_pool out"
+            )
 
     def _backward(self, loss: Tensor) -> list[Tensor]:
         """Backpropagation; with `optimizer_in_backward`, the norm of each gradient, which is used and dropped in it.

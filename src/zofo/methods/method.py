@@ -56,12 +56,14 @@ class Work:
 
     Args:
         backwards: forwards with a backward, of one batch.
+        resumed: of these, how often the blocks below the adapters have run before, for the same batch.
         updates: steps of a first-order optimizer.
         forwards: forwards at θ ± εz, of one batch.
         zo_updates: steps of a zeroth-order optimizer.
     """
 
     backwards: float = 0.0
+    resumed: float = 0.0
     updates: float = 0.0
     forwards: float = 0.0
     zo_updates: float = 0.0

@@ -63,6 +63,15 @@ def require_lora(keys: Keys) -> None:
             )
 
 
+def require_pool(keys: Keys) -> None:
+    """Refuses a pool of which the lower steps would not see all batches."""
+    if keys.lower_pool and keys.lower_pool > keys.lower_steps:
+        raise ZofoError(
+            f"lower_pool is {keys.lower_pool}, but lower_steps is {keys.lower_steps}, so some of its batches would "
+            f"never be used: set it to {max(1, keys.lower_steps)} at most, or leave it out"
+        )
+
+
 def require_low_rank(keys: Keys) -> None:
     """Refuses keys of low-rank directions without these, and what does not go with them."""
     if keys.zo_distribution != "low_rank":

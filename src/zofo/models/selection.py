@@ -110,6 +110,16 @@ def layers_of(parameters: Iterable[str]) -> dict[str, int]:
     return {name: int(m[1]) for name in parameters if (m := _BLOCK.search(name))}
 
 
+def block_paths(parameters: Iterable[str]) -> dict[int, str]:
+    """The path of the module of each block.
+
+    Examples:
+        >>> block_paths(["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+        {0: 'model.layers.0'}
+    """
+    return {int(m[1]): name[: m.end()] for name in parameters if (m := _BLOCK.search(name))}
+
+
 def parts_of(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """The part of the model that each parameter is in: `embeddings`, `block 0` and so on, `head`, or `other`."""
     blocks, kinds = layers_of(parameters), _kinds(model, parameters)
