@@ -3,8 +3,9 @@
     python benchmarks/inference_memory.py [TOKENS ...]
 
 SmolLM2-135M in float32, 8 rows of 256 and 1,024 tokens with two options; adapters in all layers with 256 alone, as they
-would take 14 GB with 1,024. "transformers" evaluates such rows in a bare loop; "evaluation" is zofo's own loss of the batch without any step; the others train two steps. What is measured is the
-resident memory of the process at its peak, from the first forward on. Writes
+would take 14 GB with 1,024. "transformers" evaluates such rows in a bare loop; "evaluation" is zofo's own loss of the
+batch without any step; the others train two steps. What is measured is the resident memory of the process at its peak,
+from the first forward on. Writes
 `benchmarks/results/inference-memory-<machine>.json`.
 """
 

@@ -21,6 +21,7 @@ from plain import (
     weights,
 )
 from zofo import direction, noise
+from zofo.zo.rules import Automatic
 
 LOWER_ROWS = make_rows(12)
 UPPER_ROWS = make_rows(10, first=100)
@@ -167,8 +168,9 @@ def test_queries_applied_in_one_pass_equal_one_pass_for_each(tmp_path):
 
 @pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
 @pytest.mark.parametrize("method", ["zo", "bilevel"])
-def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, method, estimator):
+def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, monkeypatch, method, estimator):
     """g, h and the rate by hand, from every loss that the run evaluated, and the forwards it took."""
+    monkeypatch.setattr(Automatic, "rests", lambda self, step, state: False)
     keys = {"method": method, "zo_learning_rate": "auto", "zo_estimator": estimator, "max_steps": 12, "zo_eps": 0.03}
     trainer = make_trainer(tmp_path, adapter="none" if method == "zo" else "lora", **keys)
     level = trainer.method._level if method == "zo" else trainer.method.theta
@@ -188,9 +190,12 @@ def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, me
         return found
 
     level.propose = watched
+    trusted = []
     trainer.add_callback(Watch(after=lambda: used.append(level.optimizer.rate)))
+    trainer.add_callback(Watch(after=lambda: trusted.append(level.optimizer.param_groups[0]["rule_state"]["trust"])))
     before = weights(trainer.adapted, "backbone")
     trainer.train()
+    assert 0 < sum(trusted) < len(trusted)
     squares, curvatures = [], []
     for number, losses in enumerate(steps):
         measured = number < 5 or number == 10
@@ -200,7 +205,8 @@ def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, me
         if measured:
             curvatures.append(abs(losses[1] + losses[-1] - 2 * losses[0]) / eps**2)
         mean = sum(0.9**i * x for i, x in enumerate(reversed(squares))) / sum(0.9**i for i in range(len(squares)))
-        assert used[number] == pytest.approx(min(0.045 / mean**0.5, 0.15 / float(np.median(curvatures))), rel=1e-9)
+        rate = trusted[number] * min(0.045 / mean**0.5, 0.15 / float(np.median(curvatures)))
+        assert used[number] == pytest.approx(rate, rel=1e-9)
     assert moved(before, weights(trainer.adapted, "backbone")) == before.keys()
     assert [log["zo_learning_rate"] for log in trainer.state.log_history if "loss" in log] == used
 

@@ -24,7 +24,7 @@ from zofo.zo.estimators import Estimate, Probes
 from zofo.zo.low_rank import Matrix
 from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
-from zofo.zo.rules import SGD, Automatic
+from zofo.zo.rules import SGD
 
 FILE = Path(__file__).with_name("conformance.json")
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -174,19 +174,16 @@ def inputs(batch):
 
 @pytest.mark.parametrize("low_rank", [{}, {"zo_distribution": "low_rank", "zo_rows": "shared", "zo_rank": 2}])
 def test_a_worker_follows_a_run_by_numbers_alone(tmp_path, low_rank):
-    rule = Automatic(SGD(), population=bool(low_rank))
-    probes = Probes(queries=2, rank=low_rank.get("zo_rank", 0))
-    keys = {"zo_learning_rate": "auto", "num_perturbations": 2, "loss": "lm", **low_rank}
+    rule, probes = SGD(), Probes(queries=2, rank=low_rank.get("zo_rank", 0))
+    keys = {"zo_learning_rate": RATE, "num_perturbations": 2, "loss": "lm", **low_rank}
     trainer = make_trainer(tmp_path, make_rows(12, options=MORE_TOKENS), method="zo", adapter="none", **keys)
     worker = Worker(copy.deepcopy(trainer.adapted.base), trainer.args.seed, probes.rank)
-    before, state = weights(trainer.adapted, "backbone"), rule.init()
+    before = weights(trainer.adapted, "backbone")
     for step, bundle in enumerate(itertools.islice(trainer.get_train_dataloader(), 3)):
-        asked = dict.fromkeys([*probes.points(), (0.0, 0)])
-        losses = dict(zip(asked, worker.losses(step, [*asked], inputs(bundle["zo"][0])), strict=True))
-        measured = lambda scale, query, known=losses: known[scale, query]  # noqa: E731
-        bend = probes.curvature(measured) if rule.wants_curvature(step, state) else None
-        estimate = Estimate(trainer.args.seed, step, probes.project(measured), bend)
-        update, state = rule.update(estimate, 1.0, state, measured)
+        asked = probes.points()
+        losses = dict(zip(asked, worker.losses(step, asked, inputs(bundle["zo"][0])), strict=True))
+        projected = probes.project(lambda scale, query, known=losses: known[scale, query])
+        update, _ = rule.update(Estimate(trainer.args.seed, step, projected), RATE, {}, None)
         worker.update(update.scales)
     trainer.train()
     run, followed = weights(trainer.adapted, "backbone"), dict(worker.model.named_parameters())

@@ -348,3 +348,69 @@ def test_the_curvature_of_a_population_is_the_mean_over_its_directions():
     eps = noise.representable(1e-3)
     assert Probes("one_sided", queries=2, rank=1, own=True).points() == [(0.0, 0), (eps, 0), (0.0, 1), (eps, 1)]
     assert Probes("one_sided", queries=2, rank=1).points() == [(0.0, 0), (eps, 0), (eps, 1)]
+
+
+# ---- how much of a projected gradient is signal
+
+
+@pytest.mark.parametrize(("q", "population", "assumed"), [(1, False, 0.15), (4, False, 0.15), (4, True, 0.075)])
+def test_the_rate_is_multiplied_by_the_part_of_signal_where_it_is_small(q, population, assumed):
+    """s by hand from all estimates so far; it starts at what is assumed, and never raises the rate."""
+    generator = torch.Generator().manual_seed(q)
+    for errors_of in (0.1, 3.0):
+        rule = Automatic(SGD(), population=population)
+        state, bare, seen, found = rule.init(), rule.init(), [], []
+        for step in range(30):
+            projected = tuple(torch.randn(q, generator=generator).tolist())
+            error = errors_of * float(torch.rand(1, generator=generator))
+            seen.append((sum(g * g for g in projected), q * error))
+            _, state = rule.update(Estimate(0, step, projected, 4.0, error), 1.0, state, no_more)
+            _, bare = rule.update(Estimate(0, step, projected, 4.0), 1.0, bare, no_more)
+            old = [0.995 ** (step - at) for at in range(step + 1)]
+            squares, errors = (sum(a * b for a, b in zip(old, part, strict=True)) for part in zip(*seen, strict=True))
+            start = 10 * (squares + errors) / (q * sum(old))
+            part = (assumed * start + squares - errors) / (start + squares)
+            found.append(state["trust"])
+            assert found[-1] == pytest.approx(min(1.0, max(0.0, part / assumed)), abs=1e-12)
+            assert state["rate"] == pytest.approx(found[-1] * bare["rate"])
+            assert bare["trust"] == 1.0
+        assert found[-1] == 1.0 if errors_of < 1 else found[-1] < 0.1
+
+
+def test_a_rule_rests_nine_steps_of_ten_without_signal_and_an_older_state_is_trusted():
+    rule = Automatic(SGD())
+    state = rule.init()
+    assert not rule.rests(3, state)
+    for step in range(40):
+        _, state = rule.update(Estimate(0, step, (1.0,), 1.0, 4.0), 1.0, state, no_more)
+    assert [rule.rests(step, state) for step in range(40, 60)] == [bool(step % 10) for step in range(40, 60)]
+    older = {key: state[key] for key in ("total", "weight", "curvatures", "rate")}
+    assert not rule.rests(41, older)
+    assert rule.update(Estimate(0, 41, (1.0,), None, 0.0), 1.0, older, no_more)[1]["trust"] == 1.0
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_without_signal_the_rule_diffuses_less_and_with_it_it_learns_as_fast(rows):
+    """x'Hx / 2 with noise of the rows, from its minimum and from far away; means of six seeds."""
+    eigenvalues = 50 / torch.arange(1, 301) / (1 / torch.arange(1, 301)).sum()
+
+    def final(start, spread, known, steps=300):
+        losses = []
+        for seed in range(6):
+            generator, rule = torch.Generator().manual_seed(seed), Automatic(SGD(), 0.02)
+            state, x = rule.init(), start * torch.randn(300, generator=generator)
+            for step in range(steps):
+                z = torch.randn(300, generator=generator)
+                of_rows = (z * eigenvalues * x).sum() + spread * (
+                    torch.randn(rows, 300, generator=generator) @ (z * eigenvalues.sqrt())
+                )
+                bend = float((z * z * eigenvalues).sum()) if rule.wants_curvature(step, state) else None
+                error = float(of_rows.var() / rows) if known else None
+                estimate = Estimate(0, step, (float(of_rows.mean()),), bend, error)
+                update, state = rule.update(estimate, 1.0, state, no_more)
+                x = x + update.scales[step, 0] * z
+            losses.append(float((eigenvalues * x * x).sum() / 2))
+        return sum(losses) / len(losses)
+
+    assert final(0.0, 6.0, known=True) < 0.7 * final(0.0, 6.0, known=False)
+    assert final(0.5, 0.3, known=True) < 1.05 * final(0.5, 0.3, known=False)

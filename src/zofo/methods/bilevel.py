@@ -10,12 +10,12 @@ from zofo.keys import COUPLING_KEYS, FIRST_ORDER_KEYS, SHARED, STEP_KEYS, ZEROTH
 from zofo.methods.levels import (
     FirstOrderLevel,
     ZerothOrderLevel,
-    contributions,
     evaluations,
     random_state,
     root_mean_square,
 )
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batches, by_stream
+from zofo.methods.signal import contributions
 from zofo.models.below import Below
 from zofo.models.peft import LOWER, UPPER
 from zofo.scoring.batch import Batch
@@ -123,7 +123,7 @@ class Bilevel(Method):
 
     def learning_rates(self) -> Mapping[str, float]:
         upper = self.p.optimizer.param_groups[0]["lr"]
-        return {"upper_learning_rate": upper, "zo_learning_rate": self.theta.optimizer.rate}
+        return {"upper_learning_rate": upper, **self.theta.rates()}
 
 
 def _parts(penalty: Penalty, coupled: bool) -> tuple[Part, ...]:
@@ -148,7 +148,7 @@ class _Iteration:
         self._penalty_batches = batches(micro, "penalty")
         self._upper = batches(micro, "upper")
         self._at_theta: Losses | None = None
-        self._rows_at_theta: list[Tensor] = []  # with `diagnose`, of F(θ, p) and G(θ, p)
+        self._rows_at_theta: list[Tensor] = []  # where they are noted, of F(θ, p) and G(θ, p)
 
     def lower_step(self, t: int) -> float:
         label, place = f"step {self._number}: G(θ, s) of lower step {t}", t % len(self._lower)
@@ -168,7 +168,7 @@ class _Iteration:
         return losses
 
     def _p_gradient(self, batches: Sequence[Batch], label: str, factor: float) -> float:
-        with self._method.scorer.noting_rows(self._method.keys.diagnose) as shares:
+        with self._method.scorer.noting_rows(self._method.theta.notes_rows) as shares:
             loss = self._method.p.gradient(batches, f"step {self._number}: {label}", factor)
         if shares:
             self._rows_at_theta.append(contributions(shares, batches))
@@ -196,8 +196,9 @@ class _Iteration:
         return [Losses(known.upper, known.upper_penalty, *found) if known else Losses(*found) for found in each]
 
     def propose(self, measure: Measure) -> tuple[float, ...]:
-        if self._method.keys.zo_learning_rate == 0:
-            return ()  # θ is frozen: no loss near it is worth a forward pass
-        projected = self._method.theta.propose(self._number, measure)
-        self._method.theta.release()
+        theta = self._method.theta
+        if self._method.keys.zo_learning_rate == 0 or theta.rests(self._number):
+            return ()  # no loss near θ is worth a forward pass
+        projected = theta.propose(self._number, measure)
+        theta.release()
         return projected

@@ -15,7 +15,7 @@ from transformers import Trainer
 from zofo.errors import NonFiniteLossError, ZofoError, first_line, is_lack_of_memory
 from zofo.keys import AUTO, Keys, name_of
 from zofo.methods.populations import Asked, member_losses, require_groups
-from zofo.methods.signal import Points, Signal
+from zofo.methods.signal import Points, Signal, contributions, mean_error
 from zofo.methods.signal import Rows as RowValues
 from zofo.models.adapters import AdaptedModel
 from zofo.models.below import Below, blocks_below
@@ -162,7 +162,8 @@ class ZerothOrderLevel:
         self._points = Points()
         self._most = keys.zo_members_per_forward
         self._scratch = Scratch()
-        self._first = True
+        self._first, self._told = True, False
+        self._judges = keys.zo_learning_rate == AUTO
         rule, rate = RULES[keys.zo_optimizer](), keys.zo_learning_rate
         if not isinstance(rate, float):
             rule, rate = Automatic(rule, keys.zo_eps, population=keys.zo_distribution == "low_rank"), 1.0
@@ -179,6 +180,20 @@ class ZerothOrderLevel:
         )
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
+
+    @property
+    def notes_rows(self) -> bool:
+        """Whether it needs the losses of single rows."""
+        return self._judges or self.signal is not None
+
+    def rates(self) -> dict[str, float]:
+        """Its learning rate, and how much an automatic one trusts the estimates, as they are logged."""
+        trust = self.optimizer.trust
+        return {"zo_learning_rate": self.optimizer.rate, **({} if trust is None else {"zo_trust": trust})}
+
+    def rests(self, step: int) -> bool:
+        """Whether no loss near θ is worth a forward in this step."""
+        return self.optimizer.rests(step)
 
     def perturbed(self, step: int, scale: float, query: int) -> AbstractContextManager[None]:
         """The model at θ + scale·z of a step and query. In the first step, every parameter must be read."""
@@ -208,18 +223,22 @@ class ZerothOrderLevel:
     ) -> list[list[float]]:
         """The mean losses of `asked` at each point: with low rank on the rows of its direction, many in one forward.
 
-        With `diagnose`, `of_rows` says what the rows contribute to the loss that `measure` of `propose` returns.
+        `of_rows` says what the rows contribute to the loss that `measure` of `propose` returns; it is asked with
+        `diagnose` and where the rate is automatic.
         """
+        rows: dict[Point, list[Tensor]] | None = {} if of_rows is not None and self.notes_rows else None
         if self.probes.rank:
             parts = self.probes.queries if self.probes.own else 1
-            return member_losses(self, scorer, step, points, asked, parts, self._most)
-        found: list[list[float]] = []
-        for scale, query in points:
-            rows = [] if self.signal and of_rows else None
-            with self.perturbed(step, scale, query):
-                found.append(mean_losses(scorer, asked, rows))
-            if rows and of_rows:
-                self._points.note(scale, query, of_rows(rows))
+            found = member_losses(self, scorer, step, points, asked, parts, self._most, rows)
+        else:
+            found = []
+            for point in points:
+                noted = None if rows is None else rows.setdefault(point, [])
+                with self.perturbed(step, *point):
+                    found.append(mean_losses(scorer, asked, noted))
+        for (scale, query), values in (rows or {}).items():
+            assert of_rows is not None
+            self._points.note(scale, query, of_rows(values))
         return found
 
     def require_groups(self, scorer: Scorer, adapters: Sequence[str], batch: Batch) -> None:
@@ -258,7 +277,14 @@ class ZerothOrderLevel:
         bend = self.probes.curvature(remembered) if curved else None
         if self.signal:
             self.signal.add(self._points)
-        update = self.optimizer.propose(Estimate(self.seed, step, projected, bend), remembered)
+        error = mean_error(self._points) if self._judges else None
+        update = self.optimizer.propose(Estimate(self.seed, step, projected, bend, error), remembered)
+        if not self._told and self.optimizer.trust == 0:
+            self._told = True
+            logger.warning(
+                f"step {step}: the losses of the rows so far show no signal for the weights that zeroth-order steps "
+                "update: they rest until there is one (zo_trust in the log)"
+            )
         if self._first:
             for warning in precision.warnings(self.parameters, self.probes.eps, update.size, self.probes.rank):
                 logger.warning(warning)
@@ -303,12 +329,6 @@ def mean_losses(scorer: Scorer, asked: Asked, rows: list[Tensor] | None = None) 
     if rows is not None:
         rows += [contributions(shares[label], batches) for label, (_, batches) in asked.items()]
     return list(means.values())
-
-
-def contributions(shares: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
-    """(B,) float64, whose mean is the mean loss over the batches, of the rows' shares in their summed losses."""
-    every = torch.cat(list(shares))
-    return every * (len(every) / sum(map(count, batches)))
 
 
 def random_state() -> list[Tensor]:

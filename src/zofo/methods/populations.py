@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from zofo.errors import NonFiniteLossError, ZofoError
+from zofo.methods.signal import contributions
 from zofo.scoring.batch import Batch, share
 from zofo.scoring.scorer import Scorer, Tokens, count
 from zofo.zo.estimators import Point
@@ -53,6 +55,7 @@ def member_losses(
     asked: Asked,
     parts: int = 1,
     most: int | None = None,
+    rows: dict[Point, list[Tensor]] | None = None,
 ) -> list[list[float]]:
     """For each point (scale, query) the mean losses of `asked` in eval mode, on the rows of its direction.
 
@@ -64,6 +67,7 @@ def member_losses(
         asked: the losses.
         parts: into so many parts the examples of each batch are divided; direction j sees the j-th. 1: all see all.
         most: points that share a forward; all by default.
+        rows: gets for each point what its rows contribute to each loss, as `contributions` says.
 
     Raises:
         NonFiniteLossError: if a loss is not finite.
@@ -71,15 +75,23 @@ def member_losses(
     scorer.adapted.model.eval()
     sums = {(point, label): 0.0 for point in points for label in asked}
     counts = dict.fromkeys(sums, 0)
+    seen = {key: (list[Tensor](), list[Batch]()) for key in sums}
     most = most or len(points)
     for some in (points[low : low + most] for low in range(0, len(points), most)):
         for together in _forwards(scorer, some, asked, parts):
-            for part, loss in zip(together, _losses(near, scorer, step, together), strict=True):
+            with scorer.noting_rows(rows is not None) as noted:
+                losses = _losses(near, scorer, step, together)
+            for part, loss in zip(together, losses, strict=True):
                 sums[part.point, part.label] += loss
                 counts[part.point, part.label] += count(part.batch)
+            for part, shares in zip(together, noted, strict=False):
+                seen[part.point, part.label][0].append(shares)
+                seen[part.point, part.label][1].append(part.batch)
     for (_, label), value in sums.items():
         if not math.isfinite(value):
             raise NonFiniteLossError(f"{label} is {value}: lower zo_learning_rate or zo_eps, or set on_nonfinite: skip")
+    if rows is not None:
+        rows |= {point: [contributions(*seen[point, label]) for label in asked] for point in points}
     return [[sums[point, label] / counts[point, label] for label in asked] for point in points]
 
 

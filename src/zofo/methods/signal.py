@@ -1,12 +1,22 @@
 """How much of a projected gradient is signal: the differences of each row's losses between two points near θ."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
+
+from zofo.scoring.batch import Batch
+from zofo.scoring.scorer import count
 
 Rows = Mapping[str, Tensor]
 """Stream -> (B,) float64, what its rows contribute to an objective, which is the sum of the means of the streams."""
+
+
+def contributions(shares: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
+    """(B,) float64, whose mean is the mean loss over the batches, of the rows' shares in their summed losses."""
+    every = torch.cat(list(shares))
+    return every * (len(every) / sum(map(count, batches)))
 
 
 class Points:
@@ -43,6 +53,12 @@ class Points:
             mean = sum(float(d.mean()) for d in differences)
             found.append((mean, sum(float(d.var()) / len(d) if len(d) > 1 else math.nan for d in differences)))
         return found
+
+
+def mean_error(points: Points) -> float | None:
+    """The mean of e² over the directions; None where it is not known of all."""
+    errors = [error for _, error in points.projections()]
+    return sum(errors) / len(errors) if errors and all(map(math.isfinite, errors)) else None
 
 
 class Signal:

@@ -68,4 +68,5 @@ class TwoStage(Method):
         self._backbone.require_forwards(batch)
 
     def learning_rates(self) -> Mapping[str, float]:
-        return {"zo_learning_rate": self._backbone.learning_rates()["zo_learning_rate"]}
+        level = self._backbone.zeroth_order_level
+        return {} if level is None else level.rates()

@@ -53,4 +53,4 @@ class ZerothOrder(Method):
 
     def learning_rates(self) -> Mapping[str, float]:
         """Also in place of the trainer's own, which is the factor of a schedule where the rate is automatic."""
-        return {"zo_learning_rate": self._level.optimizer.rate, "learning_rate": self._level.optimizer.rate}
+        return {**self._level.rates(), "learning_rate": self._level.optimizer.rate}

@@ -80,13 +80,15 @@ class Probes:
 class Estimate:
     """A gradient estimate g = (1/q) sum_j projected[j] z_j, with z_j = z(seed, step, j).
 
-    The curvature is z_0ᵀHz_0, or a mean of z_jᵀHz_j.
+    The curvature is z_0ᵀHz_0, or a mean of z_jᵀHz_j. The error is the squared standard error of the projected gradients
+    over the rows, a mean over the directions; None if a direction has one row, or nothing is known of rows.
     """
 
     seed: int
     step: int
     projected: tuple[float, ...]
     curvature: float | None = None
+    error: float | None = None
 
 
 def _along(evaluate: Evaluate, query: int, at_theta: int | None = None) -> Evaluate:

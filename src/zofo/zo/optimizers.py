@@ -70,11 +70,19 @@ class ZerothOrderOptimizer(Optimizer):
         return self._group["rule_state"].get("rate", self._group["lr"])
 
     @property
+    def trust(self) -> float | None:
+        """In [0, 1], how much of the learning rate the signal of the estimates was worth; None for a given rate."""
+        return self._group["rule_state"].get("trust")
+
+    @property
     def limits(self) -> dict[str, float]:
         return self._group["limits"]
 
     def wants_curvature(self, step: int) -> bool:
         return self.rule.wants_curvature(step, self._group["rule_state"])
+
+    def rests(self, step: int) -> bool:
+        return self.rule.rests(step, self._group["rule_state"])
 
     def propose(self, estimate: Estimate, evaluate: Evaluate | None = None) -> Update:
         """Asks the rule what the next `step` is to write; neither weights nor state change before it."""

@@ -20,6 +20,7 @@ RuleName = Literal["sgd", "sign", "momentum"]
 # Tuned on three tasks with SmolLM2-135M, confirmed on small models and on a held-out task: docs/step-size.md
 REACH, _CAUTION, _MEMORY = 1.5, 0.15, 0.9
 _FIRST_CURVATURES, CURVATURE_EVERY, _KEPT_CURVATURES = 5, 10, 9
+_LONG_MEMORY, _PRIOR = 0.995, 10  # of the part of signal, and for how many projected gradients its start counts
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Rule:
 
     def wants_curvature(self, step: int, state: State) -> bool:
         """Whether the estimate of a step should come with zᵀHz, which costs one more evaluation."""
+        return False
+
+    def rests(self, step: int, state: State) -> bool:
+        """Whether nothing is to be measured in a step, where a method has something else to do."""
         return False
 
     def weigh(self, projected: tuple[float, ...]) -> tuple[float, ...]:
@@ -137,6 +142,10 @@ class Automatic(Rule):
     signal in a projected gradient: q without noise of the rows, and about constant where directions divide the rows of
     a batch and noise prevails. sqrt(q) is between these, and known to be stable in both: docs/step-size.md.
 
+    η is multiplied by min(1, s / s_0), where s = (sum of g² - e²) / sum of g² is found from the errors e² of estimates
+    that know them. s_0 = 0.15 q' / q is what the second bound takes for granted; s starts there, and this start counts
+    for ten projected gradients with their noise. Without signal, steps would only follow the noise of the rows.
+
     The first bound updates the weights along each direction by 1.5 ε on average, about the distance at which the losses
     were measured, whatever the scale of the loss. The second keeps to 0.15 / tr(H), where 1 / tr(H) is the best step on
     a quadratic without batch noise: it matters where the loss is so curved that ε is too far. rms is a running one that
@@ -159,11 +168,16 @@ class Automatic(Rule):
         return self.rule.probes(asked)
 
     def init(self) -> State:
-        return {**self.rule.init(), "total": 0.0, "weight": 0.0, "curvatures": [], "rate": 0.0}
+        sums = dict.fromkeys(("total", "weight", "signal", "power", "size", "count", "rate"), 0.0)
+        return {**self.rule.init(), **sums, "trust": 1.0, "curvatures": []}
 
     def wants_curvature(self, step: int, state: State) -> bool:
         """Some of the first steps, then one in ten."""
         return len(state["curvatures"]) < _FIRST_CURVATURES or step % CURVATURE_EVERY == 0
+
+    def rests(self, step: int, state: State) -> bool:
+        """Where no signal is left, nine steps of ten."""
+        return not state.get("trust", 1.0) and step % CURVATURE_EVERY != 0
 
     def weigh(self, projected: tuple[float, ...]) -> tuple[float, ...]:
         return self.rule.weigh(projected)
@@ -180,9 +194,26 @@ class Automatic(Rule):
         rms, bend = math.sqrt(total / weight), statistics.median(curvatures or [0.0])
         bounds = [factor / size for factor, size in ((REACH * self.eps, rms), (caution, bend)) if size > 0]
         factor = math.sqrt(queries) if self.population else queries
-        rate = learning_rate * factor * min(bounds, default=0.0)
+        judged = self._judged(estimate, {**self.init(), **state}, _CAUTION * factor / queries)
+        rate = learning_rate * factor * min(bounds, default=0.0) * judged["trust"]
         update, inner = self.rule.update(estimate, rate, state, evaluate)
-        return update, {**inner, "total": total, "weight": weight, "curvatures": curvatures, "rate": rate}
+        return update, {**inner, **judged, "total": total, "weight": weight, "curvatures": curvatures, "rate": rate}
+
+    def _judged(self, estimate: Estimate, state: State, assumed: float) -> State:
+        """How much of the projected gradients is signal, against what is assumed."""
+        known = {key: state[key] for key in ("signal", "power", "size", "count", "trust")}
+        squares = sum(value * value for value in estimate.projected)
+        if estimate.error is None or not squares:
+            return known
+        queries = len(estimate.projected)
+        signal = _LONG_MEMORY * known["signal"] + squares - queries * estimate.error
+        power = _LONG_MEMORY * known["power"] + squares
+        size = _LONG_MEMORY * known["size"] + squares + queries * estimate.error
+        count = _LONG_MEMORY * known["count"] + queries
+        start = _PRIOR * size / count
+        trust = (assumed * start + signal) / (start + power) / assumed
+        found = {"signal": signal, "power": power, "size": size, "count": count}
+        return {**found, "trust": min(1.0, max(0.0, trust))}
 
 
 RULES: dict[RuleName, Callable[[], Rule]] = {"sgd": SGD, "sign": Sign, "momentum": Momentum}
