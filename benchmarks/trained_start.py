@@ -3,7 +3,7 @@
     python benchmarks/trained_start.py [TASK ...]
 
 SmolLM2-135M in float32 on the six built-in tasks that need no network, texts of at most 32 tokens: 100 steps of LoRA in
-the last 2 layers (batch 8, 1e-3), then 60 zeroth-order steps on all weights with the automatic rate, 16 rows each, the
+the last 2 layers (batch 8, 1e-3), then 60 zeroth-order steps on all weights with the automatic rate, 8 rows each, the
 adapter fixed (`two_stage`). The loss of 200 dev rows before and after these, and the difference by rows with its 95 %
 interval; the same with `Automatic` as it was before it looked at errors. And 60 such steps without an adapter, from the
 untrained model. One seed. Writes `benchmarks/results/trained-start.json` after each task, and keeps the others there.

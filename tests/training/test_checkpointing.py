@@ -41,6 +41,19 @@ def test_layers_run_again_in_the_backward_pass_only(tmp_path):
         assert layer_runs(make_trainer(tmp_path, gradient_checkpointing=True, **keys)) == factor * plain > 0
 
 
+def test_backpropagation_stops_below_the_adapters_all_the_same(tmp_path):
+    """Transformers gives the inputs gradients with checkpointing, which would take it through all blocks."""
+    keys = {"method": "fo", "adapter_layers": "last 1"}
+    trainer, seen = make_trainer(tmp_path / "again", gradient_checkpointing=True, **keys), []
+    for layer in trainer.adapted.base.model.layers:
+        layer.register_forward_hook(lambda block, args, output: seen.append(output.requires_grad))
+    trainer.train()
+    assert {tuple(seen[i : i + 2]) for i in range(0, len(seen), 2)} == {(False, True)}
+    plain, _ = trained(tmp_path / "plain", **keys)
+    again, _ = trained(tmp_path / "again", gradient_checkpointing=True, **keys)
+    assert all(same(values, again[part]) for part, values in plain.items())
+
+
 def test_prefixes_are_refused_before_anything_is_written(capsys, tmp_path):
     folder = write_task(tmp_path)
     keys = {"model": folder / "model", "task": folder / "task.yaml", "output_dir": tmp_path / "run", "use_cpu": "true"}

@@ -33,6 +33,8 @@ from zofo.zo.rules import CURVATURE_EVERY, RULES, Automatic
 
 logger = logging.getLogger(__name__)
 
+_TOGETHER = 2048  # tokens of a forward, beyond which one of more batches saves no time and takes their memory
+
 
 class FirstOrderLevel:
     """Parameters that backpropagation updates: an adapter, or the whole model where there is none.
@@ -306,8 +308,9 @@ def mean_losses(scorer: Scorer, asked: Asked, rows: list[Tensor] | None = None) 
     """The mean loss over the batches of each entry in eval mode, summed in double precision.
 
     The n-th batches of all entries go through the model together, in one forward; in one for each adapter, where rows
-    of one forward cannot go through different ones. `asked` is the loss's name -> the adapter and the batches. What the
-    rows of each entry contribute to its mean is added to `rows`, where there are any: (B,) float64.
+    of one forward cannot go through different ones; one by one if they are large. `asked` is the loss's name -> the
+    adapter and the batches. What the rows of each entry contribute to its mean is added to `rows`, where there are any:
+    (B,) float64.
     """
     scorer.adapted.model.eval()
     adapters = list(dict.fromkeys(adapter for adapter, _ in asked.values()))
@@ -317,7 +320,7 @@ def mean_losses(scorer: Scorer, asked: Asked, rows: list[Tensor] | None = None) 
         names = [adapter for adapter, _ in group.values()]
         for batches in zip(*(batches for _, batches in group.values()), strict=True):
             with scorer.noting_rows(rows is not None) as noted:
-                found = scorer.losses(batches, names)
+                found = _losses(scorer, batches, names)
             for label, loss in zip(group, found, strict=True):
                 sums[label] += float(loss)
             for label, part in zip(group, noted, strict=False):
@@ -329,6 +332,12 @@ def mean_losses(scorer: Scorer, asked: Asked, rows: list[Tensor] | None = None) 
     if rows is not None:
         rows += [contributions(shares[label], batches) for label, (_, batches) in asked.items()]
     return list(means.values())
+
+
+def _losses(scorer: Scorer, batches: Sequence[Batch], names: Sequence[str]) -> list[Tensor]:
+    if sum(batch["input_ids"].numel() for batch in batches) <= _TOGETHER:
+        return scorer.losses(batches, names)
+    return [scorer.losses([batch], [name])[0] for batch, name in zip(batches, names, strict=True)]
 
 
 def random_state() -> list[Tensor]:

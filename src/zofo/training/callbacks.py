@@ -9,9 +9,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ProgressCallback, TrainerState
 
+from zofo.keys import Keys
 from zofo.scoring.scorer import Tokens
 
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
@@ -80,12 +81,31 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
+class StopBelowAdapters(TrainerCallback):
+    """Takes back that inputs get gradients, which checkpointing asks for: backpropagation would never stop before them.
+
+    Only reentrant checkpoints need it, which are refused.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._model.disable_input_require_grads()
+
+
 class EarlyStopping(EarlyStoppingCallback):
     """Transformers' callback; a run that goes on counts from where its checkpoint stopped counting."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.early_stopping_patience_counter = _evaluations_without_progress(state)
+
+
+def own_callbacks(cost: Cost, model: PreTrainedModel, args: Keys) -> list[TrainerCallback]:
+    """Those of every run."""
+    patience = args.early_stopping_patience
+    return [CostCallback(cost), StopBelowAdapters(model), *([EarlyStopping(patience)] if patience else [])]
 
 
 def is_over(state: TrainerState, patience: int | None) -> bool:

@@ -199,6 +199,7 @@ def checkpoint(config: ZOFOConfig, adapted: AdaptedModel) -> None:
         adapted.require_checkpointing()
         options = dict(cast(Any, config.activation_checkpointing_kwargs or {}))
         adapted.base.activation_checkpointing_enable(every_n_layers=options.get("every_n_layers", 1))
+        adapted.base.disable_input_require_grads()
 
 
 def _members(optimizer: Optimizer) -> list[Optimizer]:

@@ -32,7 +32,7 @@ from zofo.tasks.prompts import as_chat, chat_identity
 from zofo.tasks.records import Record, Rows, digest, questions, records
 from zofo.training import start
 from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
-from zofo.training.callbacks import Cost, CostCallback, EarlyStopping, LossBar, is_over
+from zofo.training.callbacks import Cost, LossBar, is_over, own_callbacks
 from zofo.training.checkpoint import (
     is_of,
     last_sealed,
@@ -122,7 +122,6 @@ class ZOFOTrainer(StoringTrainer):
         self.require_scorable(evaluated)
         args.settle_evaluations(len(evaluated))
         use_cache = model.config.use_cache
-        stopping = [EarlyStopping(args.early_stopping_patience)] if args.early_stopping_patience else []
         with start.setting_up(args):
             super().__init__(
                 model=self.adapted.model,
@@ -130,7 +129,7 @@ class ZOFOTrainer(StoringTrainer):
                 train_dataset=cast(Any, [example for examples in train.values() for example in examples]),
                 eval_dataset=cast(Any, evaluated or None),
                 processing_class=processing_class,
-                callbacks=[CostCallback(self.cost), *stopping, *(callbacks or [])],
+                callbacks=[*own_callbacks(self.cost, self.adapted.base, args), *(callbacks or [])],
             )
         model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
         if self.pop_callback(ProgressCallback):
