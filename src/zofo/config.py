@@ -116,7 +116,7 @@ class ZOFOConfig(Keys):
     @property
     def method_class(self) -> type[Method]:
         """The class of `method`, which says all that depends on it."""
-        return METHODS[self.method]
+        return METHODS[self.method].of(self)
 
     @property
     def updates_backbone(self) -> bool:
@@ -203,6 +203,7 @@ class ZOFOConfig(Keys):
         settings.require_lora(self)
         settings.require_low_rank(self)
         settings.require_pool(self)
+        settings.require_something_trained(self)
         settings.require_whole_model(self, self.method_class, self._given)
         settings.require_evaluations(self)
 

@@ -30,6 +30,7 @@ from zofo.zo.rules import RuleName
 
 AUTO = "auto"
 SHARED = "shared"
+INFINITE = "infinite"
 RowsName = Literal["own", "shared"]
 Order = Literal["adapter_first", "backbone_first"]
 _T = TypeVar("_T")
@@ -249,7 +250,9 @@ class Keys(TrainingArguments):
     zo_members_per_forward: Count | None = field(
         None, "with zo_distribution low_rank: evaluations (direction and sign) that share a forward; all if not given"
     )
-    penalty: Rate = field(1.0, "λ, how strongly the upper level is held to the lower level's optimum")
+    penalty: float | str | None = field(
+        1.0, "λ, how strongly the upper level is held to the lower level's optimum; infinite: p is s, one adapter"
+    )
     penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
     normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")
     lower_steps: Annotated[int, NOT_NEGATIVE] = field(10, "T, first-order steps on s per outer iteration")
@@ -304,7 +307,12 @@ class Keys(TrainingArguments):
     def settle_numbers(self, may_freeze: bool) -> None:
         """Reads the keys that are a number or one word; `zo_learning_rate` may be 0 where that freezes θ."""
         rates = NOT_NEGATIVE if may_freeze else POSITIVE
-        for key, word, bounds in (("zo_learning_rate", AUTO, rates), ("lower_fraction", SHARED, FRACTION)):
+        words = (
+            ("zo_learning_rate", AUTO, rates),
+            ("lower_fraction", SHARED, FRACTION),
+            ("penalty", INFINITE, NOT_NEGATIVE),
+        )
+        for key, word, bounds in words:
             value: Any = vars(self)[key]
             if value == word:
                 continue

@@ -20,7 +20,7 @@ from plain import (
     trained,
     weights,
 )
-from zofo import direction, noise
+from zofo import ZofoError, direction, noise
 from zofo.zo.rules import Automatic
 
 LOWER_ROWS = make_rows(12)
@@ -54,6 +54,73 @@ def test_bilevel_without_adapter_terms_is_mezo_bitwise(tmp_path, estimator, quer
     assert same(bilevel["backbone"], mezo["backbone"])
     start = weights(make_trainer(tmp_path).adapted, "backbone")
     assert moved(start, mezo["backbone"]) == start.keys()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_infinite_penalty_with_frozen_backbone_is_first_order_peft_bitwise(tmp_path, accumulation):
+    keys = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 1}
+    infinite = {"penalty": "infinite", "zo_learning_rate": 0.0, "lower_steps": 3, "max_steps": 4}
+    found, _ = trained(tmp_path, LOWER_ROWS, UPPER_ROWS, **infinite, **keys)
+    first_order, _ = trained(tmp_path, LOWER_ROWS, method="fo", max_steps=12, **keys)
+    assert found.keys() == {"backbone", "upper"}
+    assert same(found["upper"], first_order["upper"])
+    assert same(found["backbone"], weights(make_trainer(tmp_path).adapted, "backbone"))
+
+
+@pytest.mark.parametrize("keys", [{}, {"num_perturbations": 3}, {"zo_distribution": "low_rank"}])
+def test_an_infinite_penalty_without_lower_steps_is_mezo_bitwise(tmp_path, keys):
+    keys = {"max_steps": 5, "num_perturbations": 2, **keys}
+    found, _ = trained(tmp_path, LOWER_ROWS, UPPER_ROWS, penalty="infinite", lower_steps=0, **keys)
+    mezo, _ = trained(tmp_path, UPPER_ROWS, method="zo", adapter="none", **keys)
+    assert same(found["backbone"], mezo["backbone"])
+    start = make_trainer(tmp_path).adapted
+    assert moved(weights(start, "backbone"), mezo["backbone"]) == mezo["backbone"].keys()
+    assert same(found["upper"], weights(start, "upper"))
+
+
+def test_an_infinite_penalty_moves_theta_by_the_loss_with_the_adapter_just_trained(tmp_path):
+    """An iteration is T steps of `fo`, and then a step of MeZO with that adapter, by hand."""
+    wide = {"zo_eps": 0.03, "zo_learning_rate": 3e-3, "optim": "sgd", "learning_rate": 0.3}
+    keys = {"penalty": "infinite", "lower_steps": 2, "max_steps": 3, **wide}
+    rows = (make_rows(12, options=MORE_TOKENS), make_rows(10, first=100, options=MORE_TOKENS))
+    found, trainer = trained(tmp_path, *rows, **keys)
+    hand = make_trainer(tmp_path, *rows, **keys)
+    adapted, eps = hand.adapted, noise.representable(0.03)
+    p = list(adapted.adapter_parameters("upper").values())
+    sgd = torch.optim.SGD(p, lr=0.3)
+    for number, bundle in zip(range(3), hand.get_train_dataloader(), strict=False):
+        for batch in bundle["lower"]:
+            adapted.model.train()
+            (hand.method.scorer.loss(batch) / len(batch["gold"])).backward()
+            torch.nn.utils.clip_grad_norm_(p, 1.0)
+            sgd.step()
+            sgd.zero_grad()
+        (batch,) = bundle["upper"]
+        z = direction(adapted.backbone, hand.args.seed, number)
+        losses = []
+        adapted.model.eval()
+        with torch.no_grad():
+            for sign in (1, -1):
+                for name, w in adapted.backbone.items():
+                    w.add_(sign * eps * z[name])
+                losses.append(float(hand.method.scorer.loss(batch)) / len(batch["gold"]))
+                for name, w in adapted.backbone.items():
+                    w.sub_(sign * eps * z[name])
+            for name, w in adapted.backbone.items():
+                w.sub_(3e-3 * (losses[0] - losses[1]) / (2 * eps) * z[name])
+    start = make_trainer(tmp_path, *rows, **keys)
+    for part in ("backbone", "upper"):
+        assert moved(weights(start.adapted, part), found[part]) == found[part].keys()
+        assert_close(found[part], weights(adapted, part), atol=1e-5)
+    logged = [log for log in trainer.state.log_history if "lower_loss" in log]
+    assert all(log["loss"] != log["lower_loss"] for log in logged)
+
+
+def test_an_infinite_penalty_that_trains_nothing_is_refused(tmp_path):
+    with pytest.raises(ZofoError, match="so nothing would be trained"):
+        make_trainer(tmp_path, penalty="infinite", lower_steps=0, zo_learning_rate=0.0)
+    with pytest.raises(ZofoError, match="penalty is 'endless', but must be a number or infinite"):
+        make_trainer(tmp_path, penalty="endless")
 
 
 def test_without_penalty_and_lower_steps_fo_and_zo_stand_side_by_side_bitwise(tmp_path):

@@ -56,8 +56,9 @@ def test_a_pool_of_all_batches_has_the_bits_of_none(tmp_path):
                for part, values in whole.items())  # fmt: skip
 
 
-def test_a_run_with_a_pool_goes_on_with_the_bits_of_one_that_was_not_stopped(tmp_path):
-    keys = {**LAST, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("penalty", [1.0, "infinite"])
+def test_a_run_with_a_pool_goes_on_with_the_bits_of_one_that_was_not_stopped(tmp_path, penalty):
+    keys = {**LAST, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "penalty": penalty}
     whole, _ = trained(tmp_path / "whole", **keys)
     again = make_trainer(tmp_path / "again", **keys)
     before = {part: weights(again.adapted, part) for part in whole}

@@ -1,12 +1,14 @@
 """Bilevel ZOFO on a language model: the callables that `zo/bilevel.py` asks for."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from zofo.keys import COUPLING_KEYS, FIRST_ORDER_KEYS, SHARED, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
+from zofo.keys import COUPLING_KEYS, FIRST_ORDER_KEYS, INFINITE, SHARED, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.levels import (
     FirstOrderLevel,
     ZerothOrderLevel,
@@ -53,6 +55,10 @@ class Bilevel(Method):
         self.optimizer = JointOptimizer(members, stepped=("upper", "zo"))
 
     @classmethod
+    def of(cls, keys: Keys) -> type[Bilevel]:
+        return InfinitePenalty if keys.penalty == INFINITE else cls
+
+    @classmethod
     def splits(cls, keys: Keys) -> tuple[str, ...]:
         return ("train",) if keys.lower_fraction == SHARED else ("lower", "upper")
 
@@ -60,14 +66,15 @@ class Bilevel(Method):
     def streams(cls, keys: Keys) -> dict[str, Stream]:
         splits = cls.splits(keys)
         return {
-            "lower": Stream(splits[0], min(keys.lower_steps, keys.lower_pool or keys.lower_steps), order=0),
-            "penalty": Stream(splits[0], int(keys.penalty > 0), order=1, counts=False),
+            "lower": lower_stream(keys, splits[0]),
+            "penalty": Stream(splits[0], int(_weight(keys) > 0), order=1, counts=False),
             "upper": Stream(splits[-1], 1, order=2),
         }
 
     @classmethod
     def work(cls, keys: Keys) -> Work:
-        micro, coupled, moves = keys.gradient_accumulation_steps, int(keys.penalty > 0), int(keys.zo_learning_rate != 0)
+        micro, moves = keys.gradient_accumulation_steps, int(keys.zo_learning_rate != 0)
+        coupled = int(_weight(keys) > 0)
         return Work(
             backwards=micro * (keys.lower_steps + 1 + coupled),
             resumed=micro * (keys.lower_steps - cls.streams(keys)["lower"].batches),
@@ -78,14 +85,27 @@ class Bilevel(Method):
 
     @property
     def zeroth_order_level(self) -> ZerothOrderLevel | None:
-        return self.theta if self.keys.zo_learning_rate != 0 else None
+        return self.theta if self.moves else None
+
+    @property
+    def moves(self) -> bool:
+        """Whether θ is updated."""
+        return self.keys.zo_learning_rate != 0
+
+    def propose(self, number: int, measure: Measure) -> tuple[float, ...]:
+        """Estimates θ's gradient, if a loss near θ is worth a forward pass: the projected gradients, or none."""
+        if not self.moves or self.theta.rests(number):
+            return ()
+        projected = self.theta.propose(number, measure)
+        self.theta.release()
+        return projected
 
     def objective(self, progress: float) -> tuple[Part, ...]:
-        return _parts(self._penalty(progress), coupled=self.keys.penalty > 0)
+        return _parts(self._penalty(progress), coupled=_weight(self.keys) > 0)
 
     def _penalty(self, progress: float) -> Penalty:
         keys = self.keys
-        return Penalty(scheduled_penalty(keys.penalty, keys.penalty_schedule, progress), keys.normalize_penalty)
+        return Penalty(scheduled_penalty(_weight(keys), keys.penalty_schedule, progress), keys.normalize_penalty)
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         keys = self.keys
@@ -94,7 +114,7 @@ class Bilevel(Method):
         iteration = _Iteration(self, number, micro, self._penalty(progress))
         found = bilevel_step(
             keys.lower_steps,
-            iteration.lower_step,
+            _LowerSteps(self, number, micro),
             iteration.upper_gradient,
             iteration.evaluate,
             iteration.penalty,
@@ -105,12 +125,12 @@ class Bilevel(Method):
             logs["projected_grad"] = root_mean_square(found.projected)
         if found.lower:
             logs["lower_loss"] = sum(found.lower) / len(found.lower)
-        if found.projected and keys.penalty > 0:
+        if found.projected and _weight(keys) > 0:
             logs["penalty_gap"] = iteration.gap
         return logs
 
     def require_forwards(self, batch: Batch) -> None:
-        if self.keys.zo_learning_rate != 0:
+        if self.moves:
             self.theta.require_groups(self.scorer, self.adapters, batch)
         if self.work(self.keys).resumed:
             self.s.require_below(batch)
@@ -126,6 +146,85 @@ class Bilevel(Method):
         return {"upper_learning_rate": upper, **self.theta.rates()}
 
 
+class InfinitePenalty(Bilevel):
+    """λ towards infinity, where p must be s: one adapter, and θ's estimate is of F(θ, s) alone.
+
+        min over θ of F(θ, s(θ)),   s(θ) in argmin_s G(θ, s)      with s held fixed in the estimate
+
+    T first-order steps on s; then θ by forward passes of F. Two forwards a direction where the finite penalty takes
+    six, no adapter beside the one that is deployed, and no first-order step but those on s.
+    """
+
+    adapters = (UPPER,)
+    keys_used = Bilevel.keys_used - {"upper_learning_rate", "penalty_schedule", "normalize_penalty"}
+
+    def __post_init__(self) -> None:
+        keys = self.keys
+        remedy = "learning_rate or zo_learning_rate"
+        self.s = FirstOrderLevel(self.adapted, self.scorer, UPPER, keys.learning_rate, keys, remedy)
+        self._before: tuple[list[Tensor], dict[str, Any]] | None = None
+        self.theta = ZerothOrderLevel(self.adapted, self.perturbed(self.adapted, keys), keys)
+        self.optimizer = JointOptimizer({"lower": self.s.optimizer, "zo": self.theta.optimizer}, stepped=("zo",))
+
+    @classmethod
+    def of(cls, keys: Keys) -> type[Bilevel]:
+        return cls
+
+    @classmethod
+    def streams(cls, keys: Keys) -> dict[str, Stream]:
+        splits = cls.splits(keys)
+        return {"lower": lower_stream(keys, splits[0]), "upper": Stream(splits[-1], 1, order=2)}
+
+    @classmethod
+    def work(cls, keys: Keys) -> Work:
+        micro, moves = keys.gradient_accumulation_steps, int(keys.zo_learning_rate != 0)
+        return Work(
+            backwards=micro * keys.lower_steps,
+            resumed=micro * (keys.lower_steps - cls.streams(keys)["lower"].batches),
+            updates=keys.lower_steps,
+            forwards=moves * micro * evaluations(keys),
+            zo_updates=moves,
+        )
+
+    def objective(self, progress: float) -> tuple[Part, ...]:
+        return (Part("upper", UPPER),)
+
+    def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        if self.keys.on_nonfinite == "skip":
+            self._before = self.s.snapshot()
+        take = _LowerSteps(self, number, micro)
+        lower = [take(t) for t in range(self.keys.lower_steps)]
+        asked = {f"step {number}: F(θ, s) near θ": (UPPER, batches(micro, "upper"))}
+        near: list[float] = []
+
+        def measure(points: Sequence[Point]) -> list[float]:
+            found = self.theta.losses(self.scorer, number, points, asked, lambda rows: {"upper": rows[0]})
+            near.extend(loss for (loss,) in found)
+            return near[-len(points) :]
+
+        projected = self.propose(number, measure)
+        seen = near or lower
+        logs = {"loss": sum(seen) / len(seen)}
+        if lower:
+            logs["lower_loss"] = sum(lower) / len(lower)
+        if projected:
+            logs["projected_grad"] = root_mean_square(projected)
+        return logs
+
+    def learning_rates(self) -> Mapping[str, float]:
+        return self.theta.rates()
+
+
+def lower_stream(keys: Keys, split: str) -> Stream:
+    """The batches of the T steps on s."""
+    return Stream(split, min(keys.lower_steps, keys.lower_pool or keys.lower_steps), order=0)
+
+
+def _weight(keys: Keys) -> float:
+    """λ."""
+    return cast(float, keys.penalty)
+
+
 def _parts(penalty: Penalty, coupled: bool) -> tuple[Part, ...]:
     """Of L: F(θ, p), G(θ, p) and G(θ, s)."""
     of_upper, of_coupling = penalty.factors
@@ -133,29 +232,36 @@ def _parts(penalty: Penalty, coupled: bool) -> tuple[Part, ...]:
     return (Part("upper", UPPER, of_upper), *(coupling if coupled else ()))
 
 
+class _LowerSteps:
+    """The T steps on s of one iteration."""
+
+    def __init__(self, method: Bilevel, number: int, micro: Sequence[Bundle]) -> None:
+        self._method, self._number = method, number
+        pool = method.streams(method.keys)["lower"].batches
+        self._batches = [batches(micro, "lower", t) for t in range(pool)]
+        self._below = [[Below() for _ in part] for part in self._batches] if pool < method.keys.lower_steps else []
+
+    def __call__(self, t: int) -> float:
+        label, place = f"step {self._number}: G(θ, s) of lower step {t}", t % len(self._batches)
+        below = self._below[place] if self._below else ()
+        loss = self._method.s.gradient(self._batches[place], label, below=below)
+        self._method.s.step()
+        return loss
+
+
 class _Iteration:
     """The callables of one iteration."""
 
     def __init__(self, method: Bilevel, number: int, micro: Sequence[Bundle], penalty: Penalty) -> None:
         self.penalty = penalty
-        self._parts = _parts(penalty, coupled=method.keys.penalty > 0)
+        self._parts = _parts(penalty, coupled=_weight(method.keys) > 0)
         self.gap = 0.0
         self._method = method
         self._number = number
-        pool = method.streams(method.keys)["lower"].batches
-        self._lower = [batches(micro, "lower", t) for t in range(pool)]
-        self._below = [[Below() for _ in part] for part in self._lower] if pool < method.keys.lower_steps else []
         self._penalty_batches = batches(micro, "penalty")
         self._upper = batches(micro, "upper")
         self._at_theta: Losses | None = None
         self._rows_at_theta: list[Tensor] = []  # where they are noted, of F(θ, p) and G(θ, p)
-
-    def lower_step(self, t: int) -> float:
-        label, place = f"step {self._number}: G(θ, s) of lower step {t}", t % len(self._lower)
-        below = self._below[place] if self._below else ()
-        loss = self._method.s.gradient(self._lower[place], label, below=below)
-        self._method.s.step()
-        return loss
 
     def upper_gradient(self) -> Losses:
         before = random_state()
@@ -196,9 +302,4 @@ class _Iteration:
         return [Losses(known.upper, known.upper_penalty, *found) if known else Losses(*found) for found in each]
 
     def propose(self, measure: Measure) -> tuple[float, ...]:
-        theta = self._method.theta
-        if self._method.keys.zo_learning_rate == 0 or theta.rests(self._number):
-            return ()  # no loss near θ is worth a forward pass
-        projected = theta.propose(self._number, measure)
-        theta.release()
-        return projected
+        return self._method.propose(self._number, measure)

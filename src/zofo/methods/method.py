@@ -125,6 +125,11 @@ class Method(ABC):
         """Makes the levels and the optimizer."""
 
     @classmethod
+    def of(cls, keys: Keys) -> type[Self]:
+        """The class for a configuration: this one, unless some keys ask for a form that says other things of itself."""
+        return cls
+
+    @classmethod
     def trains(cls) -> bool:
         """Whether there are steps at all."""
         return cls.backpropagates or cls.zeroth_order

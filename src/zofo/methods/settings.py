@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from zofo.errors import ZofoError, first_line
-from zofo.keys import FULL_KEYS, LORA_KEYS, Keys, name_of
+from zofo.keys import FULL_KEYS, INFINITE, LORA_KEYS, Keys, name_of
 from zofo.methods.levels import settings_of_optimizer
 from zofo.methods.method import Method
 
@@ -69,6 +69,15 @@ def require_pool(keys: Keys) -> None:
         raise ZofoError(
             f"lower_pool is {keys.lower_pool}, but lower_steps is {keys.lower_steps}, so some of its batches would "
             f"never be used: set it to {max(1, keys.lower_steps)} at most, or leave it out"
+        )
+
+
+def require_something_trained(keys: Keys) -> None:
+    """Refuses an infinite penalty without steps on s and with θ frozen."""
+    if keys.penalty == INFINITE and not keys.lower_steps and keys.zo_learning_rate == 0:
+        raise ZofoError(
+            "penalty is infinite, lower_steps is 0 and zo_learning_rate is 0, so nothing would be trained: raise one "
+            "of them"
         )
 
 
