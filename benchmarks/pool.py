@@ -46,14 +46,14 @@ def main() -> None:
 
 def lower_steps(made: Any) -> Callable[[], None]:
     """The T steps on s of an iteration, without what follows them."""
-    from zofo.methods.bilevel import _Iteration
+    from zofo.methods.bilevel import _LowerSteps
 
     bundle, method = batches(made), made.method
 
     def steps() -> None:
-        iteration = _Iteration(method, 0, [bundle], method._penalty(0.0))
+        step = _LowerSteps(method, 0, [bundle])
         for t in range(STEPS):
-            iteration.lower_step(t)
+            step(t)
 
     return steps
 

@@ -116,7 +116,7 @@ class ZOFOConfig(Keys):
     @property
     def method_class(self) -> type[Method]:
         """The class of `method`, which says all that depends on it."""
-        return METHODS[self.method].of(self)
+        return METHODS[self.method].form_for(self)
 
     @property
     def updates_backbone(self) -> bool:
@@ -172,6 +172,9 @@ class ZOFOConfig(Keys):
             self.activation_checkpointing = self.gradient_checkpointing
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        if self.activation_checkpointing_kwargs:
+            options = numbers(self.activation_checkpointing_kwargs) or {}
+            self.activation_checkpointing_kwargs = {"use_reentrant": False, **cast(Any, options)}
         if not self.method_class.backpropagates:
             self.activation_checkpointing = False  # forward passes keep nothing that could be computed again
 
@@ -202,7 +205,8 @@ class ZOFOConfig(Keys):
             )
         settings.require_lora(self)
         settings.require_low_rank(self)
-        settings.require_pool(self)
+        if "lower_pool" in self.method_class.keys_used:
+            settings.require_pool(self)
         settings.require_something_trained(self)
         settings.require_whole_model(self, self.method_class, self._given)
         settings.require_evaluations(self)
@@ -221,7 +225,8 @@ class ZOFOConfig(Keys):
     def identity(self) -> dict[str, Any]:
         """The keys that must not change when a run is resumed, as JSON values."""
         timeless = self.lr_scheduler_type in _TIMELESS and not 0 < self.warmup_steps < 1
-        lasting = self.method_class.depends_on_length or self.penalty_schedule != "constant" or not timeless
+        scheduled = self.penalty_schedule != "constant" and "penalty_schedule" in self.method_class.keys_used
+        lasting = self.method_class.depends_on_length or scheduled or not timeless
         keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in _FREE)]
         keys += ["max_steps", "num_train_epochs"] if lasting else []  # what a step does depends on how many there are
         return {key: _as_json(known(key, vars(self)[key])) for key in keys}

@@ -316,6 +316,9 @@ class Keys(TrainingArguments):
             value: Any = vars(self)[key]
             if value == word:
                 continue
+            if word == INFINITE and str(value).lstrip("+.").lower() in ("inf", "infinity"):
+                vars(self)[key] = INFINITE
+                continue
             try:
                 vars(self)[key] = float(value)
             except (ValueError, TypeError) as error:

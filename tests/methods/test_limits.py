@@ -112,8 +112,9 @@ def test_an_infinite_penalty_moves_theta_by_the_loss_with_the_adapter_just_train
     for part in ("backbone", "upper"):
         assert moved(weights(start.adapted, part), found[part]) == found[part].keys()
         assert_close(found[part], weights(adapted, part), atol=1e-5)
-    logged = [log for log in trainer.state.log_history if "lower_loss" in log]
-    assert all(log["loss"] != log["lower_loss"] for log in logged)
+    logged = [log for log in trainer.state.log_history if "upper_loss" in log]
+    assert len(logged) == 3
+    assert all(log["loss"] != log["upper_loss"] for log in logged)
 
 
 def test_an_infinite_penalty_that_trains_nothing_is_refused(tmp_path):
@@ -121,6 +122,7 @@ def test_an_infinite_penalty_that_trains_nothing_is_refused(tmp_path):
         make_trainer(tmp_path, penalty="infinite", lower_steps=0, zo_learning_rate=0.0)
     with pytest.raises(ZofoError, match="penalty is 'endless', but must be a number or infinite"):
         make_trainer(tmp_path, penalty="endless")
+    assert make_trainer(tmp_path, penalty=float("inf")).args.penalty == "infinite"
 
 
 def test_without_penalty_and_lower_steps_fo_and_zo_stand_side_by_side_bitwise(tmp_path):

@@ -49,6 +49,21 @@ def test_blocks_below_run_once_for_each_batch(tmp_path):
     assert all("forward" in vars(block) for block in blocks)  # what was put there before is there again
 
 
+def test_a_batch_that_takes_a_forward_for_each_row_keeps_what_each_has_returned(tmp_path):
+    trainer = make_trainer(tmp_path, make_rows(12, options=MORE_TOKENS), zo_learning_rate=0.0, **LAST)
+    level, scorer = trainer.method.s, trainer.method.scorer
+    scorer._max_shared = 1  # as for rows wider than the original length of LongRoPE
+    (batch, _) = next(iter(trainer.get_train_dataloader()))["lower"]
+    kept, found = below.Below(), []
+    for _ in range(3):
+        found.append(level.gradient([batch], "the loss", below=[kept]))
+        found.append([p.grad.clone() for p in level._parameters])
+        level.optimizer.zero_grad()
+    assert len(kept._outputs) == len(batch["input_ids"]) > 1
+    assert found[0] == found[2] == found[4]
+    assert all(map(torch.equal, found[1], found[3]))
+
+
 def test_a_pool_of_all_batches_has_the_bits_of_none(tmp_path):
     keys = {**LAST, "max_steps": 2}
     whole, _ = trained(tmp_path / "pool", **{**keys, "lower_pool": 4})
@@ -109,3 +124,6 @@ def test_a_pool_costs_what_it_runs(tmp_path):
 def test_a_pool_that_cannot_be(pool, message):
     with pytest.raises(ZofoError, match=message):
         ZOFOConfig(output_dir="run", use_cpu=True, lower_pool=pool)
+    with pytest.raises(ZofoError, match="never be used: leave it out"):
+        ZOFOConfig(output_dir="run", use_cpu=True, lower_pool=1, lower_steps=0)
+    assert "lower_pool" in ZOFOConfig(output_dir="run", use_cpu=True, method="fo", lower_pool=11).notices()[0]

@@ -169,3 +169,12 @@ def test_the_first_forwards_are_not_counted_as_a_cost(tmp_path):
 def test_a_rank_above_that_of_a_matrix_is_refused_before_training(tmp_path):
     with pytest.raises(ZofoError, match=r"zo_rank is 17, but model\.layers.*is a matrix of 16 x 32: set zo_rank to 16"):
         make_trainer(tmp_path, method="zo", adapter="none", **LOW, zo_rank=17)
+
+
+@pytest.mark.parametrize("rate", [1e-3, "auto"])
+def test_a_population_of_bilevel_without_penalty_knows_its_losses_at_theta(tmp_path, rate):
+    keys = {**LOW, "zo_learning_rate": rate, "zo_rows": "shared", "zo_estimator": "one_sided", "penalty": 0.0}
+    trainer = make_trainer(tmp_path, num_perturbations=2, max_steps=2, **keys)
+    before = weights(trainer.adapted, "backbone")
+    trainer.train()
+    assert moved(before, weights(trainer.adapted, "backbone")) == before.keys()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from plain import MORE_TOKENS, make_rows, make_trainer, moved, same, trained, weights
+from zofo.methods.signal import Points
 from zofo.zo.rules import Automatic
 
 AUTO = {"zo_learning_rate": "auto", "per_device_train_batch_size": 4, "max_steps": 1}
@@ -82,7 +83,7 @@ def test_bilevel_rests_without_signal_and_says_so_once(tmp_path, caplog):
     level = level_of(trainer)
     propose, level.propose = level.propose, lambda step, measure: seen.append(step) or propose(step, measure)
     state = level.optimizer.param_groups[0]["rule_state"]
-    state.update(signal=-1e9, power=1.0, size=1e9, count=1.0, trust=0.0)
+    state.update(signal=-1e9, power=1.0, size=1e9, count=1.0)
     theta, p = weights(trainer.adapted, "backbone"), weights(trainer.adapted, "upper")
     trainer.train()
     assert seen == [0, 10, 20]
@@ -92,6 +93,34 @@ def test_bilevel_rests_without_signal_and_says_so_once(tmp_path, caplog):
     assert {log["zo_trust"] for log in logs} == {0.0}
     assert [log["step"] for log in logs if "projected_grad" in log] == [1, 11, 21]
     assert len([record for record in caplog.records if "rest until there is one" in record.message]) == 1
+
+
+@pytest.mark.parametrize("keys", [{"penalty": "infinite"}, {"penalty": 0.0, "upper_learning_rate": 0.0}])
+def test_without_steps_on_the_adapters_there_is_no_rest(tmp_path, monkeypatch, keys):
+    """So that the limits of bilevel are MeZO at the automatic rate as well."""
+    monkeypatch.setattr(Automatic, "rests", lambda self, step, state: True)
+    keys = {**AUTO, "lower_steps": 0, "max_steps": 6, **keys}
+    rows = make_rows(12), make_rows(10, first=100)
+    found, _ = trained(tmp_path, *rows, **keys)
+    mezo, _ = trained(tmp_path, rows[1], method="zo", adapter="none", **{**AUTO, "max_steps": 6})
+    assert same(found["backbone"], mezo["backbone"])
+
+
+@pytest.mark.parametrize("batch", [3, 4, 5])
+def test_one_sided_directions_with_rows_of_their_own_are_compared_with_theta_on_these(tmp_path, batch):
+    keys = {**AUTO, **LOW, "zo_estimator": "one_sided", "per_device_train_batch_size": batch, "zo_eps": 0.02}
+    trainer = make_trainer(tmp_path, make_rows(12, options=MORE_TOKENS), method="zo", adapter="none", **keys)
+    level, found, points = level_of(trainer), [], []
+    project = Points.projections
+    level.optimizer.wants_curvature = lambda step: False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Points, "projections", lambda self: points.append(self) or found.append(project(self)) or found[-1]
+        )
+        estimate, _ = estimated(trainer)
+    assert [g for g, _ in found[-1]] == pytest.approx(list(estimate.projected), rel=1e-4)
+    sizes = [len(rows["zo"]) for (scale, _), rows in points[0]._rows.items() if scale > 0]
+    assert sum(sizes) == batch
 
 
 def test_a_run_that_rests_goes_on_with_the_bits_of_one_that_was_not_stopped(tmp_path, monkeypatch):

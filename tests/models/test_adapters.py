@@ -205,6 +205,19 @@ def test_lora_of_the_size_that_keys_say_on_the_modules_that_they_name():
         adapter_config("lora", model, Lora("last 1", targets=("all-linear",)))
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q_proj", "v_prj"), "lora_target_modules has 'v_prj', but this model has no module of that name: its linear"),
+        (("all-linear", "lm_head"), "lora_target_modules has 'all-linear', but .* all-linear, alone, means all but"),
+        ((), "lora_target_modules is empty: name a module, or leave it out for queries and values"),
+    ],
+)
+def test_modules_that_peft_would_pass_over_are_refused(targets, message):
+    with pytest.raises(ZofoError, match=message):
+        adapter_config("lora", tiny_model(), Lora(targets=targets))
+
+
 def test_backpropagation_stops_at_the_lowest_layer_with_lora(tmp_path):
     sizes = []
     for layers in ("last 2", None):

@@ -54,6 +54,14 @@ def test_backpropagation_stops_below_the_adapters_all_the_same(tmp_path):
     assert all(same(values, again[part]) for part, values in plain.items())
 
 
+@pytest.mark.parametrize("options", [{"preserve_rng_state": False}, {"every_n_layers": 2}, {"use_reentrant": False}])
+def test_other_settings_of_checkpoints_keep_them_from_being_reentrant(tmp_path, options):
+    keys = {"method": "fo", "gradient_checkpointing": True, "gradient_checkpointing_kwargs": options}
+    plain, _ = trained(tmp_path, method="fo")
+    again, _ = trained(tmp_path, **keys)
+    assert all(same(values, again[part]) for part, values in plain.items())
+
+
 def test_prefixes_are_refused_before_anything_is_written(capsys, tmp_path):
     folder = write_task(tmp_path)
     keys = {"model": folder / "model", "task": folder / "task.yaml", "output_dir": tmp_path / "run", "use_cpu": "true"}

@@ -55,7 +55,7 @@ class Bilevel(Method):
         self.optimizer = JointOptimizer(members, stepped=("upper", "zo"))
 
     @classmethod
-    def of(cls, keys: Keys) -> type[Bilevel]:
+    def form_for(cls, keys: Keys) -> type[Bilevel]:
         return InfinitePenalty if keys.penalty == INFINITE else cls
 
     @classmethod
@@ -92,9 +92,14 @@ class Bilevel(Method):
         """Whether θ is updated."""
         return self.keys.zo_learning_rate != 0
 
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether an iteration is worth something while θ rests."""
+        return self.keys.lower_steps > 0 or self.keys.upper_learning_rate != 0
+
     def propose(self, number: int, measure: Measure) -> tuple[float, ...]:
         """Estimates θ's gradient, if a loss near θ is worth a forward pass: the projected gradients, or none."""
-        if not self.moves or self.theta.rests(number):
+        if not self.moves or (self.trains_adapters and self.theta.rests(number)):
             return ()
         projected = self.theta.propose(number, measure)
         self.theta.release()
@@ -167,7 +172,7 @@ class InfinitePenalty(Bilevel):
         self.optimizer = JointOptimizer({"lower": self.s.optimizer, "zo": self.theta.optimizer}, stepped=("zo",))
 
     @classmethod
-    def of(cls, keys: Keys) -> type[Bilevel]:
+    def form_for(cls, keys: Keys) -> type[Bilevel]:
         return cls
 
     @classmethod
@@ -186,6 +191,10 @@ class InfinitePenalty(Bilevel):
             zo_updates=moves,
         )
 
+    @property
+    def trains_adapters(self) -> bool:
+        return self.keys.lower_steps > 0
+
     def objective(self, progress: float) -> tuple[Part, ...]:
         return (Part("upper", UPPER),)
 
@@ -203,12 +212,10 @@ class InfinitePenalty(Bilevel):
             return near[-len(points) :]
 
         projected = self.propose(number, measure)
-        seen = near or lower
-        logs = {"loss": sum(seen) / len(seen)}
-        if lower:
-            logs["lower_loss"] = sum(lower) / len(lower)
+        losses = lower or near
+        logs = {"loss": sum(losses) / len(losses)}
         if projected:
-            logs["projected_grad"] = root_mean_square(projected)
+            logs |= {"projected_grad": root_mean_square(projected), "upper_loss": sum(near) / len(near)}
         return logs
 
     def learning_rates(self) -> Mapping[str, float]:
@@ -239,12 +246,14 @@ class _LowerSteps:
         self._method, self._number = method, number
         pool = method.streams(method.keys)["lower"].batches
         self._batches = [batches(micro, "lower", t) for t in range(pool)]
-        self._below = [[Below() for _ in part] for part in self._batches] if pool < method.keys.lower_steps else []
+        self._kept = [[Below() for _ in part] for part in self._batches] if pool < method.keys.lower_steps else []
 
     def __call__(self, t: int) -> float:
         label, place = f"step {self._number}: G(θ, s) of lower step {t}", t % len(self._batches)
-        below = self._below[place] if self._below else ()
-        loss = self._method.s.gradient(self._batches[place], label, below=below)
+        kept = self._kept[place] if self._kept else ()
+        loss = self._method.s.gradient(self._batches[place], label, below=kept)
+        if t + 1 == self._method.keys.lower_steps:
+            self._kept = []  # hidden states of a pool: the rest of the iteration needs its memory
         self._method.s.step()
         return loss
 

@@ -56,7 +56,7 @@ class FirstOrderLevel:
         self._adapter = adapter
         self._keys = keys
         self._remedy = remedy
-        self._below = blocks_below(adapted) if adapted.adapters else []
+        self._blocks_below = blocks_below(adapted) if adapted.adapters and keys.lower_pool else []
         self.norm = 0.0  # of the last gradient
         named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
         self._parameters = list(named.values())
@@ -76,7 +76,7 @@ class FirstOrderLevel:
         total = sum(map(count, batches))
         loss, norms = 0.0, list[Tensor]()
         for batch, kept in zip(batches, below or [Below() for _ in batches], strict=True):
-            with kept.shared(self._below if below else ()):
+            with kept.shared(self._blocks_below if below else ()):
                 part = self._scorer.loss(batch) / total
             loss += float(part.detach())
             self._require_finite(loss, label)
@@ -91,19 +91,22 @@ class FirstOrderLevel:
     def require_below(self, batch: Batch) -> None:
         """Refuses a model whose loss is another one where its forward begins above the blocks below the adapter."""
         scorer, below = Scorer(self._adapted, Tokens(), self._scorer.layout), Below()
-        self._adapted.use(self._adapter)
         self._adapted.model.eval()
         losses: list[float] = []
         reason = "gives another loss"
         try:
             for _ in range(2):
-                with below.shared(self._below):
+                with self._adapted.deployed_after(), below.shared(self._blocks_below):
+                    self._adapted.use(self._adapter)
                     losses.append(float(scorer.loss(batch)))
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
             if is_lack_of_memory(error):
                 raise
             reason = f"fails ({first_line(error)})"
-        if len(losses) < 2 or not math.isclose(*losses, rel_tol=1e-5):
+        if not all(map(math.isfinite, losses)):
+            return  # it shows nothing; the run itself has more to say of it
+        tolerance = torch.finfo(self._adapted.base.dtype).eps ** 0.5
+        if len(losses) < 2 or not math.isclose(*losses, rel_tol=tolerance):
             raise ZofoError(
                 f"lower_pool is set, but a forward of this {self._adapted.base.config.model_type} model that begins "
                 f"above the blocks below its adapter {reason}: leave lower_pool out"
@@ -280,8 +283,9 @@ class ZerothOrderLevel:
         if self.signal:
             self.signal.add(self._points)
         error = mean_error(self._points) if self._judges else None
+        trusted = self.optimizer.trust
         update = self.optimizer.propose(Estimate(self.seed, step, projected, bend, error), remembered)
-        if not self._told and self.optimizer.trust == 0:
+        if not self._told and trusted != 0 and self.optimizer.trust == 0:
             self._told = True
             logger.warning(
                 f"step {step}: the losses of the rows so far show no signal for the weights that zeroth-order steps "

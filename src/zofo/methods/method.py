@@ -125,7 +125,7 @@ class Method(ABC):
         """Makes the levels and the optimizer."""
 
     @classmethod
-    def of(cls, keys: Keys) -> type[Self]:
+    def form_for(cls, keys: Keys) -> type[Self]:
         """The class for a configuration: this one, unless some keys ask for a form that says other things of itself."""
         return cls
 

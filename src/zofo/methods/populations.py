@@ -100,7 +100,7 @@ def _forwards(scorer: Scorer, points: Sequence[Point], asked: Asked, parts: int)
     adapters = list(dict.fromkeys(adapter for adapter, _ in asked.values()))
     for together in [adapters] if scorer.adapted.mixes else [[adapter] for adapter in adapters]:
         group = {label: pair for label, pair in asked.items() if pair[0] in together}
-        for number in range(len(next(iter(group.values()))[1])):
+        for number in range(max((len(batches) for _, batches in group.values()), default=0)):
             yield [
                 _Part(point, label, adapter, share(batches[number], point[1] if parts > 1 else 0, parts))
                 for point in points

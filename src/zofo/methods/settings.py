@@ -68,7 +68,7 @@ def require_pool(keys: Keys) -> None:
     if keys.lower_pool and keys.lower_pool > keys.lower_steps:
         raise ZofoError(
             f"lower_pool is {keys.lower_pool}, but lower_steps is {keys.lower_steps}, so some of its batches would "
-            f"never be used: set it to {max(1, keys.lower_steps)} at most, or leave it out"
+            f"never be used: {f'set it to {keys.lower_steps} at most, or ' if keys.lower_steps else ''}leave it out"
         )
 
 

@@ -47,7 +47,8 @@ class Points:
         for (scale, query), there in self._rows.items():
             if scale <= 0:
                 continue
-            behind = (-scale, query) if (-scale, query) in self._rows else (0.0, 0)
+            places = ((-scale, query), (0.0, query), (0.0, 0))  # with rows of its own, a direction has them at θ too
+            behind = next(place for place in places if place in self._rows)
             back, span = self._rows[behind], scale - behind[0]
             differences = [(there[stream] - back[stream]) / span for stream in there]
             mean = sum(float(d.mean()) for d in differences)

@@ -1,6 +1,6 @@
 """The blocks below the lowest adapter: while the backbone rests, several passes over a batch share one run of them."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,23 +18,32 @@ class Below:
     """
 
     def __init__(self) -> None:
-        self._output: Any = None
+        self._outputs: list[Any] = []  # of each forward that the batch takes: wide rows may take one each
 
     @contextmanager
     def shared(self, blocks: Sequence[nn.Module]) -> Generator[None]:
-        """In the first such block, a forward runs through `blocks` and is kept; in the others it passes over them."""
+        """In the first such block, forwards run through `blocks` and are kept; in the others they pass over them."""
         if not blocks:
             yield
             return
         with ExitStack() as undone:
-            if self._output is None:
+            if self._outputs:
+                left = iter(self._outputs)
+                current: list[Any] = []
+
+                def first(*args: Any, **kwargs: Any) -> Any:
+                    current[:] = [next(left)]
+                    return current[0]
+
+                undone.enter_context(_replaced(blocks[0], first))
+                for block in blocks[1:]:
+                    undone.enter_context(_replaced(block, lambda *args, **kwargs: current[0]))
+            else:
                 undone.callback(blocks[-1].register_forward_hook(self._keep).remove)
-            for block in blocks if self._output is not None else ():
-                undone.enter_context(_replaced(block, self._output))
             yield
 
     def _keep(self, _: nn.Module, args: Any, output: Any) -> None:
-        self._output = tree_map(_detached, output)
+        self._outputs.append(tree_map(_detached, output))
 
 
 def _detached(part: Any) -> Any:
@@ -42,10 +51,10 @@ def _detached(part: Any) -> Any:
 
 
 @contextmanager
-def _replaced(block: nn.Module, output: Any) -> Generator[None]:
-    """Within the block, a module returns this."""
+def _replaced(block: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Within the block, a module has another forward."""
     own = vars(block).get("forward")  # what others have put in place of the method of its class
-    block.forward = lambda *args, **kwargs: output
+    block.forward = forward
     try:
         yield
     finally:
@@ -59,4 +68,4 @@ def blocks_below(adapted: AdaptedModel) -> list[nn.Module]:
     """The blocks that backpropagation to the adapters does not reach, from the first on."""
     through, _ = adapted.blocks_of_backward
     paths = block_paths(adapted.backbone)
-    return [adapted.base.get_submodule(paths[number]) for number in range(through.start)]
+    return [adapted.base.get_submodule(paths[number]) for number in sorted(paths) if number < through.start]

@@ -55,7 +55,7 @@ def adapter_config(adapter: str, model: PreTrainedModel, lora: Lora = EVERYWHERE
 
 
 def _lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
-    targets = _asked(lora.targets) or _usual_targets(model)
+    targets = _usual_targets(model) if lora.targets is None else _asked(lora.targets, model)
     layers = None
     if lora.layers is not None:
         if isinstance(targets, str):
@@ -76,8 +76,23 @@ def _lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
     )
 
 
-def _asked(targets: tuple[str, ...] | None) -> list[str] | str | None:
-    return _ALL_LINEAR if targets == (_ALL_LINEAR,) else list(targets or ())
+def _asked(targets: tuple[str, ...], model: PreTrainedModel) -> list[str] | str:
+    """Refuses what peft would pass over: a name without a module, none, all-linear beside others."""
+    if targets == (_ALL_LINEAR,):
+        return _ALL_LINEAR
+    paths = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            known = sorted(
+                {p.split(".")[-1] for p, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+            )
+            raise ZofoError(
+                f"lora_target_modules has {target!r}, but this model has no module of that name: its linear layers are "
+                f"{', '.join(known)}; all-linear, alone, means all but the head"
+            )
+    if not targets:
+        raise ZofoError("lora_target_modules is empty: name a module, or leave it out for queries and values")
+    return list(targets)
 
 
 def _usual_targets(model: PreTrainedModel) -> list[str] | str:

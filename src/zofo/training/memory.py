@@ -157,7 +157,8 @@ def step_memory(config: ZOFOConfig, adapted: AdaptedModel, longest: Batch) -> Me
     tracker.mark("adapters", adapters.values())
     checkpoint(config, adapted)
     # more of these take time and no memory; a limit would be found by sorting values that are not there
-    few: dict[str, Any] = {"lower_steps": min(config.lower_pool or 1, config.lower_steps), "zo_sparsity": 0.0}
+    steps = min((config.lower_pool or 0) + 1, config.lower_steps)  # a pool keeps hidden states from the second round on
+    few: dict[str, Any] = {"lower_steps": steps, "zo_sparsity": 0.0}
     if config.zo_distribution != "low_rank":  # whose directions are in one forward
         few["num_perturbations"] = 1
     keys = config.variant(config.method, config.adapter, **few)

@@ -71,8 +71,9 @@ class ZerothOrderOptimizer(Optimizer):
 
     @property
     def trust(self) -> float | None:
-        """In [0, 1], how much of the learning rate the signal of the estimates was worth; None for a given rate."""
-        return self._group["rule_state"].get("trust")
+        """In [0, 1], how much of the learning rate the signal is worth; None where the rate is given."""
+        state = self._group["rule_state"] if self.estimate is None else self._proposed[1]
+        return state.get("trust")
 
     @property
     def limits(self) -> dict[str, float]:
