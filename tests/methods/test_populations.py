@@ -174,7 +174,6 @@ def test_a_rank_above_that_of_a_matrix_is_refused_before_training(tmp_path):
 @pytest.mark.parametrize("rate", [1e-3, "auto"])
 def test_a_population_of_bilevel_without_penalty_knows_its_losses_at_theta(tmp_path, rate):
     keys = {**LOW, "zo_learning_rate": rate, "zo_rows": "shared", "zo_estimator": "one_sided", "penalty": 0.0}
-    trainer = make_trainer(tmp_path, num_perturbations=2, max_steps=2, **keys)
-    before = weights(trainer.adapted, "backbone")
+    trainer = make_trainer(tmp_path, num_perturbations=2, max_steps=2, zo_eps=0.02, **keys)
     trainer.train()
-    assert moved(before, weights(trainer.adapted, "backbone")) == before.keys()
+    assert all(log["projected_grad"] > 0 for log in trainer.state.log_history if "loss" in log)
