@@ -105,7 +105,8 @@ MUST_NOT_BE_NEGATIVE = (
 WRONG_NUMBERS = [
     *((key, value) for key in MUST_BE_POSITIVE for value in ("0", "-3")),
     *((key, "-3") for key in MUST_NOT_BE_NEGATIVE),
-    *((key, value) for key in ("learning_rate", "zo_learning_rate", "zo_eps", "penalty") for value in ("nan", "inf")),
+    *((key, value) for key in ("learning_rate", "zo_learning_rate", "zo_eps") for value in ("nan", "inf")),
+    ("penalty", "nan"),  # inf is `infinite`
     ("lower_fraction", "1"),
     ("two_stage_fraction", "1.5"),
     ("lower_fraction", "nan"),
