@@ -368,7 +368,7 @@ def test_the_rate_is_multiplied_by_the_part_of_signal_where_it_is_small(q, popul
             _, bare = rule.update(Estimate(0, step, projected, 4.0), 1.0, bare, no_more)
             old = [0.995 ** (step - at) for at in range(step + 1)]
             squares, errors = (sum(a * b for a, b in zip(old, part, strict=True)) for part in zip(*seen, strict=True))
-            start = 10 * (squares + errors) / (q * sum(old))
+            start = 10 * (squares + errors) / sum(old)
             part = (assumed * start + squares - errors) / (start + squares)
             found.append(state["trust"])
             assert found[-1] == pytest.approx(min(1.0, max(0.0, part / assumed)), abs=1e-12)

@@ -20,7 +20,7 @@ RuleName = Literal["sgd", "sign", "momentum"]
 # Tuned on three tasks with SmolLM2-135M, confirmed on small models and on a held-out task: docs/step-size.md
 REACH, _CAUTION, _MEMORY = 1.5, 0.15, 0.9
 _FIRST_CURVATURES, CURVATURE_EVERY, _KEPT_CURVATURES = 5, 10, 9
-_LONG_MEMORY, _PRIOR = 0.995, 10  # of the part of signal, and for how many projected gradients its start counts
+_LONG_MEMORY, _PRIOR = 0.995, 10  # of the part of signal, and for how many steps its start counts
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Automatic(Rule):
 
     η is multiplied by min(1, s / s_0), where s = (sum of g² - e²) / sum of g² is found from the errors e² of estimates
     that know them. s_0 = 0.15 q' / q is what the second bound takes for granted; s starts there, and this start counts
-    for ten projected gradients with their noise. Without signal, steps would only follow the noise of the rows.
+    for ten steps with their noise. Without signal, steps would only follow the noise of the rows.
 
     The first bound updates the weights along each direction by 1.5 ε on average, about the distance at which the losses
     were measured, whatever the scale of the loss. The second keeps to 0.15 / tr(H), where 1 / tr(H) is the best step on
@@ -209,7 +209,7 @@ class Automatic(Rule):
         signal = _LONG_MEMORY * known["signal"] + squares - queries * estimate.error
         power = _LONG_MEMORY * known["power"] + squares
         size = _LONG_MEMORY * known["size"] + squares + queries * estimate.error
-        count = _LONG_MEMORY * known["count"] + queries
+        count = _LONG_MEMORY * known["count"] + 1
         start = _PRIOR * size / count
         trust = (assumed * start + signal) / (start + power) / assumed
         found = {"signal": signal, "power": power, "size": size, "count": count}
