@@ -79,6 +79,22 @@ def trained(folder, *args, **keys):
     return {part: weights(trainer.adapted, part) for part in parts}, trainer
 
 
+def whole_and_resumed(folder, **keys):
+    """Trainers after a run, and after one that went on from a checkpoint in the middle of it."""
+    half = keys["max_steps"] // 2
+    keys = {**keys, "save_strategy": "steps", "save_steps": half}
+    whole, again = make_trainer(folder / "whole", **keys), make_trainer(folder / "again", **keys)
+    whole.train()
+    again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{half}"))
+    return whole, again
+
+
+def same_run(first, second):
+    """Whether two trainers have bitwise equal weights: the backbone, and every adapter."""
+    parts = ("backbone", *first.adapted.adapters)
+    return all(same(weights(first.adapted, part), weights(second.adapted, part)) for part in parts)
+
+
 def same(first, second):
     """Whether two dicts of tensors are bitwise equal."""
     assert first.keys() == second.keys()

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from plain import MORE_TOKENS, assert_close, make_rows, make_trainer, moved, same, trained, weights
+from plain import (
+    MORE_TOKENS,
+    assert_close,
+    make_rows,
+    make_trainer,
+    moved,
+    same,
+    same_run,
+    trained,
+    weights,
+    whole_and_resumed,
+)
 from tiny import ALL_FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 from zofo import ZOFOConfig
 from zofo.commands.estimate import estimate
@@ -73,14 +84,11 @@ def test_a_pool_of_all_batches_has_the_bits_of_none(tmp_path):
 
 @pytest.mark.parametrize("penalty", [1.0, "infinite"])
 def test_a_run_with_a_pool_goes_on_with_the_bits_of_one_that_was_not_stopped(tmp_path, penalty):
-    keys = {**LAST, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "penalty": penalty}
-    whole, _ = trained(tmp_path / "whole", **keys)
-    again = make_trainer(tmp_path / "again", **keys)
-    before = {part: weights(again.adapted, part) for part in whole}
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for part, values in whole.items():
-        assert same(values, weights(again.adapted, part))
-        assert moved(before[part], values)
+    keys = {**LAST, "max_steps": 4, "penalty": penalty}
+    whole, again = whole_and_resumed(tmp_path, **keys)
+    assert same_run(whole, again)
+    start = make_trainer(tmp_path / "start", **keys).adapted
+    assert all(moved(weights(start, part), weights(again.adapted, part)) for part in ("backbone", *start.adapters))
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from plain import MORE_TOKENS, make_rows, make_trainer, moved, same, trained, weights
+from plain import MORE_TOKENS, make_rows, make_trainer, moved, same, same_run, trained, weights, whole_and_resumed
 from zofo.methods.signal import Points
 from zofo.zo.rules import Automatic
 
@@ -125,12 +125,9 @@ def test_one_sided_directions_with_rows_of_their_own_are_compared_with_theta_on_
 
 def test_a_run_that_rests_goes_on_with_the_bits_of_one_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(Automatic, "rests", lambda self, step, state: step % 3 > 0)
-    keys = {**AUTO, "max_steps": 8, "lower_steps": 1, "save_strategy": "steps", "save_steps": 4}
-    whole, first = trained(tmp_path / "whole", **keys)
-    again = make_trainer(tmp_path / "again", **keys)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert all(same(values, weights(again.adapted, part)) for part, values in whole.items())
-    states = [level_of(each).optimizer.param_groups[0]["rule_state"] for each in (first, again)]
+    whole, again = whole_and_resumed(tmp_path, **{**AUTO, "max_steps": 8, "lower_steps": 1})
+    assert same_run(whole, again)
+    states = [level_of(each).optimizer.param_groups[0]["rule_state"] for each in (whole, again)]
     assert states[0] == states[1]
     assert states[0]["count"] > 2
 

@@ -172,10 +172,6 @@ class InfinitePenalty(Bilevel):
         self.optimizer = JointOptimizer({"lower": self.s.optimizer, "zo": self.theta.optimizer}, stepped=("zo",))
 
     @classmethod
-    def form_for(cls, keys: Keys) -> type[Bilevel]:
-        return cls
-
-    @classmethod
     def streams(cls, keys: Keys) -> dict[str, Stream]:
         splits = cls.splits(keys)
         return {"lower": lower_stream(keys, splits[0]), "upper": Stream(splits[-1], 1, order=2)}
