@@ -162,13 +162,16 @@ def test_autocast_by_the_settings_of_accelerate_is_refused(monkeypatch):
         config(method="zo")
 
 
-def test_a_list_of_one_task_is_that_task_and_more_are_refused(tmp_path):
+def test_a_list_of_one_task_is_that_task(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("task: [tweets]\noutput_dir: run")
     assert parse_config(file, []).task == "tweets"
     file.write_text("task: [tweets, sms_spam]\noutput_dir: run")
-    with pytest.raises(ZofoError, match="takes one value"):
-        parse_config(file, [])
+    assert parse_config(file, []).task == ["tweets", "sms_spam"]
+    assert parse_config(file, ["--task", "sms_spam", "x.yaml"]).tasks == ["sms_spam", "x.yaml"]
+    assert parse_config(file, []).resolved()["task"] == ["tweets", "sms_spam"]
+    with pytest.raises(ZofoError, match="task is an empty list"):
+        config(task=[])
 
 
 @pytest.mark.parametrize(("given", "value"), [("auto", "auto"), ("3e-5", 3e-5), ("1", 1.0)])

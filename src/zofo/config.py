@@ -73,6 +73,7 @@ class ZOFOConfig(Keys):
         refuse_values(vars(self))
         if self.method not in METHODS:
             raise ZofoError(f"method is {self.method!r}, but must be one of {', '.join(METHODS)}")
+        self._settle_task()
         different = [f.name for f in dataclasses.fields(self) if f.init and not _is_default(f, vars(self)[f.name])]
         self._given = frozenset(different if given is None else given)
         self._notices: list[str] = []
@@ -138,6 +139,13 @@ class ZOFOConfig(Keys):
         if self.system_prompt and not self.chat_template:
             notices.append("not used without chat_template: system_prompt")
         return notices
+
+    def _settle_task(self) -> None:
+        """One task is a word, several are a list."""
+        if self.task is not None and not self.tasks:
+            raise ZofoError("task is an empty list: name at least one task, see `zofo tasks`")
+        if len(self.tasks) == 1:
+            (self.task,) = self.tasks
 
     def _settle_learning_rates(self) -> None:
         """What is not given follows another key; MeZO's own names count where nothing else could be meant."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from zofo.models.kinds import KINDS
 
@@ -16,12 +16,16 @@ _BLOCK, _BLOCKS = 1 << 14, 512  # bytes, and how many of them at most stand for 
 
 def anywhere(key: str, value: Any) -> Any:
     """A path among the values as an absolute one, so that a run can be repeated from any folder."""
+    if isinstance(value, list):
+        return [anywhere(key, item) for item in cast("list[Any]", value)]
     place = _place(key, value)
     return value if place is None else str(place)
 
 
 def known(key: str, value: Any) -> Any:
     """What a resumed run must share of a key: files may be moved, and weights are known by a digest of theirs."""
+    if isinstance(value, list):
+        return [known(key, item) for item in cast("list[Any]", value)]
     place = _place(key, value)
     if key in _DESCRIBED and (place or _is_absolute(value)):
         return _FILE
@@ -33,6 +37,9 @@ def same(key: str, before: Any, now: Any) -> bool:
 
     Older versions stored absolute paths. Weights that are gone from there count as moved if their name is the same.
     """
+    if isinstance(before, list) and isinstance(now, list):
+        pairs = zip(cast("list[Any]", before), cast("list[Any]", now), strict=False)
+        return len(cast("list[Any]", before)) == len(cast("list[Any]", now)) and all(same(key, *pair) for pair in pairs)
     if key in _DESCRIBED and _FILE in (known(key, before), now):
         return True
     if before == now or key not in _WEIGHTS or not isinstance(before, str) or not isinstance(now, str):

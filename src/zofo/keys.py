@@ -93,6 +93,7 @@ _INHERITED = {
 STEP_KEYS = frozenset((
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "early_stopping_patience", "diagnose",
+    "tasks_per_step", "task_sampling", "task_exponent", "shared_adapter",
 ))  # fmt: skip
 FIRST_ORDER_KEYS = frozenset((
     "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
@@ -194,7 +195,17 @@ class Keys(TrainingArguments):
     """All keys but `method`, whose values are in a layer above; see `ZOFOConfig`."""
 
     model: str | None = field(None, "backbone: Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
-    task: str | None = field(None, "task: a name from `zofo tasks`, or the path of a task file")
+    task: list[str] | None | str = field(  # in the order that HfArgumentParser reads as a list
+        None, "task: a name from `zofo tasks`, or the path of a task file; or several, which share the backbone"
+    )
+    tasks_per_step: Count = field(1, "with several tasks: how many are drawn for each iteration")
+    task_sampling: Literal["uniform", "size", "temperature"] = field(
+        "uniform", "with several tasks: draw them alike, by their training rows, or by these to the power task_exponent"
+    )
+    task_exponent: Annotated[float, Bounds(at_least=0, below=10)] = field(
+        0.5, "with task_sampling temperature: of the number of training rows; 0 is uniform, 1 is size"
+    )
+    shared_adapter: bool = field(False, "with several tasks: one adapter for all of them, and not one for each")
     source: str | None = field(None, "rows of the task from here: a folder of train.* and validation.*, or a file")
     template: Annotated[int, NOT_NEGATIVE] = field(0, "which of the task's templates, from 0; see zofo tasks NAME")
     data: str | None = field(
@@ -297,6 +308,11 @@ class Keys(TrainingArguments):
     logging_steps: Annotated[float, POSITIVE] = field(10, "as in TrainingArguments")
     logging_nan_inf_filter: bool = field(False, "off: a loss that is not finite must be seen")
     remove_unused_columns: bool = field(False, "off: rows are no model inputs")
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names and files of `task`, of which there may be several."""
+        return [self.task] if isinstance(self.task, str) else [*(self.task or ())]
 
     @property
     def lora(self) -> Lora:

@@ -19,7 +19,7 @@ def plan(lower=0, penalty=0, upper=0):
 
 
 def sampler_of(lower, upper, streams, size, accumulation, seed):
-    return IterationSampler({"lower": lower, "upper": upper}, streams, size, accumulation, seed)
+    return IterationSampler([{"lower": lower, "upper": upper}], streams, size, accumulation, seed)
 
 
 FULL = plan(lower=3, penalty=1, upper=1)
@@ -98,13 +98,19 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_read_before():
 
 def test_the_collator_gives_each_stream_its_batches():
     collator = BundleCollator(FULL, 2, lambda examples: list(examples))
-    bundle = collator(list("aabbccddee"))
-    assert bundle == {
-        "lower": [["a", "a"], ["b", "b"], ["c", "c"]],
-        "penalty": [["d", "d"]],
-        "upper": [["e", "e"]],
-    }
-    assert BundleCollator(plan(upper=1), 2, list)("xy") == {"lower": [], "penalty": [], "upper": [["x", "y"]]}
+    assert collator(list("aabbccddee")) == [
+        {
+            "lower": [["a", "a"], ["b", "b"], ["c", "c"]],
+            "penalty": [["d", "d"]],
+            "upper": [["e", "e"]],
+        }
+    ]
+    assert BundleCollator(plan(upper=1), 2, list)("xy") == [{"lower": [], "penalty": [], "upper": [["x", "y"]]}]
+    of_two = BundleCollator(plan(lower=1, upper=1), 2, list, tasks=2)("aabbccdd")
+    assert [bundle["lower"] + bundle["upper"] for bundle in of_two] == [
+        [["a", "a"], ["b", "b"]],
+        [["c", "c"], ["d", "d"]],
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -125,7 +131,7 @@ def test_the_trainer_reads_the_sampler_s_rows_epoch_after_epoch(tmp_path, worker
     expected = []
     for epoch in range(5):
         sampler.set_epoch(epoch)
-        expected += [collate([trainer.train_dataset[i] for i in rows]) for rows in sampler]
+        expected += [collate([trainer.train_dataset[i] for i in rows])[0] for rows in sampler]
     assert len(read) == 18
     for found, wanted in zip(read, expected, strict=False):
         for stream, batches in wanted.items():

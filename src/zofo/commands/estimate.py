@@ -26,7 +26,7 @@ from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.training.callbacks import free_memory, resident_memory
 from zofo.training.memory import Memory, checkpoint, fake, step_memory
-from zofo.training.rows import run_length, run_splits, run_task
+from zofo.training.rows import run_length, run_splits, run_tasks
 from zofo.zo.estimators import Estimate
 
 _SAMPLE = 1000  # rows that are searched for the longest ones
@@ -80,7 +80,7 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> Generator[Row]:
         raise ZofoError(f"method {config.method} trains nothing, so there is nothing to estimate: leave it out")
     base = load_hollow(config.model, config.dtype)
     tokenizer = load_tokenizer(config.model, base)
-    examples, count = _examples(config, tokenizer, base)
+    examples, counts = _examples(config, tokenizer, base)
     batches = _Batches(config, tokenizer, examples)
     libraries, free = resident_memory(config.device), free_memory(config.device)
     pairs = _pairs(config)
@@ -93,7 +93,7 @@ def estimate(config: ZOFOConfig, timed: bool = True) -> Generator[Row]:
             memory.libraries = libraries
             memory.allocator = int(_HOLES * memory.activations) if libraries else 0  # a GPU counts what is allocated
             chosen = (variant.method, variant.adapter) == (config.method, config.adapter)
-            steps = run_length(variant, count) if count or variant.max_steps > 0 else None
+            steps = run_length(variant, counts) if counts or variant.max_steps > 0 else None
             row = Row(variant.method, adapter, chosen, _updated(variant, hollow), memory, steps)
             if timed and memory.peak - libraries <= free:
                 clock = clock or _Clock(variants, batches)
@@ -155,14 +155,16 @@ def _pairs(config: ZOFOConfig) -> list[tuple[str, str]]:
 
 def _examples(
     config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
-) -> tuple[list[Example], int]:
-    """A sample of the training rows, and how many there are; without a task, one row of the greatest length, and 0."""
+) -> tuple[list[Example], list[int]]:
+    """A sample of the training rows, and how many each task has; without a task, a row of the greatest length."""
     width = min(config.max_length, AdaptedModel(base).positions)
     if config.task is None and config.data is None:
-        return [Example((0,) * (width - 1), ((0,), (1,)), 0, ("a", "b"))], 0
-    task, _ = run_task(config)
-    rows = run_splits(task, config).train
-    return tokenize(task.reworded(rows[:_SAMPLE], config.template), tokenizer, width)[0], len(rows)
+        return [Example((0,) * (width - 1), ((0,), (1,)), 0, ("a", "b"))], []
+    tasks = [task for task, _ in run_tasks(config).values()]
+    rows = [run_splits(task, config).train for task in tasks]
+    most = _SAMPLE // len(tasks)
+    shown = [row for task, part in zip(tasks, rows, strict=True) for row in task.reworded(part[:most], config.template)]
+    return tokenize(shown, tokenizer, width)[0], [len(part) for part in rows]
 
 
 class _Batches:
@@ -210,7 +212,7 @@ class _Clock:
 
     def seconds(self, config: ZOFOConfig) -> float:
         """Of one step of a run, put together from its pieces."""
-        work, method = config.method_class.work(config), config.method_class
+        work, method = config.method_class.iteration(config), config.method_class
         forward, zo_update = self._zeroth(config) if method.zeroth_order else (0.0, 0.0)
         first = self._first(config) if method.backpropagates else Work()
         return seconds(work, first + Work(forwards=forward, zo_updates=zo_update))

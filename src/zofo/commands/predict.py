@@ -45,10 +45,10 @@ def predict(
     `config` has the task, and how rows are put to the model; see `eval_config`. Rows that do not suit the task are
     refused before the model is loaded.
     """
-    assert config.task is not None
-    task = load_task(config.task)
+    (name,) = config.tasks
+    task = load_task(name)
     run = StoredRun.of(model, adapter)
-    span = run.span if run and run.is_of_task(config.task) else ONE_LINE
+    span = run.span if run and run.is_of_task(name) else ONE_LINE
     records = task.questions(rows, config.template, span.example)
     loaded = Loaded.of(model, adapter, config.dtype)
     if config.chat_template:

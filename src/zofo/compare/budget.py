@@ -30,7 +30,7 @@ def iteration_cost(config: ZOFOConfig) -> float:
         >>> iteration_cost(ZOFOConfig(method="fo", **keys))
         24.0
     """
-    work = config.method_class.work(config)
+    work = config.method_class.iteration(config)
     saved = work.resumed * (1 - _part(config)) if work.resumed else 0.0
     return config.per_device_train_batch_size * (work.backwards * (1 + _backward_cost(config)) + work.forwards - saved)
 

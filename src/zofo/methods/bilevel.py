@@ -84,6 +84,10 @@ class Bilevel(Method):
         )
 
     @property
+    def adapter_levels(self) -> tuple[FirstOrderLevel, ...]:
+        return self.s, self.p
+
+    @property
     def zeroth_order_level(self) -> ZerothOrderLevel | None:
         return self.theta if self.moves else None
 
@@ -186,6 +190,10 @@ class InfinitePenalty(Bilevel):
             forwards=moves * micro * evaluations(keys),
             zo_updates=moves,
         )
+
+    @property
+    def adapter_levels(self) -> tuple[FirstOrderLevel, ...]:
+        return (self.s,)
 
     @property
     def trains_adapters(self) -> bool:

@@ -27,6 +27,10 @@ class FirstOrder(Method):
     def work(cls, keys: Keys) -> Work:
         return Work(backwards=keys.gradient_accumulation_steps, updates=1)
 
+    @property
+    def adapter_levels(self) -> tuple[FirstOrderLevel, ...]:
+        return (self._level,) if self.adapted.adapters else ()
+
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
         logs = {"loss": self._level.gradient(batches(micro, "adapter"), f"step {number}: the training loss")}
         if self.keys.optimizer_in_backward:

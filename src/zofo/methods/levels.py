@@ -24,7 +24,7 @@ from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, Tokens, count
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
-from zofo.zo.estimators import Estimate, Measure, Point, Probes
+from zofo.zo.estimators import Estimate, Measure, Point, Probes, mean_estimate
 from zofo.zo.low_rank import require_rank
 from zofo.zo.optimizers import ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
@@ -59,10 +59,10 @@ class FirstOrderLevel:
         self._blocks_below = blocks_below(adapted) if adapted.adapters and keys.lower_pool else []
         self.norm = 0.0  # of the last gradient
         named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
-        self._parameters = list(named.values())
-        for parameter in self._parameters:
+        self.parameters = list(named.values())
+        for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimizer = first_order_optimizer(self._parameters, learning_rate, keys)
+        self.optimizer = first_order_optimizer(self.parameters, learning_rate, keys)
 
     def gradient(self, batches: Sequence[Batch], label: str, factor: float = 1.0, below: Sequence[Below] = ()) -> float:
         """Adds the gradient of `factor` times the mean loss over all batches to `.grad`; returns the mean loss.
@@ -82,7 +82,7 @@ class FirstOrderLevel:
             self._require_finite(loss, label)
             norms += self._backward(part * factor)
             self._scorer.tokens.backward_tokens += int(batch["attention_mask"].sum())
-        gradients = norms or [p.grad for p in self._parameters if p.grad is not None]
+        gradients = norms or [p.grad for p in self.parameters if p.grad is not None]
         self.norm = float(torch.nn.utils.get_total_norm(gradients))
         self._require_finite(self.norm, f"{label} (its gradient)")
         return loss
@@ -128,7 +128,7 @@ class FirstOrderLevel:
             parameter.grad = None
 
         with ExitStack() as hooks:
-            for parameter in self._parameters if self._keys.optimizer_in_backward else ():
+            for parameter in self.parameters if self._keys.optimizer_in_backward else ():
                 hooks.callback(parameter.register_post_accumulate_grad_hook(update).remove)
             loss.backward()
         return norms
@@ -136,18 +136,18 @@ class FirstOrderLevel:
     def step(self) -> None:
         """One optimizer step of its own, clipped as the trainer clips, for a level that the trainer does not step."""
         if self._keys.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._keys.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self._keys.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def snapshot(self) -> tuple[list[Tensor], dict[str, Any]]:
         """A copy of the parameters and of the optimizer's state."""
-        return [p.detach().clone() for p in self._parameters], copy.deepcopy(self.optimizer.state_dict())
+        return [p.detach().clone() for p in self.parameters], copy.deepcopy(self.optimizer.state_dict())
 
     @torch.no_grad()
     def restore(self, snapshot: tuple[list[Tensor], dict[str, Any]]) -> None:
         """Back to a snapshot, bit for bit."""
-        for parameter, value in zip(self._parameters, snapshot[0], strict=True):
+        for parameter, value in zip(self.parameters, snapshot[0], strict=True):
             parameter.copy_(value)
         self.optimizer.load_state_dict(snapshot[1])
 
@@ -165,6 +165,7 @@ class ZerothOrderLevel:
         self.seed = keys.seed
         self.signal = Signal() if keys.diagnose else None
         self._points = Points()
+        self._estimates: list[Estimate] = []  # of this step
         self._most = keys.zo_members_per_forward
         self._scratch = Scratch()
         self._first, self._told = True, False
@@ -265,7 +266,10 @@ class ZerothOrderLevel:
         )
 
     def propose(self, step: int, measure: Measure) -> tuple[float, ...]:
-        """Measures a loss at the points of a step, and has the rule propose an update; the projected gradients."""
+        """Measures a loss at the points of a step, and has the rule propose an update; the projected gradients.
+
+        Estimates of the same step, of one task after another, add up as gradients do: the proposal is by their mean.
+        """
         known: dict[Point, float] = {}
         self._points = Points()
         curved = self.optimizer.wants_curvature(step)
@@ -284,7 +288,9 @@ class ZerothOrderLevel:
             self.signal.add(self._points)
         error = mean_error(self._points) if self._judges else None
         trusted = self.optimizer.trust
-        update = self.optimizer.propose(Estimate(self.seed, step, projected, bend, error), remembered)
+        self._estimates = self._estimates if self.optimizer.estimate else []
+        self._estimates.append(Estimate(self.seed, step, projected, bend, error))
+        update = self.optimizer.propose(mean_estimate(self._estimates), remembered)
         if not self._told and trusted != 0 and self.optimizer.trust == 0:
             self._told = True
             logger.warning(

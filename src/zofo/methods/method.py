@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from peft.tuners.lora.layer import ParamWrapper
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from zofo.errors import ZofoError
 from zofo.keys import Keys
-from zofo.methods.levels import ZerothOrderLevel
+from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
 from zofo.models.adapters import AdaptedModel
 from zofo.models.peft import UPPER
 from zofo.models.selection import select
@@ -175,6 +175,17 @@ class Method(ABC):
         Raises:
             NonFiniteLossError: if a loss is not finite.
         """
+
+    @classmethod
+    def iteration(cls, keys: Keys) -> Work:
+        """What an iteration consists of: a step for each of its tasks, and one update of the backbone."""
+        one = cls.work(keys)
+        return replace(one * keys.tasks_per_step, zo_updates=one.zo_updates)
+
+    @property
+    def adapter_levels(self) -> tuple[FirstOrderLevel, ...]:
+        """What backpropagation updates of adapters, of which several tasks have one each."""
+        return ()
 
     @property
     def zeroth_order_level(self) -> ZerothOrderLevel | None:

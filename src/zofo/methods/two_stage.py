@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from zofo.keys import FIRST_ORDER_KEYS, STAGE_KEYS, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.first_order import FirstOrder
-from zofo.methods.levels import ZerothOrderLevel
+from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work
 from zofo.methods.zeroth_order import ZerothOrder
 from zofo.scoring.batch import Batch
@@ -48,6 +48,10 @@ class TwoStage(Method):
     def work(cls, keys: Keys) -> Work:
         fraction = keys.two_stage_fraction
         return FirstOrder.work(keys) * fraction + ZerothOrder.work(keys) * (1 - fraction)
+
+    @property
+    def adapter_levels(self) -> tuple[FirstOrderLevel, ...]:
+        return self._adapter.adapter_levels
 
     @property
     def zeroth_order_level(self) -> ZerothOrderLevel | None:

@@ -196,10 +196,14 @@ class AdaptedModel:
         }
 
     def save(self, folder: Path, home: Path | None = None) -> Path:
-        """Writes `backbone/` (a plain Hugging Face folder) and a PEFT folder for each adapter.
+        """Writes the backbone, as `save_backbone`, and the adapters, as `save_adapters`."""
+        self.save_adapters(folder, home)
+        return self.save_backbone(folder)
 
-        A quantised backbone is not written: it has not changed, and transformers cannot write every kind. Returns the
-        folder that the tokenizer belongs to. `home` is where the folder's content will be in the end, if elsewhere.
+    def save_backbone(self, folder: Path) -> Path:
+        """Writes `backbone/`, a plain Hugging Face folder; returns the folder that the tokenizer belongs to.
+
+        A quantised backbone is not written: it has not changed, and transformers cannot write every kind.
         """
         backbone = folder / BACKBONE
         if self._peft is None:
@@ -208,11 +212,10 @@ class AdaptedModel:
         if not self.quantised:
             state = get_base_model_state_dict(self._peft)
             save_model(self.base, backbone, state)
-        self.save_adapters(folder, home)
         return folder / "tokenizer" if self.quantised else backbone
 
     def save_adapters(self, folder: Path, home: Path | None = None) -> None:
-        """Writes what `save` does beside the backbone."""
+        """Writes a PEFT folder for each adapter; `home` is where the backbone will be in the end, if elsewhere."""
         if self._peft is None:
             return
         for config in self._peft.peft_config.values():

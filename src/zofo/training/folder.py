@@ -32,7 +32,9 @@ MARKER = ".zofo.json"
 _HALF = f"{MARKER}.half"
 _FORMAT = 1
 _LOCK, _NEW, _OLD, _ASIDE, _TRASH = (f".zofo.{name}" for name in ("lock", "new", "old", "aside", "trash"))
-_RUN = ("config.yaml", "results.json", "backbone", "upper", "lower", "trainer_state.json")
+TASKS = "tasks"
+"""Holds the adapters of each task, where a run has several."""
+_RUN = ("config.yaml", "results.json", "backbone", "upper", "lower", TASKS, "trainer_state.json")
 PREDICTIONS = "predictions.jsonl"
 _BESIDE = (TASK_FILE, "README.md", "curves.png", "tokenizer", TRAINED_ROWS, PREDICTIONS)
 _CONFIG_KEYS = {"model", "method", "adapter", "zo_eps"}  # in every config.yaml that a run has written

@@ -26,9 +26,13 @@ from zofo.models.source import require_dense
 from zofo.tasks.metrics import Metric, metric_name
 from zofo.tasks.records import Record, Rows, records
 from zofo.tasks.splits import halves
+from zofo.training.tasks import ALONE, TaskRows
 from zofo.training.trained_rows import trained_rows_of
 
 logger = logging.getLogger(__name__)
+
+Metrics = Sequence[Metric] | Metric
+TasksOrRows = Rows | Mapping[str, Rows]
 
 _SKIPPED_IN_A_ROW = 20
 
@@ -148,15 +152,15 @@ def warm_up(adapted: AdaptedModel) -> None:
         logger.warning("there is no working compiler for the noise kernels: zeroth-order steps are slower")
 
 
-def require_rows_for_a_batch(args: ZOFOConfig, sizes: Mapping[str, int]) -> None:
-    """Refuses a batch of more rows than there are; `sizes` are the rows by the splits of the method."""
+def require_rows_for_a_batch(args: ZOFOConfig, sizes: Mapping[str, int], task: str) -> None:
+    """Refuses a batch of more rows than a task has; `sizes` are the rows by the splits of the method."""
     size = args.per_device_train_batch_size
     for stream in args.method_class.streams(args).values():
         rows = sizes[stream.split]
         if stream.batches and size > rows:
             raise ZofoError(
-                f"per_device_train_batch_size is {size}, but there are {rows} rows to train on ({stream.split}): set "
-                f"it to {rows} at most, or give more rows"
+                f"per_device_train_batch_size is {size}, but there are {rows} rows to train on ({stream.split}"
+                f"{f' of task {task}' if task else ''}): set it to {rows} at most, or give more rows"
             )
 
 
@@ -172,20 +176,102 @@ def require_progress(skipped: int, number: int, steps: int) -> None:
         )
 
 
-def chosen_metrics(args: ZOFOConfig, given: Sequence[Metric] | Metric, first: Record) -> tuple[Metric, ...]:
-    """The metrics of evaluations: those that are given, else what fits the `first` row.
+def metrics_of_tasks(
+    args: ZOFOConfig, given: Metrics | Mapping[str, Metrics], rows: Mapping[str, TaskRows]
+) -> dict[str, tuple[Metric, ...]]:
+    """The metrics of each task: those that are given, for all or by task, else what fits its first row.
 
     Refuses a model selection by what no evaluation will report, before the first one has to be waited for. A function
     may report other names than its own; those are not known before.
     """
-    default = ("accuracy" if first.options else "exact_match",)
-    metrics = (given,) if isinstance(given, str) or callable(given) else tuple(given) or default
+    found: dict[str, tuple[Metric, ...]] = {}
+    for name, task in rows.items():
+        own = given.get(name, ()) if isinstance(given, Mapping) else given
+        default = ("accuracy" if next(iter(task.train.values()))[0].options else "exact_match",)
+        found[name] = cast(Any, (own,) if isinstance(own, str) or callable(own) else tuple(own) or default)
     adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
-    known = [f"{adapter}{name}" for adapter in adapters for name in (*map(metric_name, metrics), "loss")]
-    wanted = args.metric_for_best_model
-    if wanted is not None and wanted.removeprefix("eval_") not in known and all(isinstance(m, str) for m in metrics):
+    every = [[*map(metric_name, metrics), "loss"] for metrics in found.values()]
+    shared = [name for name in every[0] if all(name in names for names in every)]
+    tasks = [*zip(found, every, strict=True)] if len(found) > 1 else []
+    named = [*shared, *(f"{task}_{name}" for task, names in tasks for name in names)]
+    known = [f"{adapter}{name}" for adapter in adapters for name in named]
+    wanted, plain = args.metric_for_best_model, all(isinstance(m, str) for own in found.values() for m in own)
+    if wanted is not None and wanted.removeprefix("eval_") not in known and plain:
         raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
-    return metrics
+    return found
+
+
+def require_tasks(args: ZOFOConfig, tasks: Sequence[str]) -> None:
+    """Refuses what does not go with so many tasks; `tasks` are their names."""
+    if args.tasks_per_step > len(tasks):
+        raise ZofoError(
+            f"tasks_per_step is {args.tasks_per_step}, but there {'is 1 task' if len(tasks) == 1 else ''}"
+            f"{f'are {len(tasks)} tasks' if len(tasks) > 1 else ''}: set it to {len(tasks)} at most"
+        )
+    if len(tasks) == 1:
+        return
+    method = args.method_class
+    if args.diagnose:
+        raise ZofoError("diagnose measures on one task, but there are several: leave it out, or train on one")
+    if args.optimizer_in_backward and args.tasks_per_step > 1:
+        raise ZofoError(
+            f"optimizer_in_backward is true and tasks_per_step is {args.tasks_per_step}, but each backward pass is a "
+            "step of its own then: set tasks_per_step to 1, or leave optimizer_in_backward out"
+        )
+    if args.adapter != "none" and method.zeroth_order and not method.backpropagates and not args.shared_adapter:
+        raise ZofoError(
+            f"method {method.name} with adapter {args.adapter} moves one adapter by forward passes, but there are "
+            f"{len(tasks)} tasks: set shared_adapter: true, or adapter: none"
+        )
+
+
+def rows_of_tasks(
+    args: ZOFOConfig, train: TasksOrRows | None, upper: TasksOrRows | None, evaluated: TasksOrRows | None
+) -> dict[str, TaskRows]:
+    """The rows of each task by its name; a dict has several tasks, everything else is the only one."""
+    if not _by_task(train):
+        for key, given in (("upper_dataset", upper), ("eval_dataset", evaluated)):
+            if _by_task(given):
+                raise ZofoError(f"{key} is a dict, of several tasks, but train_dataset is none: give one of each kind")
+        require_tasks(args, [ALONE])
+        rows = training_rows(args, cast(Any, train), cast(Any, upper))
+        return {ALONE: TaskRows(rows, _evaluated(evaluated))}
+    tasks = cast("dict[str, Rows]", train)
+    require_tasks(args, [*tasks])
+    found: dict[str, TaskRows] = {}
+    for name, rows in tasks.items():
+        own = {"upper_dataset": upper, "eval_dataset": evaluated}
+        parts = {key: _of_task(given, key, name, tasks) for key, given in own.items()}
+        with _naming(name):
+            split = training_rows(args, rows, parts["upper_dataset"])
+            found[name] = TaskRows(split, _evaluated(parts["eval_dataset"]))
+    return found
+
+
+def _by_task(given: object) -> bool:
+    """Whether rows are given by task: a plain dict, which a DatasetDict, with the splits of one task, is not."""
+    return type(given) is dict and bool(given)
+
+
+def _of_task(given: TasksOrRows | None, key: str, name: str, tasks: Mapping[str, Any]) -> Rows | None:
+    if given is None:
+        return None
+    if not _by_task(given) or cast(Any, given).keys() != tasks.keys():
+        raise ZofoError(f"train_dataset has the tasks {', '.join(tasks)}: give {key} as a dict with the same ones")
+    return cast(Any, given)[name]
+
+
+@contextmanager
+def _naming(task: str) -> Generator[None]:
+    """Puts the name of a task before what is wrong with it."""
+    try:
+        yield
+    except ZofoError as error:
+        raise ZofoError(f"task {task}: {error}") from error
+
+
+def _evaluated(given: Any) -> list[Record]:
+    return [] if given is None else list(records(given, "eval_dataset"))
 
 
 def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> dict[str, list[Record]]:

@@ -1,5 +1,6 @@
 """What `ZOFOTrainer` saves and loads: the backbone and all adapters, in checkpoints that are sealed when whole."""
 
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zofo.config import ZOFOConfig
+from zofo.errors import ZofoError, did_you_mean
 from zofo.models.adapters import BACKBONE, AdaptedModel
 from zofo.models.export import save_tokenizer
 from zofo.training.callbacks import Cost
 from zofo.training.checkpoint import is_of, loading, read_seal, rotate_checkpoints, seal, share, unseal, writing
-from zofo.training.folder import claim, drop_old
+from zofo.training.folder import TASKS, claim, drop_old
 from zofo.training.rehearsal import require_finite
+from zofo.training.tasks import Joint, RunTask
 from zofo.training.trained_rows import write_trained_rows
 
 
@@ -23,12 +26,33 @@ class StoringTrainer(Trainer):
     args: ZOFOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     adapted: AdaptedModel
     cost: Cost
+    tasks: dict[str, RunTask]
     notes: dict[str, Any]  # what else the seals of checkpoints hold
     identity: dict[str, Any]
+    _task: RunTask  # whose adapters and metrics are in use
+    _joint: Joint
     _tokenizer: PreTrainedTokenizerBase
     _trained_rows: frozenset[bytes]
     _own_checkpoints: set[str]  # which alone `save_total_limit` removes
     _whole: Path | None  # the last whole checkpoint of this run; a backbone that does not change is shared with it
+
+    def set_task(self, name: str) -> None:
+        """Makes forwards use the adapters of a task, and evaluations its metrics, where a run has several tasks."""
+        if name not in self.tasks:
+            hint = did_you_mean(name, self.tasks, f"its tasks are {', '.join(self.tasks)}")
+            raise ZofoError(f"this run has no task {name!r}: {hint}")
+        self._joint.bank.use(name)
+        self._task = self.tasks[name]
+
+    def each_task(self) -> Generator[str]:
+        """The name of each task, while it is the one in use; after it, the task that was in use before."""
+        current = self._joint.bank.current if self._joint.bank.exchanges else next(iter(self.tasks))
+        try:
+            for name in self.tasks:
+                self.set_task(name)
+                yield name
+        finally:
+            self.set_task(current)
 
     def save_final(self, folder: Path, home: Path) -> None:
         """Writes what a run ends with into a folder that will be renamed, or whose parts will, to `home`."""
@@ -38,7 +62,8 @@ class StoringTrainer(Trainer):
 
     def require_finite(self) -> None:
         """Refuses weights that the last step has made infinite or not a number."""
-        require_finite(self.adapted, self.args, self.state.global_step)
+        for _ in self.each_task():
+            require_finite(self.adapted, self.args, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -51,16 +76,25 @@ class StoringTrainer(Trainer):
 
         A backbone that does not change is written once, and then shared by the folders that are this run's `own`.
         """
-        parts = ["", *self.adapted.adapters]
         whole = self._whole if own and not self.args.updates_backbone else None
-        if whole is not None and share(whole, folder, BACKBONE):
-            self.adapted.save_adapters(folder, home)
-        else:
-            save_tokenizer(self._tokenizer, self.adapted.save(folder, home))
+        parts = ["", *self._save_adapters(folder, home)]
+        if whole is None or not share(whole, folder, BACKBONE):
+            save_tokenizer(self._tokenizer, self.adapted.save_backbone(folder))
             parts.append(BACKBONE)
         for part in parts:
             if (folder / part).is_dir():
                 write_trained_rows(folder / part, self._trained_rows)
+
+    def _save_adapters(self, folder: Path, home: Path | None) -> list[str]:
+        """Writes the adapters, of each task into its own folder; returns what was written."""
+        if not self._joint.bank.exchanges:
+            self.adapted.save_adapters(folder, home)
+            return [*self.adapted.adapters]
+        for name in self.each_task():
+            place = folder / TASKS / name
+            self.adapted.save_adapters(place, home or folder)
+            (place / "README.md").unlink()  # peft's, of each adapter alone
+        return [f"{TASKS}/{name}/{adapter}" for name in self.tasks for adapter in self.adapted.adapters]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite()
@@ -75,6 +109,7 @@ class StoringTrainer(Trainer):
                 (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
                 super()._save_checkpoint(model, trial)
                 self.adapted.save_trained(folder)
+                self._joint.bank.save(folder)
                 seal(folder, {"config": self.identity, "cost": asdict(self.cost), **self.notes})
                 self._whole = folder
                 drop_old(run)
@@ -87,6 +122,7 @@ class StoringTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with loading(Path(resume_from_checkpoint)):
             self.adapted.load(Path(resume_from_checkpoint))
+            self._joint.bank.load(Path(resume_from_checkpoint))
         vars(self.cost).update(read_seal(Path(resume_from_checkpoint))["cost"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -103,3 +139,4 @@ class StoringTrainer(Trainer):
         folder = own if own.is_dir() else best
         with loading(folder):
             self.adapted.load(folder)
+            self._joint.bank.load(folder)

@@ -16,20 +16,19 @@ from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from zofo.config import ZOFOConfig
-from zofo.errors import NonFiniteLossError, ZofoError
+from zofo.errors import NonFiniteLossError
 from zofo.keys import name_of
 from zofo.methods.levels import require_optimizer
 from zofo.methods.method import Bundle
-from zofo.models.peft import UPPER
 from zofo.scoring.batch import collate, padding_id, width
-from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
+from zofo.scoring.evaluation import require_scorable
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.padding import probe, random_batch
-from zofo.scoring.scorer import Scorer, Tokens
-from zofo.scoring.tokens import Example, tokenize
+from zofo.scoring.scorer import Scorer
+from zofo.scoring.tokens import Example
 from zofo.tasks.metrics import Metric
-from zofo.tasks.prompts import as_chat, chat_identity
-from zofo.tasks.records import Record, Rows, digest, questions, records
+from zofo.tasks.prompts import chat_identity
+from zofo.tasks.records import Rows, digest
 from zofo.training import start
 from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
 from zofo.training.callbacks import Cost, LossBar, is_over, own_callbacks
@@ -44,15 +43,16 @@ from zofo.training.checkpoint import (
     steps_of,
 )
 from zofo.training.diagnosis import Diagnosis
+from zofo.training.evaluating import EvaluatingTrainer
 from zofo.training.folder import owned
 from zofo.training.interrupt import Interrupt
 from zofo.training.rehearsal import require_schedule_and_batches
-from zofo.training.storing import StoringTrainer
+from zofo.training.tasks import Joint, RunTask, TaskRows, draws_of
 from zofo.training.trained_rows import digests
 from zofo.training.trial import Trial, trial
 
 
-class ZOFOTrainer(StoringTrainer):
+class ZOFOTrainer(EvaluatingTrainer):
     """Trains a backbone, its adapters, or both, by the method that `args` names.
 
     Args:
@@ -101,12 +101,13 @@ class ZOFOTrainer(StoringTrainer):
         model = self.adapted.base
         chat = {"chat_template_digest": chat_identity(processing_class)} if args.chat_template else {}
         self.identity = {**args.identity(), "peft_config": kind, **chat}
-        rows = start.training_rows(args, train_dataset, upper_dataset)
-        self.identity["rows"] = [digest(part) for part in rows.values()]
+        rows = start.rows_of_tasks(args, train_dataset, upper_dataset, eval_dataset)
+        parts = [part for task in rows.values() for part in task.train.values()]
+        self.identity["rows"] = [digest(part) for part in parts]
         self._trained_rows = start.rows_of_before(model)
         if args.method_class.trains():
-            self._trained_rows |= digests([row for part in rows.values() for row in part])
-        self.metrics = start.chosen_metrics(args, metrics, next(iter(rows.values()))[0])
+            self._trained_rows |= digests([row for part in parts for row in part])
+        scored_by = start.metrics_of_tasks(args, metrics, rows)
         if args.method_class.backpropagates:
             require_optimizer(args)
         self.args = args
@@ -114,19 +115,16 @@ class ZOFOTrainer(StoringTrainer):
         self.truncated = 0
         self._tokenizer = processing_class
         self.longest = min(args.max_length, self.adapted.positions)
-        train = {split: self.examples(part) for split, part in rows.items()}
-        self._sizes = {split: len(examples) for split, examples in train.items()}
-        self.span = AnswerSpan.of([example for examples in train.values() for example in examples], processing_class)
-        start.require_rows_for_a_batch(args, self._sizes)
-        evaluated = [] if eval_dataset is None else self.examples(records(eval_dataset, "eval_dataset"))
-        self.require_scorable(evaluated)
+        self.tasks = {name: self._run_task(name, task, scored_by[name]) for name, task in rows.items()}
+        self._task = next(iter(self.tasks.values()))
+        evaluated = [example for task in self.tasks.values() for example in task.dev]
         args.settle_evaluations(len(evaluated))
         use_cache = model.config.use_cache
         with start.setting_up(args):
             super().__init__(
                 model=self.adapted.model,
                 args=args,
-                train_dataset=cast(Any, [example for examples in train.values() for example in examples]),
+                train_dataset=cast(Any, [example for task in self.tasks.values() for example in task.examples]),
                 eval_dataset=cast(Any, evaluated or None),
                 processing_class=processing_class,
                 callbacks=[*own_callbacks(self.cost, self.adapted.base, args), *(callbacks or [])],
@@ -143,8 +141,9 @@ class ZOFOTrainer(StoringTrainer):
         if args.method_class.zeroth_order:
             batch: Any = random_batch(self.adapted, processing_class, self.method.scorer.layout)
             self.method.require_forwards(cast(Any, self._prepare_inputs(batch)))
+        self._joint = Joint(self.method, [*self.tasks], draws_of(args, self._sizes))
         self._diagnosis = self._diagnose() if args.diagnose and args.method_class.trains() else None
-        self._micro: list[Bundle] = []
+        self._micro: list[list[Bundle]] = []
         self._logs: dict[str, list[float]] = defaultdict(list)
         self._skipped = self._skipped_in_a_row = 0
         self._own_checkpoints = set()
@@ -152,21 +151,18 @@ class ZOFOTrainer(StoringTrainer):
         self._whole = None
         self.notes: dict[str, Any] = {}
 
-    def examples(self, rows: Sequence[Record]) -> list[Example]:
-        """Tokenises rows for this model; `truncated` counts those whose prompt was cut."""
-        made, cut = tokenize(self.posed(rows), self._tokenizer, self.longest)
-        self.truncated += cut
-        return made
+    def _run_task(self, name: str, rows: TaskRows, metrics: tuple[Metric, ...]) -> RunTask:
+        """The rows of a task as examples, which must be enough for a batch and fit its metrics."""
+        train = {split: self.examples(part) for split, part in rows.train.items()}
+        span = AnswerSpan.of([example for part in train.values() for example in part], self._tokenizer)
+        task = RunTask(train, self.examples(rows.dev), metrics, span)
+        start.require_rows_for_a_batch(self.args, task.sizes, name)
+        require_scorable(self.adapted, metrics, task.dev)
+        return task
 
-    def posed(self, rows: Sequence[Record]) -> Sequence[Record]:
-        """The rows as this run puts them to the model."""
-        if not self.args.chat_template:
-            return rows
-        return [as_chat(row, self._tokenizer, self.args.system_prompt) for row in rows]
-
-    def require_scorable(self, rows: Sequence[Example]) -> None:
-        """Refuses rows that `evaluate` could not score."""
-        require_scorable(self.adapted, self.metrics, rows)
+    @property
+    def _sizes(self) -> list[dict[str, int]]:
+        return [task.sizes for task in self.tasks.values()]
 
     def require_resumable(self, folder: Path) -> None:
         """Refuses a checkpoint that this run cannot go on from, or that is none."""
@@ -222,14 +218,16 @@ class ZOFOTrainer(StoringTrainer):
         args = self.args
         manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
         streams, size = self.method.streams(args), args.per_device_train_batch_size
-        sampler = IterationSampler(self._sizes, streams, size, args.gradient_accumulation_steps, args.order_seed)
-        return sampler, BundleCollator(streams, size, partial(collate, kind=args.loss, **cast(Any, manner)))
+        accumulation, draws = args.gradient_accumulation_steps, self._joint.draws
+        sampler = IterationSampler(self._sizes, streams, size, accumulation, args.order_seed, draws)
+        made = partial(collate, kind=args.loss, **cast(Any, manner))
+        return sampler, BundleCollator(streams, size, made, draws.per_step)
 
     def _diagnose(self) -> Diagnosis:
         """On the rows of the first micro-step."""
         sampler, collator = self._order()
         rows: list[Example] = list(cast(Any, self.train_dataset))
-        bundle: Any = collator([rows[i] for i in next(iter(sampler))])
+        bundle: Any = collator([rows[i] for i in next(iter(sampler))])[0]
         return Diagnosis(self.method, cast(Any, self._prepare_inputs(bundle)))
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -247,9 +245,8 @@ class ZOFOTrainer(StoringTrainer):
         self._micro.clear()
         number = self.state.global_step
         try:
-            logs = self.method.step(number, number / self.state.max_steps, cast(Any, micro))
+            logs = self._joint.step(number, number / self.state.max_steps, cast(Any, micro))
         except NonFiniteLossError:
-            self.method.skip()
             if self.args.on_nonfinite == "raise":
                 raise
             self._skipped += 1
@@ -279,67 +276,6 @@ class ZOFOTrainer(StoringTrainer):
             logs.update(self.method.signal_to_noise())
         super().log(logs, start_time)
 
-    def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Metric and loss of every adapter: `eval_loss` of the deployed one, `eval_lower_loss` of the lower one."""
-        rows: Any = self.eval_dataset
-        if eval_dataset is not None:
-            rows = self.examples(records(eval_dataset, "eval_dataset"))
-        if rows is None:
-            raise ZofoError("there is nothing to evaluate on: pass eval_dataset to ZOFOTrainer")
-        metrics: dict[str, float] = {}
-        for adapter, scores in self.score(rows).items():
-            prefix = metric_key_prefix if adapter == UPPER else f"{metric_key_prefix}_{adapter}"
-            metrics.update({f"{prefix}_{key}": value for key, value in scores.items()})
-        self.log(metrics)
-        if self._diagnosis and self.is_in_train and self.method.zeroth_order_level:
-            self.log(self._diagnosis.measure(self.state.global_step, self.state.global_step / self.state.max_steps))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def score(self, rows: Sequence[Example], adapters: Sequence[str] = ()) -> dict[str, dict[str, float]]:
-        """{adapter: {metric, loss, rows}}; a model without adapters counts as `upper`, which is what is deployed."""
-        return {adapter: scores for adapter, (scores, _) in self.scored(rows, adapters).items()}
-
-    def scored(
-        self, rows: Sequence[Example], adapters: Sequence[str] = ()
-    ) -> dict[str, tuple[dict[str, float], list[Answer]]]:
-        """The same with the answers that were scored."""
-        found: dict[str, tuple[dict[str, float], list[Answer]]] = {}
-        with self.adapted.deployed_after():
-            for adapter in adapters or self.adapted.adapters or (UPPER,):
-                self.adapted.use(adapter)
-                evaluator = self._evaluator(f"evaluate {adapter}")
-                answers = evaluator.answers(rows)
-                found[adapter] = evaluator.measure(rows, answers), answers
-        return found
-
-    def score_backbone(self, rows: Sequence[Example]) -> dict[str, float]:
-        """The scores of the backbone alone: before training, the zero-shot ones."""
-        with self.adapted.without_adapter():
-            return self._evaluator("evaluate the backbone").evaluate(rows)
-
-    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, test_dataset: Rows, ignore_keys: Any = None, metric_key_prefix: str = "test"
-    ) -> list[Answer]:
-        """What the deployed adapter answers to rows with a `prompt`, and perhaps `options`: in their order.
-
-        Raises:
-            ZofoError: if a row has no prompt, or text cannot be generated with this adapter.
-
-        Examples:
-            `[answer.text for answer in trainer.predict([{"prompt": "a dull film. It was", "options": [" bad", ...]}])]`
-        """
-        rows = questions(test_dataset, self.span.example)
-        if not rows:
-            return []
-        examples = self.examples(rows)
-        metrics = ["accuracy" if len(examples[0].answers) > 1 else "exact_match"]
-        with self.adapted.deployed_after():
-            self.adapted.use(UPPER)
-            return self._evaluator("predict", metrics).answers(examples)
-
     def train(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
@@ -367,8 +303,11 @@ class ZOFOTrainer(StoringTrainer):
         with owned(run), self.adapted.deployed_after():
             if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
                 return TrainOutput(self.state.global_step, 0.0, {})
-            with self._interrupt.listening(saves=name_of(self.args.save_strategy) != "no"):
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            try:
+                with self._interrupt.listening(saves=name_of(self.args.save_strategy) != "no"):
+                    return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            finally:
+                self.set_task(next(iter(self.tasks)))
 
     def _is_finished(self, folder: str) -> bool:
         """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
@@ -385,15 +324,3 @@ class ZOFOTrainer(StoringTrainer):
     def planned_steps(self) -> int:
         """Iterations of the whole run."""
         return planned_steps(self.args, self._sizes, self.method.streams(self.args))
-
-    def _evaluator(self, progress: str, metrics: Sequence[str] = ()) -> Evaluator:
-        return Evaluator(
-            Scorer(self.adapted, Tokens(), self._layout),
-            self._tokenizer,
-            metrics or self.metrics,
-            self.args.loss,
-            self.args.per_device_eval_batch_size,
-            place=lambda batch: self._prepare_inputs(batch),
-            span=self.span,
-            progress="" if self.args.disable_tqdm else progress,
-        )

@@ -91,6 +91,25 @@ class Estimate:
     error: float | None = None
 
 
+def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of estimates of one step, of independent objectives along the same directions.
+
+    Examples:
+        >>> mean_estimate([Estimate(0, 5, (1.0,), error=2.0), Estimate(0, 5, (2.0,), error=4.0)])
+        Estimate(seed=0, step=5, projected=(1.5,), curvature=None, error=1.5)
+    """
+    first, n = estimates[0], len(estimates)
+    curvatures = [estimate.curvature for estimate in estimates if estimate.curvature is not None]
+    errors = [estimate.error for estimate in estimates if estimate.error is not None]
+    return Estimate(
+        first.seed,
+        first.step,
+        tuple(sum(values) / n for values in zip(*(estimate.projected for estimate in estimates), strict=True)),
+        sum(curvatures) / n if len(curvatures) == n else None,
+        sum(errors) / n**2 if len(errors) == n else None,
+    )
+
+
 def _along(evaluate: Evaluate, query: int, at_theta: int | None = None) -> Evaluate:
     """The losses along one direction, at θ on the rows of direction `at_theta`; its own by default."""
     base = query if at_theta is None else at_theta
