@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from transformers.models.llama import modeling_llama  # noqa: F401  before the forks, once for all
 
 from zofo import cli
+from zofo.commands import results
 from zofo.commands import train as commands
 from zofo.models.adapters import AdaptedModel
 from zofo.training import storing, trainer
@@ -141,7 +142,7 @@ def _status(child):
 
 
 def _train(arguments, kill=None, step=0):
-    commands.plot_curves = lambda *args: False  # another test's subject, and half of the time
+    results.plot_curves = lambda *args: False  # another test's subject, and half of the time
     if kill:
         _MOMENTS[kill](step)
     return cli.main(arguments)

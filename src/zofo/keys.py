@@ -195,7 +195,7 @@ class Keys(TrainingArguments):
     """All keys but `method`, whose values are in a layer above; see `ZOFOConfig`."""
 
     model: str | None = field(None, "backbone: Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
-    task: list[str] | None | str = field(  # in the order that HfArgumentParser reads as a list
+    task: list[str] | None | str = field(  # noqa: RUF036 in this order HfArgumentParser reads a list
         None, "task: a name from `zofo tasks`, or the path of a task file; or several, which share the backbone"
     )
     tasks_per_step: Count = field(1, "with several tasks: how many are drawn for each iteration")

@@ -409,9 +409,9 @@ def test_weights_that_the_last_step_makes_infinite_are_refused_and_what_was_ther
 
 
 def test_results_are_strict_json(keys, monkeypatch):
-    from zofo.commands.train import _strict
+    from zofo.commands.results import strict
 
-    assert json.dumps(_strict({"a": {"loss": float("inf"), "rows": 3}, "b": float("nan")}), allow_nan=False) == (
+    assert json.dumps(strict({"a": {"loss": float("inf"), "rows": 3}, "b": float("nan")}), allow_nan=False) == (
         '{"a": {"loss": null, "rows": 3}, "b": null}'
     )
 

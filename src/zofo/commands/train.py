@@ -4,26 +4,22 @@ import json
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from zofo.commands.results import Tested, write_final
 from zofo.config import ZOFOConfig
 from zofo.console import Say
 from zofo.errors import ZofoError, first_line
 from zofo.keys import name_of
-from zofo.models.adapters import AdaptedModel
-from zofo.models.load import DType, load_model, load_weights, require_movable
+from zofo.models.load import load_model, require_movable
 from zofo.models.peft import UPPER
-from zofo.report.card import Shown, model_card
-from zofo.report.curves import plot_curves
 from zofo.report.words import duration, size
 from zofo.scoring.evaluation import Answer
-from zofo.scoring.tokens import Example
 from zofo.tasks.answers import answer_counts
 from zofo.tasks.metrics import row_scores
 from zofo.tasks.prompts import demonstrations, in_context, tokens_of_chat
@@ -31,14 +27,14 @@ from zofo.tasks.records import Record, digest
 from zofo.tasks.splits import Splits
 from zofo.tasks.table import TASK_FILE, introduction
 from zofo.tasks.task import Task
-from zofo.training.attribution import diagnosed
-from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, seal, steps_of, writing
+from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, steps_of
 from zofo.training.diagnosable import cost_line
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
-from zofo.training.rows import level_rows, run_splits, run_task
+from zofo.training.rows import level_rows, run_splits, run_tasks
+from zofo.training.start import require_tasks
+from zofo.training.tasks import Scores, mean_scores
 from zofo.training.trainer import ZOFOTrainer
 
-_PART = 1 << 24  # numbers in double precision at a time
 _ZERO_SHOT = "zero_shot"
 _READ = ("model", "task", "data", "source", "adapter", "adapter_init")
 
@@ -65,64 +61,134 @@ def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict
 def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict[str, Any]:
     for notice in config.notices():
         say(notice)
-    task, spec = run_task(config)
-    splits = _splits(task, config, say)
-    parts = level_rows(splits.train, config)
-    named = parts | {"dev": splits.dev, "test": splits.test}
-    say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
-    final = config.final_split
-    rows = named[final]
-    if not rows:
-        raise ZofoError(f"no row is left for {final}: give more rows, or {final}_size")
-    config.settle_evaluations(len(splits.dev))
-    if config.method_class.trains():
-        say(answer_counts(splits.train, task.name))
-    for line in introduction(splits.train[0], run / TASK_FILE) if spec and not resume else ():
-        say(line)
+    tasks = run_tasks(config)
+    require_tasks(config, [*tasks])
+    parts = {name: _part(task, config, say) for name, (task, _) in tasks.items()}
+    spec = next(iter(tasks.values()))[1]
+    config.settle_evaluations(sum(len(part.dev) for part in parts.values()))
+    for part in parts.values() if config.method_class.trains() else ():
+        say(answer_counts(part.splits.train, part.task.name))
+    if spec and not resume:
+        for line in introduction(next(iter(parts.values())).splits.train[0], run / TASK_FILE):
+            say(line)
     if config.updates_backbone:
         require_movable(str(config.model), f"method {config.method}")
     model, tokenizer = load_model(str(config.model), config.dtype)
-    trainer = ZOFOTrainer(
-        model, config, *parts.values(), eval_dataset=splits.dev, processing_class=tokenizer, metrics=task.metrics
-    )
-    test = trainer.examples(rows)
+    trainer = ZOFOTrainer(model, config, processing_class=tokenizer, **_datasets(parts))
+    tests = {name: _tested(trainer, part) for name, part in zip(trainer.each_task(), parts.values(), strict=True)}
     if trainer.truncated:
         longer = f"{trainer.truncated} rows are longer than {trainer.longest} tokens"
         say(f"{longer}: their prompts were truncated from the left")
-    trainer.require_scorable(test)
-    asked, fitting = _in_context(trainer, splits.train, rows, say)
-    in_front = trainer.examples(asked) if fitting else test
+    in_context = config.shots > 0 and not config.method_class.trains()
+    if in_context:
+        pairs = zip(trainer.each_task(), parts.values(), strict=True)
+        tests = {name: _in_context(trainer, part, tests[name], say) for name, part in pairs}
     texts = _texts(config, spec)
     if config.method_class.trains():
         trainer.require_trainable()
     if resume:
         trainer.require_resumable(resume)
-    zero_shot: dict[str, float] = {}
+    zero_shot: dict[str, dict[str, float]] = {}
     with _begun(run, resume, texts):
         if config.method_class.trains():
             for line in (_plan(trainer, resume), *_backward(trainer)):
                 say(line)
             if config.diagnose:
                 say(cost_line(trainer.method, config))
-        if config.zero_shot and (config.method_class.trains() or fitting):
-            zero_shot = _zero_shot(trainer, rows, test, resume)
-            say(f"zero-shot on {len(test)} {final} rows: {_words(zero_shot)}")
+        if config.zero_shot and (config.method_class.trains() or in_context):
+            zero_shot = _zero_shot(trainer, tests, resume)
+            for name, scores in zero_shot.items():
+                test = tests[name]
+                say(f"{_of(name)}zero-shot on {len(test.examples)} {config.final_split} rows: {_words(scores)}")
         if config.method_class.trains():
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             trainer.require_finite()
-        scored = trainer.scored(in_front)
-        metrics = {adapter: scores for adapter, (scores, _) in scored.items()}
-        texts[PREDICTIONS] = _predictions(task, rows, test, scored[UPPER][1])
-        if not config.method_class.trains() and not fitting:
-            zero_shot = metrics[UPPER]
-        scores = {"metrics": metrics, "zero_shot": zero_shot or None, **fitting}
-        if final != "test":
-            scores["final_split"] = final
+        scored = {name: trainer.scored(tests[name].posed) for name in trainer.each_task()}
+        metrics = {name: {a: scores for a, (scores, _) in own.items()} for name, own in scored.items()}
+        texts[PREDICTIONS] = "".join(_predictions(name, tests[name], own[UPPER][1]) for name, own in scored.items())
+        if not config.method_class.trains() and not in_context:
+            zero_shot = {name: own[UPPER] for name, own in metrics.items()}
+        found = _scores(config, metrics, zero_shot, tests)
         with final_parts(run) as new:
-            results = _write_final(trainer, task, scores, _shown(trainer, asked, in_front), new, texts, test)
-    for adapter, own in metrics.items():
-        say(f"{adapter} on {len(test)} {final} rows: {_words(own)}")
+            results = write_final(trainer, tests, found, new, texts)
+    for name, own in metrics.items():
+        for adapter, scores in own.items():
+            rows = f"{len(tests[name].examples)} {config.final_split} rows"
+            say(f"{_of(name)}{adapter} on {rows}: {_words(scores)}")
+    if len(tests) > 1:
+        for adapter, scores in results["metrics"].items():
+            say(f"{adapter}, mean of {len(tests)} tasks: {_words(scores)}")
     return results
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one of a run's tasks."""
+
+    task: Task
+    splits: Splits
+    train: dict[str, list[Record]]  # by level
+    final: list[Record]
+
+    @property
+    def dev(self) -> list[Record]:
+        return self.splits.dev
+
+
+def _part(task: Task, config: ZOFOConfig, say: Say) -> _Part:
+    splits = _splits(task, config, say)
+    train = level_rows(splits.train, config)
+    named = train | {"dev": splits.dev, "test": splits.test}
+    say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
+    final = config.final_split
+    if not named[final]:
+        raise ZofoError(f"task {task.name}: no row is left for {final}: give more rows, or {final}_size")
+    return _Part(task, splits, train, named[final])
+
+
+def _datasets(parts: Mapping[str, _Part]) -> dict[str, Any]:
+    """The rows and metrics for `ZOFOTrainer`: of the only task, or of several by their names."""
+    levels = [*next(iter(parts.values())).train]
+    found: dict[str, dict[str, Any]] = {
+        key: {name: part.train[level] for name, part in parts.items()}
+        for key, level in zip(("train_dataset", "upper_dataset"), levels, strict=False)
+    }
+    found["eval_dataset"] = {name: part.dev for name, part in parts.items()}
+    found["metrics"] = {name: part.task.metrics for name, part in parts.items()}
+    if len(parts) > 1:
+        return found
+    return {key: next(iter(by_task.values())) for key, by_task in found.items()}
+
+
+def _tested(trainer: ZOFOTrainer, part: _Part) -> Tested:
+    """The rows of the final scores, as the model reads them."""
+    examples = trainer.examples(part.final)
+    trainer.require_scorable(examples)
+    return Tested(part.task, part.final, examples, part.final, examples)
+
+
+def _scores(
+    config: ZOFOConfig,
+    metrics: Mapping[str, Scores],
+    zero_shot: Mapping[str, dict[str, float]],
+    tests: Mapping[str, Tested],
+) -> dict[str, Any]:
+    """The entries of results.json that hold scores: of several tasks their means, and each one's own."""
+    means = mean_scores([{UPPER: scores} for scores in zero_shot.values()])[UPPER] if zero_shot else None
+    found: dict[str, Any] = {"metrics": mean_scores([*metrics.values()]), "zero_shot": means}
+    if len(tests) > 1:
+        found["tasks"] = dict(metrics)
+        found["zero_shot_tasks"] = dict(zero_shot)
+    else:
+        shots = next(iter(tests.values())).shots
+        found |= {"shots": shots} if shots else {}
+    if config.final_split != "test":
+        found["final_split"] = config.final_split
+    return found
+
+
+def _of(task: str) -> str:
+    return f"{task}: " if task else ""
 
 
 def _plan(trainer: ZOFOTrainer, resume: Path | None) -> str:
@@ -163,89 +229,30 @@ def _checkpoints(config: ZOFOConfig, steps: int) -> str:
     return f"checkpoints {when} in {config.output_dir}{kept if when != 'at the end' else ''}"
 
 
-def _zero_shot(
-    trainer: ZOFOTrainer, records: Sequence[Record], test: Sequence[Example], resume: Path | None
-) -> dict[str, float]:
-    """The scores before training; a checkpoint of the same run on the same rows knows them."""
-    rows = digest(records)
-    stored = read_seal(resume).get(_ZERO_SHOT) if resume else None
-    if not isinstance(stored, dict) or stored.get("rows") != rows:
-        stored = {"rows": rows, "scores": trainer.score_backbone(test)}
-    trainer.notes[_ZERO_SHOT] = stored
-    return cast("dict[str, float]", stored["scores"])
+def _zero_shot(trainer: ZOFOTrainer, tests: Mapping[str, Tested], resume: Path | None) -> dict[str, dict[str, float]]:
+    """The scores before training, by task; a checkpoint of the same run on the same rows knows them."""
+    known = read_seal(resume) if resume else {}
+    found: dict[str, dict[str, float]] = {}
+    for name in trainer.each_task():
+        key = f"{_ZERO_SHOT} {name}" if name else _ZERO_SHOT
+        rows, stored = digest(tests[name].rows), known.get(key)
+        if not isinstance(stored, dict) or stored.get("rows") != rows:
+            stored = {"rows": rows, "scores": trainer.score_backbone(tests[name].examples)}
+        trainer.notes[key] = stored
+        found[name] = cast("dict[str, float]", stored["scores"])
+    return found
 
 
-def _predictions(task: Task, records: Sequence[Record], examples: Sequence[Example], answers: Sequence[Answer]) -> str:
+def _predictions(task: str, test: Tested, answers: Sequence[Answer]) -> str:
     """JSON lines: of each test row a digest, what the deployed model answers, what is right, and the row's score."""
-    texts, right = [answer.text for answer in answers], [example.right for example in examples]
-    scores = row_scores(task.metrics[0], texts, right)
+    texts, right = [answer.text for answer in answers], [example.right for example in test.examples]
+    scores = row_scores(test.task.metrics[0], texts, right)
+    named = {"task": task} if task else {}
     rows = [
-        {"row": digest([record]), "group": record.group, "prediction": text, "right": [*given], "score": score}
-        for record, text, given, score in zip(records, texts, right, scores, strict=True)
+        {**named, "row": digest([record]), "group": record.group, "prediction": text, "right": [*given], "score": score}
+        for record, text, given, score in zip(test.rows, texts, right, scores, strict=True)
     ]
     return "".join(f"{json.dumps(row)}\n" for row in rows)
-
-
-def _write_final(
-    trainer: ZOFOTrainer,
-    task: Task,
-    scores: dict[str, Any],
-    shown: Shown,
-    new: Path,
-    texts: Mapping[str, str],
-    rows: Sequence[Example],
-) -> dict[str, Any]:
-    """Writes and seals what the run ends with: first what was learned, so that it stays whatever happens later."""
-    config = trainer.args
-    with writing(Path(str(config.output_dir))):
-        trainer.save_final(new, home=new.parent)
-        for name, text in texts.items():
-            (new / name).write_text(text, encoding="utf-8")
-        seal(new, {})
-    results: dict[str, Any] = {
-        "method": config.method,
-        "seed": config.seed,
-        "model": config.model,
-        "task": task.name,
-        **scores,
-        "cost": asdict(trainer.cost),
-        "backbone_change": backbone_change(trainer.adapted, str(config.model), config.dtype),
-        **({} if task.has_options else {"answer_span": asdict(trainer.span)}),
-    }
-    if config.diagnose and config.method_class.trains():
-        known = scores["zero_shot"], scores["metrics"][UPPER]
-        results["diagnosis"] = diagnosed(trainer, str(config.model), rows, *known)
-    backbone = str(config.model) if trainer.adapted.quantised else "backbone"
-    card = model_card(config, results, task, trainer.state.global_step, backbone, shown, trainer.span)
-    title = f"{config.method} ({config.adapter}) on {task.name}"
-    with writing(Path(str(config.output_dir))):
-        text = json.dumps(_strict(results), indent=2, allow_nan=False)
-        (new / "results.json").write_text(text + "\n", encoding="utf-8")
-        plot_curves(trainer.state.log_history, title, new / "curves.png")
-        (new / "README.md").write_text(card, encoding="utf-8")
-        seal(new, {})
-    return results
-
-
-def _shown(trainer: ZOFOTrainer, records: Sequence[Record], examples: Sequence[Example]) -> Shown:
-    """The first test row whose prompt was not cut, or else the first one."""
-    first = next((i for i, example in enumerate(examples) if not example.truncated), 0)
-    (record,) = trainer.posed(records[first : first + 1])
-    return Shown.of(record, examples[first], cast(PreTrainedTokenizerBase, trainer.processing_class))
-
-
-@torch.no_grad()
-def backbone_change(adapted: AdaptedModel, model: str, dtype: DType) -> float:
-    """|θ - θ_0| / |θ_0|, with θ_0 loaded once more."""
-    if adapted.quantised:  # and so where it was
-        return 0.0
-    moved, norm = 0.0, 0.0
-    now = adapted.backbone
-    for name, start in load_weights(model, dtype).named_parameters():
-        for part, before in zip(*(p.detach().flatten().split(_PART) for p in (now[name], start)), strict=True):
-            moved += float((part.cpu().double() - before.double()).square().sum())
-            norm += float(before.double().square().sum())
-    return (moved / norm) ** 0.5
 
 
 def _splits(task: Task, config: ZOFOConfig, say: Say) -> Splits:
@@ -255,18 +262,16 @@ def _splits(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     return splits.reworded(lambda rows: task.reworded(rows, config.template))
 
 
-def _in_context(
-    trainer: ZOFOTrainer, train: Sequence[Record], rows: list[Record], say: Say
-) -> tuple[list[Record], dict[str, Any]]:
-    """The test rows behind `shots` training rows, which `seed` chooses, and how many fit; or just the test rows."""
+def _in_context(trainer: ZOFOTrainer, part: _Part, test: Tested, say: Say) -> Tested:
+    """The test rows behind `shots` training rows, which `seed` chooses, as many as fit."""
     config, tokenizer = trainer.args, cast(PreTrainedTokenizerBase, trainer.processing_class)
-    if config.method_class.trains() or not config.shots:
-        return rows, {}
-    shown = demonstrations(train, config.shots, config.seed, rows)
+    rows = test.rows
+    shown = demonstrations(part.splits.train, config.shots, config.seed, rows)
     around = tokens_of_chat(rows[0], tokenizer, config.system_prompt) if config.chat_template else 0
     records, used = in_context(rows, shown, tokenizer, trainer.longest - around)
     say(f"{min(used)} to {max(used)} of {config.shots} examples fit in front of a row")
-    return records, {"shots": {"least": min(used), "mean": sum(used) / len(used)}}
+    fitting = {"least": min(used), "mean": sum(used) / len(used)}
+    return replace(test, asked=records, posed=trainer.examples(records), shots=fitting)
 
 
 def _resume_point(config: ZOFOConfig, run: Path, config_file: Path | None) -> Path | None:
@@ -314,13 +319,6 @@ def _begun(run: Path, resume: Path | None, texts: Mapping[str, str]) -> Generato
         return
     claim(run, *written(run))  # an older version has left no marker
     yield
-
-
-def _strict(value: Any) -> Any:
-    """The same with null for a number that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _words(scores: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """The model card of a run folder."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -53,12 +54,19 @@ class Shown:
 
 
 def model_card(
-    config: ZOFOConfig, results: dict[str, Any], task: Task, steps: int, backbone: str, shown: Shown, span: AnswerSpan
+    config: ZOFOConfig,
+    results: dict[str, Any],
+    tasks: Sequence[Task],
+    steps: int,
+    backbone: str,
+    place: str,
+    shown: Shown,
+    span: AnswerSpan,
 ) -> str:
     """The card as Markdown, with front matter that the Hub reads.
 
-    `results` is the content of results.json, `backbone` a folder or the name of a model that did not change, `shown`
-    the row of the example, and `span` how much generated text is an answer.
+    `results` is the content of results.json, `backbone` a folder or the name of a model that did not change, `place`
+    the folder of the adapter in the example, `shown` its row, and `span` how much generated text is an answer.
     """
     before = {"zero-shot": results["zero_shot"]} if results["zero_shot"] else {}
     scores = {**before, **{f"`{name}`": row for name, row in results["metrics"].items()}}
@@ -72,7 +80,9 @@ def model_card(
         config=config,
         results=results,
         cost=results["cost"],
-        task=task,
+        tasks=tasks,
+        place=place,
+        by_task=_by_task(results),
         steps=steps,
         backbone=backbone,
         summary=config.method_class.summary,
@@ -87,6 +97,17 @@ def model_card(
         diagnosis=_diagnosis(results["diagnosis"]) if "diagnosis" in results else None,
         rows=[(label, [_number(row[column]) for column in columns]) for label, row in scores.items()],
     )
+
+
+def _by_task(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Of several tasks, the scores of each: before training, and of the deployed adapter."""
+    before = results.get("zero_shot_tasks", {})
+    found: list[tuple[str, list[str]]] = []
+    for name, own in results.get("tasks", {}).items():
+        for label, row in (("zero-shot", before.get(name)), *own.items()):
+            if row:
+                found.append((f"{name} | {label}", [f"{key} {_number(value)}" for key, value in row.items()]))
+    return found
 
 
 def _diagnosis(found: dict[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:
