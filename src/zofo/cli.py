@@ -204,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = _verb(verbs, "merge", _merge, "write backbone and adapter as one plain Hugging Face folder", _MERGE)
     merge.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
     merge.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
+    merge.add_argument("--task", help="of a run over several tasks: whose adapter")
     merge.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     merge.add_argument("--dtype", choices=dtypes, help="of the result; default: the backbone's")
 
@@ -250,10 +251,12 @@ def _train(options: argparse.Namespace, keys: list[str]) -> None:
 
     config = parse_config(options.config, keys)
     _quiet_libraries()
-    train(config, _say, options.config)
+    results = train(config, _say, options.config)
     run = Path(str(config.output_dir))
     adapter = " with the adapter upper/" if (run / "upper").is_dir() else ""
-    _say(f"run folder: {run}; to deploy: backbone/{adapter}, as zofo predict --run {run} does")
+    adapter = " with the adapter of a task in tasks/" if (run / "tasks").is_dir() else adapter
+    task = f" --task {results['task'][0]}" if isinstance(results["task"], list) else ""
+    _say(f"run folder: {run}; to deploy: backbone/{adapter}, as zofo predict --run {run}{task} does")
 
 
 def _estimate(options: argparse.Namespace, keys: list[str]) -> None:
@@ -281,19 +284,24 @@ def _eval(options: argparse.Namespace, keys: list[str]) -> None:
         if vars(options)[name]:
             raise ZofoError(f"--{name} is of zofo's own tasks: the harness has its own rows, words and scores")
     _quiet_libraries()
-    model, adapter = _parts(options)
     whole = bool(options.data or "source" in given_keys(keys)) and options.split == "test"
     manner = Manner(options.template, options.shots, options.scoring, options.split, options.batch_size, whole)
-    report: dict[str, Any] = {"model": model, "adapter": adapter}
     if options.harness:
+        model, adapter = _parts(options)
+        report: dict[str, Any] = {"model": model, "adapter": adapter}
         report["harness"] = evaluate_with_harness(model, adapter, options.harness, manner, keys)
     else:
         table = {key: vars(options)[key] for key in ("data", "text", "label")}
-        configs = [eval_config(model, task, keys, adapter, table) for task in options.task or [None]]
+        groups = _groups(options, table)
         samples: list[dict[str, Any]] = []
-        scores = evaluate_model(model, adapter, configs, manner, _note, samples)
-        settings = {name: settings_of(config, manner) for name, config in zip(scores, configs, strict=True)}
-        report |= {"split": options.split, "settings": settings, "tasks": scores}
+        (model, adapter), *others = groups
+        report = {"model": model, "adapter": [adapter, *(each for _, each in others)] if others else adapter}
+        report |= {"split": options.split, "settings": {}, "tasks": {}}
+        for (model, adapter), tasks in groups.items():
+            configs = [eval_config(model, task, keys, adapter, table) for task in tasks]
+            scores = evaluate_model(model, adapter, configs, manner, _note, samples)
+            for (name, own), config in zip(scores.items(), configs, strict=True):
+                report["settings"][name], report["tasks"][name] = settings_of(config, manner), own
         if options.log_samples:
             write(samples, options.log_samples)
     _say(json.dumps(report, indent=2))
@@ -303,10 +311,12 @@ def _eval(options: argparse.Namespace, keys: list[str]) -> None:
 def _predict(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands import predict
     from zofo.commands.eval import eval_config
+    from zofo.commands.stored import StoredRun
 
     _quiet_libraries()
-    model, adapter = _parts(options)
-    config = eval_config(model, options.task, keys, adapter)
+    task = StoredRun.at(options.folder).place(options.task) if options.folder else options.task
+    model, adapter = _parts(options, task)
+    config = eval_config(model, task, keys, adapter)
     rows = predict.rows_of(options.data, options.output)
     found = predict.predict(model, adapter, config, rows, options.batch_size, _note)
     if options.output:
@@ -316,14 +326,29 @@ def _predict(options: argparse.Namespace, keys: list[str]) -> None:
         _say(predict.as_jsonl(found).decode().rstrip("\n"))
 
 
-def _parts(options: argparse.Namespace) -> tuple[str, str | None]:
-    """The model and the adapter that --run or --model and --adapter name."""
+def _groups(options: argparse.Namespace, table: dict[str, Any]) -> dict[tuple[str, str | None], list[str | None]]:
+    """The models and adapters to evaluate, each with its tasks: of a run over several tasks, all of them."""
+    from zofo.commands.stored import StoredRun
+
+    tasks: list[str | None] = options.task or [None]
+    run = StoredRun.at(options.folder) if options.folder else None
+    if run and tasks == [None] and len(run.tasks) > 1 and not any(table.values()):
+        tasks = [*run.tasks.values()]
+    groups: dict[tuple[str, str | None], list[str | None]] = {}
+    for task in tasks:
+        place = run.place(task) if run else task
+        groups.setdefault(_parts(options, place), []).append(place)
+    return groups
+
+
+def _parts(options: argparse.Namespace, task: str | None = None) -> tuple[str, str | None]:
+    """The model and the adapter that --run or --model and --adapter name; of a run over several tasks, that of one."""
     from zofo.commands.stored import StoredRun
     from zofo.training.folder import settle_parts
 
     if options.folder:
         settle_parts(str(options.folder / "backbone"))
-        return StoredRun.at(options.folder).parts(options.adapter or "upper")
+        return StoredRun.at(options.folder).parts(options.adapter or "upper", task)
     settle_parts(options.model, options.adapter)
     return options.model, options.adapter
 
@@ -339,7 +364,7 @@ def _merge(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands.merge import merge
 
     _quiet_libraries()
-    merge(options.folder, options.adapter, options.output, options.dtype, _say)
+    merge(options.folder, options.adapter, options.output, options.dtype, _say, options.task)
     _say(f"merged model: {options.output}")
 
 

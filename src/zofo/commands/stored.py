@@ -17,6 +17,7 @@ from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.padding import probe
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.tasks.table import TASK_FILE
+from zofo.training.folder import TASKS
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,19 @@ class StoredRun:
 
     folder: Path
     keys: dict[str, Any]
+    name: str | None = None  # of the task, where a folder is a part of one task among several
 
     @classmethod
     def of(cls, *parts: str | None) -> Self | None:
         """The run that one of these folders is a part of, such as its backbone; None if none is."""
-        places = [Path(part).expanduser() for part in parts if part]
-        folders = [place.resolve().parent for place in places if place.is_dir()]
-        for folder in [folder.parent if folder.name.startswith("checkpoint-") else folder for folder in folders]:
+        places = [Path(part).expanduser().resolve() for part in parts if part]
+        for place in [place for place in places if place.is_dir()]:
+            of_task = place.parent.parent.name == TASKS
+            folder = place.parent.parent.parent if of_task else place.parent
+            folder = folder.parent if folder.name.startswith("checkpoint-") else folder
             keys = _keys(folder)
             if keys is not None:
-                return cls(folder, keys)
+                return cls(folder, keys, place.parent.name if of_task else None)
         return None
 
     @classmethod
@@ -50,36 +54,87 @@ class StoredRun:
             )
         return cls(folder, keys)
 
-    def parts(self, adapter: str = UPPER) -> tuple[str, str | None]:
-        """The backbone, and the folder of an adapter; None in a run without adapters."""
+    def parts(self, adapter: str = UPPER, task: str | None = None) -> tuple[str, str | None]:
+        """The backbone, and the folder of an adapter, of a task if there are several; None in a run without adapters.
+
+        Raises:
+            ZofoError: if there is no such adapter, or `task` is none of several tasks.
+        """
         backbone = self.folder / "backbone"
         model = str(backbone) if backbone.is_dir() else str(self.keys.get("model"))  # a quantised one is not stored
-        if (self.folder / adapter).is_dir():
-            return model, str(self.folder / adapter)
-        if adapter != UPPER or (self.folder / UPPER).is_dir():
-            raise ZofoError(f"{self.folder} has no adapter {adapter!r}: leave --adapter out for the deployed one")
+        place = self.folder
+        if (self.folder / TASKS).is_dir():
+            place = self.folder / TASKS / self._named(task)
+        if (place / adapter).is_dir():
+            return model, str(place / adapter)
+        if adapter != UPPER or (place / UPPER).is_dir():
+            raise ZofoError(f"{place} has no adapter {adapter!r}: leave --adapter out for the deployed one")
         return model, None
 
     @property
+    def tasks(self) -> dict[str, str]:
+        """The tasks of the run: their names, and the names or files that they were given by."""
+        given = self.keys.get("task")
+        if not isinstance(given, list):
+            place = str(given or self.folder / TASK_FILE)
+            return {Path(place).stem: place}
+        names = self._results().get("task")
+        places = [str(place) for place in cast("list[Any]", given)]
+        if not isinstance(names, list) or len(cast("list[Any]", names)) != len(places):
+            raise ZofoError(f"the run in {self.folder} has not ended: go on with resume_from_checkpoint: true")
+        return dict(zip(map(str, cast("list[Any]", names)), places, strict=True))
+
+    @property
     def task(self) -> str:
-        """The name or the file of the run's task."""
-        return str(self.keys.get("task") or self.folder / TASK_FILE)
+        """The name or the file of the run's task; of several, of the one that the folder belongs to."""
+        if len(self.tasks) == 1:
+            return next(iter(self.tasks.values()))
+        return self.tasks[self._named(self.name)]
+
+    def place(self, task: str | None) -> str | None:
+        """The name or file that one of the run's tasks was given by; another task as it is."""
+        return self.tasks.get(task, task) if task else task
+
+    def _named(self, task: str | None) -> str:
+        """The name of one of several tasks, given by this, or by what the run was given."""
+        for name, place in self.tasks.items():
+            if task in (name, place) or (task is not None and _same_task(task, place)):
+                return name
+        known = ", ".join(self.tasks)
+        if task is None:
+            raise ZofoError(f"the run in {self.folder} has the tasks {known}: choose one with --task")
+        raise ZofoError(
+            f"the run in {self.folder} has no task {task!r}, but {known}: for another task, give its backbone alone as "
+            f"--model {self.folder / 'backbone'}, or an adapter of its own by zofo adapt"
+        )
 
     @property
     def span(self) -> AnswerSpan:
         """How long the answers are that the run was trained to generate."""
+        found: Any = self._results().get("answer_span")
         try:
-            results: Any = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
-            return AnswerSpan(**results["answer_span"])
-        except (OSError, ValueError, KeyError, TypeError):  # of an older version, or not ended
+            return AnswerSpan(**(found if self.name is None else found[self.name]))
+        except (KeyError, TypeError):  # of an older version, or not ended
             return ONE_LINE
 
+    def _results(self) -> dict[str, Any]:
+        try:
+            results: Any = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return cast("dict[str, Any]", results) if isinstance(results, dict) else {}
+
     def is_of_task(self, task: str) -> bool:
-        """Whether a task is this run's: the same file, or a copy, where both are files; else of the same name."""
-        one, other = Path(task).expanduser(), Path(self.task)
-        if one.is_file() and other.is_file():
-            return one.read_bytes() == other.read_bytes()
-        return one.stem == other.stem
+        """Whether a task is one of this run's."""
+        return any(_same_task(task, place) or task == name for name, place in self.tasks.items())
+
+
+def _same_task(task: str, place: str) -> bool:
+    """Whether two words name the same task: the same file, or a copy, where both are files; else the same name."""
+    one, other = Path(task).expanduser(), Path(place)
+    if one.is_file() and other.is_file():
+        return one.read_bytes() == other.read_bytes()
+    return one.stem == other.stem
 
 
 def _keys(folder: Path) -> dict[str, Any] | None:
