@@ -192,7 +192,7 @@ def test_a_finished_run_that_goes_on_says_what_training_says(tmp_path, keys):
 
 
 def test_what_was_learned_is_saved_before_the_backbone_is_compared(tmp_path, keys, monkeypatch):
-    from zofo.commands import train as commands
+    from zofo.commands import results as commands
 
     def gone(*_):
         raise MemoryError

@@ -246,13 +246,13 @@ def test_a_kill_while_an_old_checkpoint_is_written_over_leaves_no_mixture_of_bot
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
     trainer.train()
     sealed_while_writing = []
-    save = AdaptedModel.save
+    save = AdaptedModel.save_backbone
 
-    def watched(self, folder, home=None):
+    def watched(self, folder):
         sealed_while_writing.append((folder / "seal.json").exists())
-        return save(self, folder, home)
+        return save(self, folder)
 
-    monkeypatch.setattr(AdaptedModel, "save", watched)
+    monkeypatch.setattr(AdaptedModel, "save_backbone", watched)
     again = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert sealed_while_writing == [False, False]

@@ -197,8 +197,9 @@ class AdaptedModel:
 
     def save(self, folder: Path, home: Path | None = None) -> Path:
         """Writes the backbone, as `save_backbone`, and the adapters, as `save_adapters`."""
+        place = self.save_backbone(folder)
         self.save_adapters(folder, home)
-        return self.save_backbone(folder)
+        return place
 
     def save_backbone(self, folder: Path) -> Path:
         """Writes `backbone/`, a plain Hugging Face folder; returns the folder that the tokenizer belongs to.

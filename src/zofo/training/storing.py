@@ -77,11 +77,10 @@ class StoringTrainer(Trainer):
         A backbone that does not change is written once, and then shared by the folders that are this run's `own`.
         """
         whole = self._whole if own and not self.args.updates_backbone else None
-        parts = ["", *self._save_adapters(folder, home)]
-        if whole is None or not share(whole, folder, BACKBONE):
+        shared = whole is not None and share(whole, folder, BACKBONE)
+        if not shared:
             save_tokenizer(self._tokenizer, self.adapted.save_backbone(folder))
-            parts.append(BACKBONE)
-        for part in parts:
+        for part in ["", *self._save_adapters(folder, home), *([] if shared else [BACKBONE])]:
             if (folder / part).is_dir():
                 write_trained_rows(folder / part, self._trained_rows)
 
