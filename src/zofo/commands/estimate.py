@@ -15,7 +15,7 @@ from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
 from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
 from zofo.methods.method import Work
-from zofo.models.adapters import AdaptedModel
+from zofo.models.adapters import AdaptedModel, positions_of
 from zofo.models.below import Below
 from zofo.models.kinds import adapter_config
 from zofo.models.load import load_hollow, load_tokenizer, load_weights
@@ -26,7 +26,7 @@ from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.training.callbacks import free_memory, resident_memory
 from zofo.training.memory import Memory, checkpoint, fake, step_memory
-from zofo.training.rows import run_length, run_splits, run_task
+from zofo.training.rows import Posing, run_length, run_splits, run_task
 from zofo.zo.estimators import Estimate
 
 _SAMPLE = 1000  # rows that are searched for the longest ones
@@ -157,12 +157,13 @@ def _examples(
     config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
 ) -> tuple[list[Example], int]:
     """A sample of the training rows, and how many there are; without a task, one row of the greatest length, and 0."""
-    width = min(config.max_length, AdaptedModel(base).positions)
+    width = min(config.max_length, positions_of(base))
     if config.task is None and config.data is None:
         return [Example((0,) * (width - 1), ((0,), (1,)), 0, ("a", "b"))], 0
     task, _ = run_task(config)
-    rows = run_splits(task, config).train
-    return tokenize(task.reworded(rows[:_SAMPLE], config.template), tokenizer, width)[0], len(rows)
+    rows = task.reworded(run_splits(task, config).train, config.template)
+    posing = Posing(config, rows, tokenizer, width)
+    return tokenize(posing.trained(rows[:_SAMPLE]), tokenizer, width)[0], len(rows)
 
 
 class _Batches:

@@ -16,7 +16,7 @@ from zofo.config import ZOFOConfig
 from zofo.console import Say
 from zofo.errors import ZofoError, first_line
 from zofo.keys import name_of
-from zofo.models.adapters import AdaptedModel
+from zofo.models.adapters import AdaptedModel, positions_of
 from zofo.models.load import DType, load_model, load_weights, require_movable
 from zofo.models.peft import UPPER
 from zofo.report.card import Shown, model_card
@@ -26,7 +26,6 @@ from zofo.scoring.evaluation import Answer
 from zofo.scoring.tokens import Example
 from zofo.tasks.answers import answer_counts
 from zofo.tasks.metrics import row_scores
-from zofo.tasks.prompts import demonstrations, in_context, tokens_of_chat
 from zofo.tasks.records import Record, digest
 from zofo.tasks.splits import Splits
 from zofo.tasks.table import TASK_FILE, introduction
@@ -35,7 +34,7 @@ from zofo.training.attribution import diagnosed
 from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, seal, steps_of, writing
 from zofo.training.diagnosable import cost_line
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
-from zofo.training.rows import level_rows, run_splits, run_task
+from zofo.training.rows import Posing, level_rows, require_prompt, run_splits, run_task
 from zofo.training.trainer import ZOFOTrainer
 
 _PART = 1 << 24  # numbers in double precision at a time
@@ -74,6 +73,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     rows = named[final]
     if not rows:
         raise ZofoError(f"no row is left for {final}: give more rows, or {final}_size")
+    require_prompt(splits.train, task.name, config)
     config.settle_evaluations(len(splits.dev))
     if config.method_class.trains():
         say(answer_counts(splits.train, task.name))
@@ -82,16 +82,16 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     if config.updates_backbone:
         require_movable(str(config.model), f"method {config.method}")
     model, tokenizer = load_model(str(config.model), config.dtype)
-    trainer = ZOFOTrainer(
-        model, config, *parts.values(), eval_dataset=splits.dev, processing_class=tokenizer, metrics=task.metrics
-    )
-    test = trainer.examples(rows)
+    posing = Posing(config, splits.train, tokenizer, min(config.max_length, positions_of(model)))
+    train, (dev, _) = map(posing.trained, parts.values()), posing.evaluated(splits.dev)
+    trainer = ZOFOTrainer(model, config, *train, eval_dataset=dev, processing_class=tokenizer, metrics=task.metrics)
+    test = trainer.examples(posing.alone(rows))
     if trainer.truncated:
         longer = f"{trainer.truncated} rows are longer than {trainer.longest} tokens"
         say(f"{longer}: their prompts were truncated from the left")
-    trainer.require_scorable(test)
-    asked, fitting = _in_context(trainer, splits.train, rows, say)
+    asked, fitting = _in_context(posing, rows, say)
     in_front = trainer.examples(asked) if fitting else test
+    trainer.require_scorable(in_front)
     texts = _texts(config, spec)
     if config.method_class.trains():
         trainer.require_trainable()
@@ -119,7 +119,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         if final != "test":
             scores["final_split"] = final
         with final_parts(run) as new:
-            results = _write_final(trainer, task, scores, _shown(trainer, asked, in_front), new, texts, test)
+            results = _write_final(trainer, task, scores, _shown(trainer, asked, in_front), new, texts, in_front)
     for adapter, own in metrics.items():
         say(f"{adapter} on {len(test)} {final} rows: {_words(own)}")
     return results
@@ -213,7 +213,7 @@ def _write_final(
         **({} if task.has_options else {"answer_span": asdict(trainer.span)}),
     }
     if config.diagnose and config.method_class.trains():
-        known = scores["zero_shot"], scores["metrics"][UPPER]
+        known = None if "shots" in scores else scores["zero_shot"], scores["metrics"][UPPER]
         results["diagnosis"] = diagnosed(trainer, str(config.model), rows, *known)
     backbone = str(config.model) if trainer.adapted.quantised else "backbone"
     card = model_card(config, results, task, trainer.state.global_step, backbone, shown, trainer.span)
@@ -255,17 +255,12 @@ def _splits(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     return splits.reworded(lambda rows: task.reworded(rows, config.template))
 
 
-def _in_context(
-    trainer: ZOFOTrainer, train: Sequence[Record], rows: list[Record], say: Say
-) -> tuple[list[Record], dict[str, Any]]:
-    """The test rows behind `shots` training rows, which `seed` chooses, and how many fit; or just the test rows."""
-    config, tokenizer = trainer.args, cast(PreTrainedTokenizerBase, trainer.processing_class)
-    if config.method_class.trains() or not config.shots:
-        return rows, {}
-    shown = demonstrations(train, config.shots, config.seed, rows)
-    around = tokens_of_chat(rows[0], tokenizer, config.system_prompt) if config.chat_template else 0
-    records, used = in_context(rows, shown, tokenizer, trainer.longest - around)
-    say(f"{min(used)} to {max(used)} of {config.shots} examples fit in front of a row")
+def _in_context(posing: Posing, rows: list[Record], say: Say) -> tuple[list[Record], dict[str, Any]]:
+    """The test rows behind training rows, which `seed` chooses, and how many fit; or just the test rows."""
+    records, used = posing.evaluated(rows)
+    if not posing.shots:
+        return records, {}
+    say(f"{min(used)} to {max(used)} of {posing.shots} examples fit in front of a row")
     return records, {"shots": {"least": min(used), "mean": sum(used) / len(used)}}
 
 

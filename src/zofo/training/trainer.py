@@ -394,6 +394,7 @@ class ZOFOTrainer(StoringTrainer):
             self.args.loss,
             self.args.per_device_eval_batch_size,
             place=lambda batch: self._prepare_inputs(batch),
+            scoring="channel" if start.is_channel(self.args) else "mean",
             span=self.span,
             progress="" if self.args.disable_tqdm else progress,
         )
