@@ -182,3 +182,7 @@ def test_what_cannot_be_turned_around_is_refused(folder, capsys):
     with pytest.raises(AssertionError):
         run(folder, "none", task=folder / "text.yaml", train_prompt="channel", loss="lm")
     assert "but a row of task tiny has no options: set train_prompt: direct" in capsys.readouterr().err
+    with pytest.raises(
+        ZofoError, match=r"an answer of \d+ tokens, with the text behind it, leaves no room .* the texts"
+    ):
+        tokenize([as_channel(POOL[0])], TOKENIZER, 6)

@@ -12,6 +12,7 @@ from zofo.tasks.sources import read_rows, split_name
 
 _ENDS = (".jsonl", ".jsonl.gz")
 _NAME = re.compile(r"(?P<task>.+)_(?P<draw>\d+_\d+)_(?P<split>train|dev|test)")
+_SPLITS = ("train", "dev", "test")
 _PLAIN = ""  # the draw of files that are named after their split alone
 
 Draws = dict[str, dict[str, Path]]
@@ -62,7 +63,7 @@ def metaicl_spec(name: str) -> dict[str, Any]:
     return {
         "name": metaicl_name(name),
         "description": f"Rows in MetaICL's form from {place.name}.",
-        "source": str(place) if place.is_file() else {split: str(file) for split, file in files.items()},
+        "source": str(place) if place.is_file() else {name: str(files[name]) for name in _SPLITS if name in files},
         "metric": _metrics(train, str(files.get("train", place))),
         "format": "metaicl",
     }
