@@ -213,6 +213,7 @@ class ZOFOConfig(Keys):
             )
         settings.require_lora(self)
         settings.require_low_rank(self)
+        settings.require_train_prompt(self)
         if "lower_pool" in self.method_class.keys_used:
             settings.require_pool(self)
         settings.require_something_trained(self)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from zofo.models.kinds import KINDS
+from zofo.tasks.metaicl import is_metaicl
+from zofo.tasks.task import task_names
 
 _DESCRIBED = ("task", "source", "data", "adapter")  # their content is compared anyway: as rows, or as `peft_config`
 _WEIGHTS = ("model", "adapter_init")
@@ -19,7 +21,7 @@ def anywhere(key: str, value: Any) -> Any:
     if isinstance(value, list):
         return [anywhere(key, item) for item in cast("list[Any]", value)]
     place = _place(key, value)
-    return value if place is None else str(place)
+    return value if place is None else f"{place}{_draw(key, value)}"
 
 
 def known(key: str, value: Any) -> Any:
@@ -53,13 +55,24 @@ def _place(key: str, value: Any) -> Path | None:
     """The absolute path that a key names, if it names one and that exists."""
     if key not in (*_DESCRIBED, *_WEIGHTS) or not isinstance(value, str):
         return None
-    path = Path(value).expanduser()
+    path = Path(value.removesuffix(_draw(key, value))).expanduser()
     is_path = (
-        path.suffix in (".yaml", ".yml", ".json", ".gguf")
+        _is_rows(key, value)
+        or path.suffix in (".yaml", ".yml", ".json", ".gguf")
         or key in ("source", "data", "adapter_init")
         or (path.is_dir() and (key == "model" or (key == "adapter" and value not in KINDS)))
     )
     return path.resolve() if is_path and path.exists() else None
+
+
+def _is_rows(key: str, value: str) -> bool:
+    """Whether a task is a folder or a file of rows, without a task file."""
+    return key == "task" and value not in task_names() and is_metaicl(value)
+
+
+def _draw(key: str, value: str) -> str:
+    """What stands behind the path of such a task, if anything does: which draw of its rows it is."""
+    return "".join(value.partition("#")[1:]) if _is_rows(key, value) else ""
 
 
 def _is_absolute(value: Any) -> bool:

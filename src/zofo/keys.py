@@ -31,6 +31,8 @@ from zofo.zo.rules import RuleName
 AUTO = "auto"
 SHARED = "shared"
 INFINITE = "infinite"
+CHANNEL = "channel"
+PromptName = Literal["direct", "channel"]
 RowsName = Literal["own", "shared"]
 Order = Literal["adapter_first", "backbone_first"]
 _T = TypeVar("_T")
@@ -94,6 +96,7 @@ STEP_KEYS = frozenset((
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "early_stopping_patience", "diagnose",
     "tasks_per_step", "task_sampling", "task_exponent", "shared_adapter",
+    "train_shots", "train_prompt",
 ))  # fmt: skip
 FIRST_ORDER_KEYS = frozenset((
     "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
@@ -281,6 +284,12 @@ class Keys(TrainingArguments):
     two_stage_order: Order = field("adapter_first", f"two_stage: {' or '.join(get_args(Order))}")
     shots: Annotated[int, NOT_NEGATIVE] = field(
         0, "none: training rows in front of each test row, chosen by seed, as many as fit"
+    )
+    train_shots: Annotated[int, NOT_NEGATIVE] = field(
+        0, "training rows in front of each row, in training and in evaluations, as many as fit (MetaICL)"
+    )
+    train_prompt: PromptName = field(
+        "direct", "direct: answers given their prompts; channel: prompts given their answers (noisy channel)"
     )
     train_size: Count | None = field(None, "training rows, for both levels together; all that remain if not given")
     dev_size: Count | None = field(None, "rows for model selection; if not given a fifth of the rows, at most 200")

@@ -100,7 +100,7 @@ MUST_BE_POSITIVE = (
 )  # fmt: skip
 MUST_NOT_BE_NEGATIVE = (
     "learning_rate", "upper_learning_rate", "penalty", "lower_steps", "zo_weight_decay", "weight_decay", "seed",
-    "data_seed", "warmup_steps", "max_grad_norm", "shots",
+    "data_seed", "warmup_steps", "max_grad_norm", "shots", "train_shots",
 )  # fmt: skip
 WRONG_NUMBERS = [
     *((key, value) for key in MUST_BE_POSITIVE for value in ("0", "-3")),

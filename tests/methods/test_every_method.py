@@ -173,7 +173,7 @@ OTHER = {
 # ... but those that alone change nothing, and those that are refused where they do not count.
 WITHOUT_OTHER = {
     "early_stopping_patience",  # tested with its evaluations
-    "optimizer_in_backward", "shots", "diagnose",  # the same weights, or none
+    "optimizer_in_backward", "shots", "train_shots", "train_prompt", "diagnose",  # the same weights, or none
     "num_train_epochs", "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "optim_args",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",

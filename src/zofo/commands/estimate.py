@@ -15,7 +15,7 @@ from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
 from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
 from zofo.methods.method import Work
-from zofo.models.adapters import AdaptedModel
+from zofo.models.adapters import AdaptedModel, positions_of
 from zofo.models.below import Below
 from zofo.models.kinds import adapter_config
 from zofo.models.load import load_hollow, load_tokenizer, load_weights
@@ -24,9 +24,10 @@ from zofo.report.words import duration
 from zofo.scoring.batch import Batch, collate, padding_id, width
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
+from zofo.tasks.records import Record
 from zofo.training.callbacks import free_memory, resident_memory
 from zofo.training.memory import Memory, checkpoint, fake, step_memory
-from zofo.training.rows import run_length, run_splits, run_tasks
+from zofo.training.rows import Posing, run_length, run_splits, run_tasks
 from zofo.zo.estimators import Estimate
 
 _SAMPLE = 1000  # rows that are searched for the longest ones
@@ -157,14 +158,15 @@ def _examples(
     config: ZOFOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
 ) -> tuple[list[Example], list[int]]:
     """A sample of the training rows, and how many each task has; without a task, a row of the greatest length."""
-    width = min(config.max_length, AdaptedModel(base).positions)
+    width = min(config.max_length, positions_of(base))
     if config.task is None and config.data is None:
         return [Example((0,) * (width - 1), ((0,), (1,)), 0, ("a", "b"))], []
-    tasks = [task for task, _ in run_tasks(config).values()]
-    rows = [run_splits(task, config).train for task in tasks]
-    most = _SAMPLE // len(tasks)
-    shown = [row for task, part in zip(tasks, rows, strict=True) for row in task.reworded(part[:most], config.template)]
-    return tokenize(shown, tokenizer, width)[0], [len(part) for part in rows]
+    tasks, shown, counts = run_tasks(config), list[Record](), list[int]()
+    for task, _ in tasks.values():
+        rows = task.reworded(run_splits(task, config).train, config.template)
+        shown += Posing(config, rows, tokenizer, width).trained(rows[: _SAMPLE // len(tasks)])
+        counts.append(len(rows))
+    return tokenize(shown, tokenizer, width)[0], counts
 
 
 class _Batches:

@@ -69,8 +69,8 @@ def write_final(
         **_spans(trainer, tests),
     }
     if config.diagnose and config.method_class.trains():
-        known = scores["zero_shot"], scores["metrics"][UPPER]
-        results["diagnosis"] = diagnosed(trainer, str(config.model), first.examples, *known)
+        known = None if first.shots else scores["zero_shot"], scores["metrics"][UPPER]
+        results["diagnosis"] = diagnosed(trainer, str(config.model), first.posed, *known)
     backbone = str(config.model) if trainer.adapted.quantised else "backbone"
     tasks = [test.task for test in tests.values()]
     place = f"{TASKS}/{tasks[0].name}/{UPPER}" if several and not config.shared_adapter else UPPER

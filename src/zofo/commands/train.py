@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from zofo.commands.results import Tested, write_final
 from zofo.config import ZOFOConfig
 from zofo.console import Say
 from zofo.errors import ZofoError, first_line
 from zofo.keys import name_of
+from zofo.models.adapters import positions_of
 from zofo.models.load import load_model, require_movable
 from zofo.models.peft import UPPER
 from zofo.report.words import duration, size
 from zofo.scoring.evaluation import Answer
 from zofo.tasks.answers import answer_counts
 from zofo.tasks.metrics import row_scores
-from zofo.tasks.prompts import demonstrations, in_context, tokens_of_chat
 from zofo.tasks.records import Record, digest
 from zofo.tasks.splits import Splits
 from zofo.tasks.table import TASK_FILE, introduction
@@ -30,7 +29,7 @@ from zofo.tasks.task import Task
 from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, steps_of
 from zofo.training.diagnosable import cost_line
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
-from zofo.training.rows import level_rows, run_splits, run_tasks
+from zofo.training.rows import Posing, level_rows, require_prompt, run_splits, run_tasks
 from zofo.training.start import require_tasks
 from zofo.training.tasks import Scores, mean_scores
 from zofo.training.trainer import ZOFOTrainer
@@ -74,15 +73,18 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     if config.updates_backbone:
         require_movable(str(config.model), f"method {config.method}")
     model, tokenizer = load_model(str(config.model), config.dtype)
-    trainer = ZOFOTrainer(model, config, processing_class=tokenizer, **_datasets(parts))
-    tests = {name: _tested(trainer, part) for name, part in zip(trainer.each_task(), parts.values(), strict=True)}
+    width = min(config.max_length, positions_of(model))
+    posed = {name: Posing(config, part.splits.train, tokenizer, width) for name, part in parts.items()}
+    trainer = ZOFOTrainer(model, config, processing_class=tokenizer, **_datasets(parts, posed))
+    given = list(zip(trainer.tasks, parts.values(), posed.values(), strict=True))
+    tests = {name: _tested(trainer, part, posing) for name, part, posing in given}
     if trainer.truncated:
         longer = f"{trainer.truncated} rows are longer than {trainer.longest} tokens"
         say(f"{longer}: their prompts were truncated from the left")
-    in_context = config.shots > 0 and not config.method_class.trains()
-    if in_context:
-        pairs = zip(trainer.each_task(), parts.values(), strict=True)
-        tests = {name: _in_context(trainer, part, tests[name], say) for name, part in pairs}
+    tests = {name: _in_context(trainer, tests[name], posing, say) for name, _, posing in given}
+    for name in trainer.each_task():
+        trainer.require_scorable(tests[name].posed)
+    in_context = any(test.shots for test in tests.values())
     texts = _texts(config, spec)
     if config.method_class.trains():
         trainer.require_trainable()
@@ -143,28 +145,29 @@ def _part(task: Task, config: ZOFOConfig, say: Say) -> _Part:
     final = config.final_split
     if not named[final]:
         raise ZofoError(f"task {task.name}: no row is left for {final}: give more rows, or {final}_size")
+    require_prompt(splits.train, task.name, config)
     return _Part(task, splits, train, named[final])
 
 
-def _datasets(parts: Mapping[str, _Part]) -> dict[str, Any]:
+def _datasets(parts: Mapping[str, _Part], posed: Mapping[str, Posing]) -> dict[str, Any]:
     """The rows and metrics for `ZOFOTrainer`: of the only task, or of several by their names."""
     levels = [*next(iter(parts.values())).train]
     found: dict[str, dict[str, Any]] = {
-        key: {name: part.train[level] for name, part in parts.items()}
+        key: {name: posed[name].trained(part.train[level]) for name, part in parts.items()}
         for key, level in zip(("train_dataset", "upper_dataset"), levels, strict=False)
     }
-    found["eval_dataset"] = {name: part.dev for name, part in parts.items()}
+    found["eval_dataset"] = {name: posed[name].evaluated(part.dev)[0] for name, part in parts.items()}
     found["metrics"] = {name: part.task.metrics for name, part in parts.items()}
     if len(parts) > 1:
         return found
     return {key: next(iter(by_task.values())) for key, by_task in found.items()}
 
 
-def _tested(trainer: ZOFOTrainer, part: _Part) -> Tested:
-    """The rows of the final scores, as the model reads them."""
-    examples = trainer.examples(part.final)
-    trainer.require_scorable(examples)
-    return Tested(part.task, part.final, examples, part.final, examples)
+def _tested(trainer: ZOFOTrainer, part: _Part, posing: Posing) -> Tested:
+    """The rows of the final scores, as the model reads them without examples."""
+    records = posing.alone(part.final)
+    examples = trainer.examples(records)
+    return Tested(part.task, part.final, examples, records, examples)
 
 
 def _scores(
@@ -262,14 +265,12 @@ def _splits(task: Task, config: ZOFOConfig, say: Say) -> Splits:
     return splits.reworded(lambda rows: task.reworded(rows, config.template))
 
 
-def _in_context(trainer: ZOFOTrainer, part: _Part, test: Tested, say: Say) -> Tested:
-    """The test rows behind `shots` training rows, which `seed` chooses, as many as fit."""
-    config, tokenizer = trainer.args, cast(PreTrainedTokenizerBase, trainer.processing_class)
-    rows = test.rows
-    shown = demonstrations(part.splits.train, config.shots, config.seed, rows)
-    around = tokens_of_chat(rows[0], tokenizer, config.system_prompt) if config.chat_template else 0
-    records, used = in_context(rows, shown, tokenizer, trainer.longest - around)
-    say(f"{min(used)} to {max(used)} of {config.shots} examples fit in front of a row")
+def _in_context(trainer: ZOFOTrainer, test: Tested, posing: Posing, say: Say) -> Tested:
+    """The same with training rows in front of the test rows, which `seed` chooses, as many as fit."""
+    if not posing.shots:
+        return test
+    records, used = posing.evaluated(test.rows)
+    say(f"{min(used)} to {max(used)} of {posing.shots} examples fit in front of a row")
     fitting = {"least": min(used), "mean": sum(used) / len(used)}
     return replace(test, asked=records, posed=trainer.examples(records), shots=fitting)
 

@@ -12,6 +12,7 @@ from zofo.compare.budget import Pace, steps_within
 from zofo.compare.search import Settings
 from zofo.config import ZOFOConfig, parse_config
 from zofo.errors import ZofoError
+from zofo.keys import CHANNEL
 from zofo.spelling import ANY_TASK_KEYS
 
 
@@ -160,8 +161,10 @@ class Plan:
         """What is evaluated after a run of the table: result -> options of `zofo eval`."""
         found: dict[Path, list[str]] = {}
         if self.templates:
-            shots = ["--shots", str(keys["shots"])] if keys.get("shots") else []
-            found[templates_file(folder)] = ["--run", str(folder), "--template", "all", *shots]
+            shots = keys.get("train_shots") if "max_steps" in keys else keys.get("shots")
+            manner = ["--shots", str(shots)] if shots else []
+            manner += ["--scoring", CHANNEL] if "max_steps" in keys and keys.get("train_prompt") == CHANNEL else []
+            found[templates_file(folder)] = ["--run", str(folder), "--template", "all", *manner]
         if self.forgetting and "max_steps" in keys:  # it trains
             options = self._of_other_task(self.forgetting)
             found[before_file(self)] = ["--model", str(self.base["model"]), *options]

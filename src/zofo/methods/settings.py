@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from zofo.errors import ZofoError, first_line
-from zofo.keys import FULL_KEYS, INFINITE, LORA_KEYS, Keys, name_of
+from zofo.keys import CHANNEL, FULL_KEYS, INFINITE, LORA_KEYS, Keys, name_of
 from zofo.methods.levels import settings_of_optimizer
 from zofo.methods.method import Method
 
@@ -78,6 +78,15 @@ def require_something_trained(keys: Keys) -> None:
         raise ZofoError(
             "penalty is infinite, lower_steps is 0 and zo_learning_rate is 0, so nothing would be trained: raise one "
             "of them"
+        )
+
+
+def require_train_prompt(keys: Keys) -> None:
+    """Refuses to turn around the rows of chats."""
+    if keys.train_prompt == CHANNEL and keys.chat_template:
+        raise ZofoError(
+            "train_prompt is channel, where the answer stands in front of the prompt, but chat_template is true, and a "
+            "chat begins with the prompt: leave one of them out"
         )
 
 

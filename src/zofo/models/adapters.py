@@ -80,8 +80,7 @@ class AdaptedModel:
     @property
     def positions(self) -> int:
         """The largest number of text tokens that the model can read."""
-        config = self.base.config.to_dict()
-        positions = config.get("max_position_embeddings") or config.get("n_positions") or _UNLIMITED
+        positions = positions_of(self.base)
         prompt: Any = self._config
         return positions - prompt.num_virtual_tokens if self.prompt_learning else positions
 
@@ -262,3 +261,9 @@ class AdaptedModel:
             raise ZofoError(f"{folder} holds another model's backbone: {odd} is in one and not in the other")
         for name, parameter in self.backbone.items():
             parameter.copy_(stored[name])
+
+
+def positions_of(base: PreTrainedModel) -> int:
+    """The largest number of tokens that a model can read, without an adapter."""
+    config = base.config.to_dict()
+    return config.get("max_position_embeddings") or config.get("n_positions") or _UNLIMITED

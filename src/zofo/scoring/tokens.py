@@ -191,9 +191,10 @@ def _truncate(record: Record, example: Example, max_length: int, tokenizer: PreT
         return _truncate_chat(record, example, max_length, tokenizer)
     special = sum(1 for _ in takewhile(tokenizer.all_special_ids.__contains__, example.prompt))
     if excess > len(example.prompt) - special - 1:
+        behind, texts = (", with the text behind it,", "texts") if record.suffix else ("", "answers")
         raise ZofoError(
-            f"an answer of {example.length - len(example.prompt)} tokens leaves no room for a prompt in max_length "
-            f"{max_length}: raise max_length, or shorten the answers"
+            f"an answer of {example.length - len(example.prompt)} tokens{behind} leaves no room for a prompt in "
+            f"max_length {max_length}: raise max_length, or shorten the {texts}"
         )
     shorter = example.prompt[:special] + example.prompt[special + excess :]
     return dataclasses.replace(example, prompt=shorter, truncated=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,18 +41,101 @@ def in_context(
     The length of the whole is estimated as the sum of the lengths of its parts. Returns the records, and the number of
     examples before each of them.
     """
-    blocks = [f"{record.prompt}{record.completion}{record.suffix}{SEPARATOR}" for record in shown]
-    totals = list(accumulate(len(tokenizer(block)["input_ids"]) for block in reversed(blocks)))  # of the last ones
+    blocks = _blocks(shown, tokenizer)
+    return _behind(records, [blocks] * len(records), tokenizer, max_length)
+
+
+def in_context_of_each_other(
+    records: Sequence[Record],
+    pool: Sequence[Record],
+    shots: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> tuple[list[Record], list[int]]:
+    """Puts before each record `shots` others that are drawn for it from `pool`, as `in_context` does (MetaICL).
+
+    A draw depends on `seed`, on the record and on which rows the pool holds, and not on any order. No record is in
+    front of itself, nor in front of one of its group.
+
+    Args:
+        records: rows of the pool, or other ones.
+        pool: the training rows of their task.
+        shots: examples before each record, of which the last ones stay if not all fit.
+        seed: of the draws.
+        tokenizer: counts tokens.
+        max_length: tokens of a record with its examples.
+
+    Returns:
+        The records, and the number of examples before each of them.
+
+    Raises:
+        ZofoError: if the pool has fewer than `shots` other rows for a record.
+
+    References:
+        S. Min et al., "MetaICL: Learning to Learn In Context" (2022).
+    """
+    pool = sorted(pool, key=lambda record: (repr(record.identity), record.completion))
+    blocks = _blocks(pool, tokenizer)
+    owners = [_owner(record) for record in pool]
+    own = Counter(owners)
+    chosen: list[list[_Block]] = []
+    for record in records:
+        owner = _owner(record)
+        if shots > len(pool) - own[owner]:
+            raise ZofoError(
+                f"{shots} examples are wanted in context, but there are {len(pool) - own[owner]} other training rows: "
+                "ask for fewer"
+            )
+        drawn = _random(record, seed).choice(len(pool), size=shots + own[owner], replace=False)
+        chosen.append([blocks[i] for i in drawn if owners[i] != owner][:shots])
+    return _behind(records, chosen, tokenizer, max_length)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """An example as it stands in front of a row, and the number of its tokens."""
+
+    text: str
+    tokens: int
+
+
+def _blocks(shown: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[_Block]:
+    texts = [f"{record.prompt}{record.completion}{record.suffix}{SEPARATOR}" for record in shown]
+    return [_Block(text, tokens) for text, tokens in zip(texts, _lengths(texts, tokenizer), strict=True)]
+
+
+def _behind(
+    records: Sequence[Record], shown: Sequence[list[_Block]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[Record], list[int]]:
+    """Each record behind as many of the last of its blocks as fit, and how many these are."""
+    longest = [max((record.options or (record.completion,)), key=len) for record in records]
+    texts = [record.prompt + answer + record.suffix for record, answer in zip(records, longest, strict=True)]
     prompted: list[Record] = []
     counts: list[int] = []
-    for record in records:
-        longest = max((record.options or (record.completion,)), key=len)
-        free = max_length - 1 - len(tokenizer(record.prompt + longest + record.suffix)["input_ids"])
-        count = bisect_right(totals, free)
-        prompt = "".join(blocks[len(blocks) - count :]) + record.prompt
-        prompted.append(dataclasses.replace(record, prompt=prompt))
+    for record, blocks, length in zip(records, shown, _lengths(texts, tokenizer), strict=True):
+        totals = list(accumulate(block.tokens for block in reversed(blocks)))  # of the last ones
+        count = bisect_right(totals, max_length - 1 - length)
+        prompt = "".join(block.text for block in blocks[len(blocks) - count :]) + record.prompt
+        prompted.append(dataclasses.replace(record, prompt=prompt, question=record.identity))
         counts.append(count)
     return prompted, counts
+
+
+def _lengths(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: Any = tokenizer([*texts])["input_ids"] if texts else []
+    return [len(tokens) for tokens in ids]
+
+
+def _owner(record: Record) -> tuple[Any, ...]:
+    """Equal for rows that may not be examples for each other."""
+    return (record.group,) if record.group else record.identity
+
+
+def _random(record: Record, seed: int) -> np.random.Generator:
+    """A generator for the draws of one record."""
+    text = repr((seed, record.identity)).encode(errors="surrogatepass")
+    return np.random.default_rng(int.from_bytes(hashlib.blake2b(text, digest_size=16).digest()))
 
 
 def tokens_of_chat(record: Record, tokenizer: PreTrainedTokenizerBase, system: str | None) -> int:
@@ -77,7 +161,7 @@ def as_channel(record: Record) -> Record:
     references = tuple(f"{text.strip()}\n" for text in record.references)
     return dataclasses.replace(
         record, prompt="", completion=completion, options=options, references=references, suffix=record.prompt,
-        partial=True,
+        partial=True, question=record.identity,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Record:
         premise: replaces the prompt in calibrated scores.
         group: rows with the same text are scored together by the metrics of groups.
         row: the row that it was made from.
+        question: the identity of the record that it is another form of, such as the one behind examples.
     """
 
     prompt: str
@@ -39,6 +40,7 @@ class Record:
     premise: str = ""
     group: str = ""
     row: Row | None = field(default=None, compare=False, repr=False)
+    question: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def right(self) -> tuple[str, ...]:
@@ -47,6 +49,10 @@ class Record:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Equal for two records that ask the same question."""
+        return self.question or self._asks
+
+    @property
+    def _asks(self) -> tuple[Any, ...]:
         return (self.prompt, self.suffix, self.options) if self.suffix else (self.prompt,)
 
 
@@ -57,9 +63,8 @@ class Conversation(Record):
     earlier: tuple[Turn, ...] = ()
 
     @property
-    def identity(self) -> tuple[Any, ...]:
-        """Equal for two records that ask the same question after the same turns."""
-        return (*super().identity, self.earlier)
+    def _asks(self) -> tuple[Any, ...]:
+        return (*super()._asks, self.earlier)
 
 
 Rows = Sequence[Record] | Sequence[Row]

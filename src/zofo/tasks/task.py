@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from zofo.errors import ZofoError, did_you_mean
 from zofo.habits import task_hint
 from zofo.parse import is_texts, read_yaml
+from zofo.tasks.metaicl import is_metaicl, metaicl_spec
 from zofo.tasks.metrics import METRICS, OPTION_METRICS
 from zofo.tasks.records import Record, Row, checked, stand_in
 from zofo.tasks.sources import read_rows, split_name
@@ -142,26 +143,51 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str, source: str | None = None) -> Task:
-    """A task by its name, or from the YAML file of that path.
+    """A task by its name, from a YAML file, or of rows in MetaICL's form: a folder, or a .jsonl file (`metaicl_spec`).
 
-    `source` is read in place of the task's own: a folder of train.* and validation.*, or a file.
+    A built-in task comes before a folder of the same name, which `./NAME` names. `source` is read in place of the
+    task's own: a folder of train.* and validation.*, or a file.
+
+    Raises:
+        ZofoError: if there is no such task, or if it is wrong.
 
     Examples:
         >>> load_task("movie_reviews").metrics[0]
         'accuracy'
     """
+    if name not in task_names() and is_metaicl(name):
+        task = parse_task(metaicl_spec(name), Path(name).expanduser())
+    else:
+        path = task_file(name)
+        task = parse_task(read_task_file(path), path)
+    return task.from_source(source) if source else task
+
+
+def is_task_file(name: str) -> bool:
+    """Whether a name is that of a task file."""
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def task_file(name: str) -> Path:
+    """The file of a built-in task, or the one that is named; refuses what is neither."""
     path = Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        if name not in task_names():
-            raise ZofoError(f"there is no task {name!r}: {task_hint(name, task_names())}")
-        path = Path(str(files("zofo.tasks").joinpath("builtin", f"{name}.yaml")))
-    if not path.is_file():
+    if name in task_names():
+        return Path(str(files("zofo.tasks").joinpath("builtin", f"{name}.yaml")))
+    if is_task_file(name) and path.is_file():
+        return path
+    if is_task_file(name) or (path.suffix == ".jsonl" and not path.is_file()):
         raise ZofoError(f"there is no task file {path}")
+    if path.is_dir():
+        raise ZofoError(f"{name} is a folder without rows of its own, such as train.jsonl: name a task inside it")
+    raise ZofoError(f"there is no task {name!r}: {task_hint(name, task_names())}")
+
+
+def read_task_file(path: Path) -> dict[str, Any]:
+    """The content of a task file."""
     spec = read_yaml(path, str(path))
     if not isinstance(spec, dict):
         raise ZofoError(f"{path} is no task file: it must name {', '.join(KEYS)}")
-    task = parse_task(spec, path)
-    return task.from_source(source) if source else task
+    return cast("dict[str, Any]", spec)
 
 
 def parse_task(spec: dict[str, Any], path: Path) -> Task:

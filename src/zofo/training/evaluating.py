@@ -13,6 +13,7 @@ from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import as_chat
 from zofo.tasks.records import Record, Rows, questions, records
+from zofo.training import start
 from zofo.training.diagnosis import Diagnosis
 from zofo.training.storing import StoringTrainer
 from zofo.training.tasks import ALONE, Scores, mean_scores
@@ -130,6 +131,7 @@ class EvaluatingTrainer(StoringTrainer):
             self.args.loss,
             self.args.per_device_eval_batch_size,
             place=lambda batch: self._prepare_inputs(batch),
+            scoring="channel" if start.is_channel(self.args) else "mean",
             span=self.span,
             progress="" if self.args.disable_tqdm else progress,
         )

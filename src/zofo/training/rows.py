@@ -1,15 +1,21 @@
 """The task of a run and its rows, by the keys of the configuration: for training, evaluation and estimates alike."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from transformers import PreTrainedTokenizerBase
+
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
+from zofo.tasks.prompts import as_channel, demonstrations, in_context, in_context_of_each_other, tokens_of_chat
+from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits, split_records, two_levels
 from zofo.tasks.table import make_table_task
 from zofo.tasks.task import Task, load_task
 from zofo.training.bundles import planned_steps
+from zofo.training.start import is_channel
 
 _T = TypeVar("_T")
 
@@ -81,3 +87,61 @@ def run_splits(task: Task, config: ZOFOConfig) -> Splits:
         test_size=config.test_size,
         seed=config.order_seed,
     )
+
+
+def require_prompt(rows: Sequence[Record], task: str, config: ZOFOConfig) -> None:
+    """Refuses `train_prompt: channel` for rows that cannot be turned around; `task` is the name of theirs."""
+    bad = next((row for row in rows if not row.options or row.suffix), None) if is_channel(config) else None
+    if bad is not None:
+        lacks = "a text behind its options" if bad.options else "no options"
+        raise ZofoError(
+            f"train_prompt is channel, which scores a prompt behind each of its options, but a row of task {task} has "
+            f"{lacks}: set train_prompt: direct"
+        )
+
+
+@dataclass(frozen=True)
+class Posing:
+    """How a run puts the rows of one task to the model: behind training rows, turned around, or as they are.
+
+    Args:
+        config: of the run.
+        pool: the training rows of the task, of all levels.
+        tokenizer: of the model.
+        width: tokens of a row with its examples.
+    """
+
+    config: ZOFOConfig
+    pool: Sequence[Record]
+    tokenizer: PreTrainedTokenizerBase
+    width: int
+
+    @property
+    def shots(self) -> int:
+        """Examples in front of a row."""
+        return self.config.train_shots if self.config.method_class.trains() else self.config.shots
+
+    def alone(self, rows: Sequence[Record]) -> list[Record]:
+        """Rows without examples."""
+        return [as_channel(row) for row in rows] if is_channel(self.config) else [*rows]
+
+    def trained(self, rows: Sequence[Record]) -> list[Record]:
+        """Training rows, each behind others that are drawn for it."""
+        if not self.shots or not self.config.method_class.trains():
+            return self.alone(rows)
+        pool, seed = self.alone(self.pool), self.config.seed
+        return in_context_of_each_other(self.alone(rows), pool, self.shots, seed, self.tokenizer, self._free(rows))[0]
+
+    def evaluated(self, rows: Sequence[Record]) -> tuple[list[Record], list[int]]:
+        """Rows of dev or test, all behind the same training rows; and how many fit in front of each."""
+        if not self.shots or not rows:
+            return self.alone(rows), [0] * len(rows)
+        shown = demonstrations(self.pool, self.shots, self.config.seed, rows)
+        return in_context(self.alone(rows), self.alone(shown), self.tokenizer, self._free(rows))
+
+    def _free(self, rows: Sequence[Record]) -> int:
+        """Tokens of a row with its examples, without those of the chat around them."""
+        config = self.config
+        return self.width - (
+            tokens_of_chat(rows[0], self.tokenizer, config.system_prompt) if config.chat_template else 0
+        )

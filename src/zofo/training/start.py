@@ -16,7 +16,7 @@ from zofo import noise
 from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.habits import refuse_arguments
-from zofo.keys import LORA_KEYS
+from zofo.keys import CHANNEL, LORA_KEYS
 from zofo.methods.levels import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.kinds import adapter_config
@@ -290,6 +290,11 @@ def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> d
         return {splits[0]: both}
     parts = (first, second) if second else halves(first, cast(float, args.lower_fraction), args.order_seed)
     return dict(zip(splits, parts, strict=True))
+
+
+def is_channel(args: ZOFOConfig) -> bool:
+    """Whether a run trains on prompts given their answers."""
+    return args.method_class.trains() and args.train_prompt == CHANNEL
 
 
 def rows_of_before(model: PreTrainedModel) -> frozenset[bytes]:
