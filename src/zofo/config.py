@@ -32,6 +32,7 @@ from zofo.keys import (
 from zofo.methods import METHODS, Method, settings
 from zofo.models.peft import require_fresh, require_start
 from zofo.spelling import key_of, refuse_unknown
+from zofo.tasks.lists import is_folder_of_tasks, task_files
 
 _INHERITED_IDENTITY = (
     "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
@@ -142,8 +143,8 @@ class ZOFOConfig(Keys):
 
     def _settle_task(self) -> None:
         """One task is a word, several are a list."""
-        if self.task is not None and not self.tasks:
-            raise ZofoError("task is an empty list: name at least one task, see `zofo tasks`")
+        if self.task is not None and (len(self.tasks) != 1 or is_folder_of_tasks(self.tasks[0])):
+            self.task = task_files(self.tasks)
         if len(self.tasks) == 1:
             (self.task,) = self.tasks
 

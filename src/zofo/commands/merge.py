@@ -24,7 +24,7 @@ def merge(run: Path, adapter: str, output: Path, dtype: DType | None, say: Say, 
     An adapter of virtual tokens cannot be merged, and is put into a folder of its own beside the backbone. `task` says
     whose adapter, in a run over several tasks.
     """
-    with _new_folder(output) as half:
+    with new_folder(output) as half:
         with reading(run):
             place = _place(run, adapter, task)
             model, tokenizer, beside = _loaded(run, place, output, dtype, say)
@@ -77,8 +77,8 @@ def _loaded(
 
 
 @contextmanager
-def _new_folder(output: Path) -> Generator[Path]:
-    """A folder beside `output`, of this merge alone, that becomes it when the block ends, and is gone if it raises."""
+def new_folder(output: Path) -> Generator[Path]:
+    """A folder beside `output`, of this command alone: becomes it when the block ends, and is gone if it raises."""
     if output.exists():
         raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
     half = output.with_name(output.name + ".half")
@@ -88,7 +88,7 @@ def _new_folder(output: Path) -> Generator[Path]:
             half.mkdir()
         except FileExistsError as error:
             raise ZofoError(
-                f"{half} is in the way, of a merge that is running or was cut off: remove it, or give another folder"
+                f"{half} is in the way, of a command that is running or was cut off: remove it, or give another folder"
             ) from error
     try:
         yield half

@@ -54,15 +54,19 @@ class StoredRun:
             )
         return cls(folder, keys)
 
+    @property
+    def backbone(self) -> str:
+        """The folder of the backbone, or the name of the run's model: a quantised one is not stored."""
+        backbone = self.folder / "backbone"
+        return str(backbone) if backbone.is_dir() else str(self.keys.get("model"))
+
     def parts(self, adapter: str = UPPER, task: str | None = None) -> tuple[str, str | None]:
         """The backbone, and the folder of an adapter, of a task if there are several; None in a run without adapters.
 
         Raises:
             ZofoError: if there is no such adapter, or `task` is none of several tasks.
         """
-        backbone = self.folder / "backbone"
-        model = str(backbone) if backbone.is_dir() else str(self.keys.get("model"))  # a quantised one is not stored
-        place = self.folder
+        model, place = self.backbone, self.folder
         if (self.folder / TASKS).is_dir():
             place = self.folder / TASKS / self._named(task)
         if (place / adapter).is_dir():

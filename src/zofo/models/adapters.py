@@ -214,13 +214,16 @@ class AdaptedModel:
             save_model(self.base, backbone, state)
         return folder / "tokenizer" if self.quantised else backbone
 
-    def save_adapters(self, folder: Path, home: Path | None = None) -> None:
-        """Writes a PEFT folder for each adapter; `home` is where the backbone will be in the end, if elsewhere."""
+    def save_adapters(self, folder: Path, home: Path | None = None, backbone: str | None = None) -> None:
+        """Writes a PEFT folder for each adapter; they belong to `backbone`, by default the one that `save` writes.
+
+        `home` is where that will be in the end, if not in `folder`.
+        """
         if self._peft is None:
             return
         for config in self._peft.peft_config.values():
             # an adapter belongs to the updated backbone: on the original one it would be silently wrong
-            config.base_model_name_or_path = (
+            config.base_model_name_or_path = backbone or (
                 self.base.name_or_path if self.quantised else str((home or folder).resolve() / BACKBONE)
             )
         card = folder / "README.md"

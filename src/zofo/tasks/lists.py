@@ -35,6 +35,12 @@ def task_files(words: Sequence[str]) -> list[str]:
     return [*names.values()]
 
 
+def is_folder_of_tasks(word: Any) -> bool:
+    """Whether a word names a folder that may hold several tasks, and is none itself."""
+    folder = Path(str(word).partition("#")[0]).expanduser()
+    return word not in task_names() and folder.is_dir() and not is_metaicl(str(word))
+
+
 def require_options(tasks: Sequence[Task], loss: str) -> None:
     """Refuses tasks without options where the loss is over options."""
     without = [task.name for task in tasks if not task.has_options]

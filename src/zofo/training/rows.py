@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
+from zofo.tasks.lists import require_options
 from zofo.tasks.prompts import as_channel, demonstrations, in_context, in_context_of_each_other, tokens_of_chat
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits, split_records, two_levels
@@ -59,6 +60,7 @@ def run_tasks(config: ZOFOConfig) -> dict[str, tuple[Task, dict[str, Any] | None
         if Path(task.name).name != task.name or task.name.startswith("."):
             raise ZofoError(f"task {task.name!r} cannot be the name of a folder, which each of several tasks has")
         found[task.name] = task, None
+    require_options([task for task, _ in found.values()], config.loss)
     return found
 
 
@@ -134,9 +136,13 @@ class Posing:
 
     def evaluated(self, rows: Sequence[Record]) -> tuple[list[Record], list[int]]:
         """Rows of dev or test, all behind the same training rows; and how many fit in front of each."""
-        if not self.shots or not rows:
+        return self.behind(rows, self.shots)
+
+    def behind(self, rows: Sequence[Record], shots: int) -> tuple[list[Record], list[int]]:
+        """The same with a number of examples that is not of the run's configuration."""
+        if not shots or not rows:
             return self.alone(rows), [0] * len(rows)
-        shown = demonstrations(self.pool, self.shots, self.config.seed, rows)
+        shown = demonstrations(self.pool, shots, self.config.seed, rows)
         return in_context(self.alone(rows), self.alone(shown), self.tokenizer, self._free(rows))
 
     def _free(self, rows: Sequence[Record]) -> int:

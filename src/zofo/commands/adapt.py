@@ -1,0 +1,256 @@
+"""`zofo adapt`: a model on a new task from a few examples, in several draws of them."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from scipy.stats import t
+
+from zofo.commands.eval import given_keys
+from zofo.commands.merge import new_folder
+from zofo.commands.results import strict
+from zofo.commands.stored import StoredRun
+from zofo.config import ZOFOConfig, parse_config
+from zofo.console import Say
+from zofo.errors import ZofoError
+from zofo.keys import LORA_KEYS
+from zofo.models.adapters import positions_of
+from zofo.models.load import load_model
+from zofo.models.peft import UPPER
+from zofo.parse import read_yaml
+from zofo.spelling import ANY_TASK_KEYS
+from zofo.tasks.leakage import require_apart
+from zofo.tasks.records import Record
+from zofo.tasks.task import Task, load_task
+from zofo.training.checkpoint import writing
+from zofo.training.rows import Posing, run_splits
+from zofo.training.trainer import ZOFOTrainer
+
+FRESH, MEAN = "fresh", "mean"
+_LEVEL = 0.05
+_ADAPTER = ("adapter", *LORA_KEYS)
+_OF_RUN = (*_ADAPTER, "train_prompt", *ANY_TASK_KEYS)
+_USUAL: dict[str, Any] = {
+    "max_steps": 20,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "save_strategy": "no",
+    "eval_strategy": "no",
+}
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is adapted, to what, and how often.
+
+    Args:
+        model: the backbone, in any form that `load_model` takes.
+        run: that it is the backbone of, if it is of one.
+        task: the new task.
+        shots: K, training rows in each draw.
+        draws: N.
+        start: fresh, mean (of the adapters of the run's tasks) or the name of one of these.
+    """
+
+    model: str
+    run: StoredRun | None
+    task: str
+    shots: int
+    draws: int = 5
+    start: str = FRESH
+
+
+def adapt_config(asked: Asked, file: Path | None, arguments: Sequence[str], output: Path) -> ZOFOConfig:
+    """The keys of a draw's run: those of the run that is adapted, as far as they count, under those that are given."""
+    given: dict[str, Any] = read_yaml(file, str(file)) if file else {}
+    named = {*given, *given_keys(arguments)}
+    kept = {key: asked.run.keys.get(key) for key in _OF_RUN} if asked.run else {}
+    usual = {**_USUAL, "per_device_train_batch_size": min(_BATCH, asked.shots)}
+    if "num_train_epochs" in named:
+        del usual["max_steps"]
+    for key in _ADAPTER if asked.start != FRESH or "adapter_init" in named else ():
+        kept.pop(key, None)  # the trained adapter says it
+    fixed = {"task": asked.task, "model": asked.model, "output_dir": str(output)}
+    return parse_config({"method": "fo", **usual, **kept, **given, **fixed}, arguments)
+
+
+def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str, Any]:
+    """Scores a model without examples, behind K of them, and with an adapter that K of them have trained.
+
+    For N draws of K training rows: mean, worst, and the 95 % interval of the mean over the draws. The test rows are
+    the same in all draws. Writes `results.json`, the configuration and the adapter of each draw.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ZofoError: if the run has trained on the task or on some of its test rows, or anything cannot work.
+    """
+    if not config.method_class.trains() or config.method_class.zeroth_order:
+        raise ZofoError(f"method is {config.method}, but a few examples are learned by backpropagation: set method: fo")
+    task = load_task(asked.task)
+    splits = run_splits(task, config)
+    splits = splits.reworded(lambda rows: task.reworded(rows, config.template))
+    if asked.shots > len(splits.train):
+        raise ZofoError(
+            f"shots is {asked.shots}, but task {task.name} has {len(splits.train)} training rows: lower it, or "
+            "test_size and dev_size"
+        )
+    if not splits.test:
+        raise ZofoError(f"task {task.name} has no test row: give more rows, or test_size")
+    if asked.run:
+        _require_new(asked.run, task, splits.test)
+    with new_folder(output) as half, tempfile.TemporaryDirectory() as scratch:
+        (half / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
+        start = _start(asked, Path(scratch))
+        found: list[_Draw] = []
+        for number in range(asked.draws):
+            shown = _drawn(splits.train, asked.shots, config.order_seed, number)
+            drawn = replace(config, seed=config.seed + number, output_dir=str(Path(scratch) / str(number)), **start)
+            zero_shot = found[0].zero_shot if found else None
+            found.append(_draw(asked.model, task, shown, splits.test, drawn, half / f"draw-{number}", zero_shot))
+            words = ", ".join(f"{key} {found[-1].adapted[key]:.4g}" for key in (str(task.metrics[0]), "loss"))
+            say(f"draw {number}: {words} in {found[-1].seconds:.0f} s")
+        results = _results(asked, task, config, found)
+        with writing(output):
+            text = json.dumps(strict(results), indent=2, allow_nan=False)
+            (half / "results.json").write_text(text + "\n", encoding="utf-8")
+    return results
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """The scores of one draw, and the seconds that training took."""
+
+    zero_shot: dict[str, float]
+    in_context: dict[str, float]
+    adapted: dict[str, float]
+    fitting: float
+    seconds: float
+
+
+def _draw(
+    model: str,
+    task: Task,
+    shown: list[Record],
+    test: list[Record],
+    config: ZOFOConfig,
+    place: Path,
+    zero_shot: dict[str, float] | None,
+) -> _Draw:
+    base, tokenizer = load_model(model, config.dtype)
+    posing = Posing(config, shown, tokenizer, min(config.max_length, positions_of(base)))
+    trainer = ZOFOTrainer(base, config, posing.trained(shown), processing_class=tokenizer, metrics=task.metrics)
+    examples = trainer.examples(posing.alone(test))
+    trainer.require_scorable(examples)
+    trainer.require_trainable()
+    records, used = posing.behind(test, len(shown))
+    scores = zero_shot or trainer.score_backbone(examples)
+    in_context = trainer.score_backbone(trainer.examples(records))
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    adapted = trainer.score(examples)[UPPER]
+    if trainer.adapted.adapters:
+        trainer.adapted.save_adapters(place, backbone=str(Path(model).resolve()) if Path(model).exists() else model)
+        (place / "README.md").unlink()  # peft's, which says nothing
+    return _Draw(scores, in_context, adapted, sum(used) / len(used), seconds)
+
+
+def _drawn(rows: Sequence[Record], shots: int, seed: int, number: int) -> list[Record]:
+    """K different rows of draw `number`, a function of the seed alone."""
+    chosen = np.random.default_rng([seed, number]).permutation(len(rows))[:shots]
+    return [rows[int(index)] for index in chosen]
+
+
+def _require_new(run: StoredRun, task: Task, test: Sequence[Record]) -> None:
+    """Refuses a task that the run has trained on, or of which it has seen test rows."""
+    if task.name in run.tasks or run.is_of_task(task.name):
+        raise ZofoError(
+            f"the run in {run.folder} has trained on the task {task.name}: name another one, or measure this one with "
+            "zofo eval"
+        )
+    stored = parse_config({key: value for key, value in run.keys.items() if key != "model"}, [])
+    trained: dict[str, list[Record]] = {}
+    for name, place in run.tasks.items():
+        own = load_task(place, stored.source)
+        rows = run_splits(own, replace(stored, task=place)).train
+        trained[name] = own.reworded(rows, stored.template)
+    require_apart(trained, {task.name: test})
+
+
+def _start(asked: Asked, scratch: Path) -> dict[str, Any]:
+    """The keys by which adapters start: fresh, or from the values of trained ones."""
+    if asked.start == FRESH:
+        return {}
+    if asked.run is None:
+        raise ZofoError(f"start is {asked.start}, but a plain model has no trained adapters: leave it out")
+    names = [*asked.run.tasks] if asked.start == MEAN else [asked.start]
+    folders = [asked.run.parts(UPPER, asked.run.place(name))[1] for name in names]
+    own = [Path(folder) for folder in dict.fromkeys(folders) if folder is not None]
+    if not own:
+        raise ZofoError(f"start is {asked.start}, but the run in {asked.run.folder} has no adapters: leave it out")
+    return {"adapter_init": str(own[0] if len(own) == 1 else _mean_of(own, scratch / MEAN))}
+
+
+def _mean_of(folders: Sequence[Path], place: Path) -> Path:
+    """A PEFT folder with the mean of several adapters' weights, in float32."""
+    place.mkdir()
+    PeftConfig.from_pretrained(str(folders[0])).save_pretrained(str(place))
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    mean = {name: torch.stack([each[name].float() for each in weights]).mean(0) for name in weights[0]}
+    save_file(mean, place / "adapter_model.safetensors")
+    return place
+
+
+def _results(asked: Asked, task: Task, config: ZOFOConfig, found: Sequence[_Draw]) -> dict[str, Any]:
+    return {
+        "model": asked.model,
+        "task": task.name,
+        "shots": asked.shots,
+        "draws": asked.draws,
+        "start": asked.start,
+        "method": config.method,
+        "seed": config.seed,
+        "zero_shot": found[0].zero_shot,
+        "in_context": spread([draw.in_context for draw in found]),
+        "metrics": spread([draw.adapted for draw in found]),
+        "examples_that_fit": sum(draw.fitting for draw in found) / len(found),
+        "seconds": sum(draw.seconds for draw in found) / len(found),
+    }
+
+
+def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Mean, worst and 95 % interval of each score over draws, with those of each draw.
+
+    The interval is mean ± t s / sqrt(N), of N draws with the standard deviation s; none of one draw.
+
+    Examples:
+        >>> found = spread([{"accuracy": 0.5}, {"accuracy": 0.75}, {"accuracy": 0.7}])["accuracy"]
+        >>> found["mean"], found["worst"], round(found["low"], 3)
+        (0.65, 0.5, 0.321)
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in scores[0]:
+        if key == "rows":
+            continue
+        values = [own[key] for own in scores]
+        mean, n = sum(values) / len(values), len(values)
+        reach = math.nan
+        if n > 1:
+            variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+            reach = float(t.isf(_LEVEL / 2, n - 1)) * math.sqrt(variance / n)
+        worst = max(values) if key == "loss" else min(values)
+        found[key] = {"mean": mean, "worst": worst, "low": mean - reach, "high": mean + reach, "of_draws": values}
+    return found

@@ -1,0 +1,157 @@
+"""`zofo adapt`: a new task from a few examples, on the backbone of a run or on any other."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from scipy import stats
+from transformers import AutoModelForCausalLM
+
+from plain import write_config, write_task
+from zofo.cli import main
+from zofo.commands.adapt import spread
+
+QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
+
+
+def write_rows(folder, name, words, swapped=False):
+    """A task file with rows of its own."""
+    spec = yaml.safe_load((folder / "task.yaml").read_text())
+    rows = [{"text": f"the {words[i % len(words)]} number {i}", "label": i % 2} for i in range(40)]
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    labels = "['great', 'terrible']" if swapped else "['terrible', 'great']"
+    spec |= {"name": name, "source": f"{name}.jsonl", "answer": f" {{{{ {labels}[label] }}}}"}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+    return folder / f"{name}.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run over two tasks, and a third task."""
+    folder = write_task(tmp_path_factory.mktemp("adapt"))
+    write_rows(folder, "second", ("car", "tale"), swapped=True)
+    write_rows(folder, "third", ("night", "song"))
+    tasks = [str(folder / "task.yaml"), str(folder / "second.yaml")]
+    keys = {
+        "adapter": "lora",
+        "max_steps": 4,
+        "lower_steps": 2,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+    }
+    config = write_config(folder, "meta", task=tasks, tasks_per_step=2, **keys)
+    assert main(["train", "--config", str(config), "--output_dir", str(folder / "run")]) == 0
+    return folder
+
+
+def adapt(folder, output, *words, run=True, task="third.yaml", shots="4"):
+    source = ["--run", str(folder / "run")] if run else ["--model", str(folder / "model")]
+    place = str(folder / task) if task.endswith("yaml") else task
+    given = ["adapt", *source, "--task", place, "--shots", shots, "--output", str(output), *QUIET, *words]
+    return main(given)
+
+
+def test_a_run_adapts_to_a_new_task_and_says_what_that_gains(folder, tmp_path, capsys):
+    assert adapt(folder, tmp_path / "a", "--draws", "3") == 0
+    assert "metrics accuracy: mean" in capsys.readouterr().out
+    found = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert (found["task"], found["shots"], found["draws"], found["start"]) == ("third", 4, 3, "fresh")
+    assert found["zero_shot"]["rows"] == 8
+    for part in ("in_context", "metrics"):
+        accuracy = found[part]["accuracy"]
+        values = accuracy["of_draws"]
+        assert len(values) == 3
+        assert accuracy["mean"] == pytest.approx(sum(values) / 3)
+        assert accuracy["worst"] == min(values)
+        assert found[part]["loss"]["worst"] == max(found[part]["loss"]["of_draws"])
+    assert len(set(found["metrics"]["loss"]["of_draws"])) == 3
+    assert found["examples_that_fit"] == 4
+    again = adapt(folder, tmp_path / "b", "--draws", "3")
+    other = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert again == 0
+    assert {k: v for k, v in other.items() if k != "seconds"} == {k: v for k, v in found.items() if k != "seconds"}
+    assert load_file(tmp_path / "a" / "draw-2" / "upper" / "adapter_model.safetensors")
+
+
+def test_the_adapters_of_draws_load_in_plain_peft_on_the_run_s_backbone(folder, tmp_path):
+    assert adapt(folder, tmp_path / "a", "--draws", "1", "--max_steps", "2") == 0
+    place = tmp_path / "a" / "draw-0" / "upper"
+    config = json.loads((place / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((folder / "run" / "backbone").resolve())
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    model = PeftModel.from_pretrained(base, str(place))
+    assert any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_the_mean_start_is_the_mean_of_the_tasks_adapters(folder, tmp_path):
+    """One step with a learning rate of nearly 0 leaves the start."""
+    keys = ("--draws", "1", "--max_steps", "1", "--learning_rate", "1e-30")
+    assert adapt(folder, tmp_path / "mean", "--start", "mean", *keys) == 0
+    assert adapt(folder, tmp_path / "one", "--start", "second", *keys) == 0
+    read = [
+        load_file(folder / "run" / "tasks" / name / "upper" / "adapter_model.safetensors")
+        for name in ("tiny", "second")
+    ]
+    mean = load_file(tmp_path / "mean" / "draw-0" / "upper" / "adapter_model.safetensors")
+    one = load_file(tmp_path / "one" / "draw-0" / "upper" / "adapter_model.safetensors")
+    for name in mean:
+        torch.testing.assert_close(mean[name], (read[0][name] + read[1][name]) / 2, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(one[name], read[1][name], rtol=1e-6, atol=1e-9)
+
+
+def test_any_model_is_the_baseline_and_without_adapter_all_weights_learn(folder, tmp_path):
+    assert adapt(folder, tmp_path / "lora", "--draws", "2", run=False) == 0
+    assert adapt(folder, tmp_path / "full", "--draws", "2", "--adapter", "none", "--max_steps", "3", run=False) == 0
+    lora, full = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("lora", "full"))
+    assert lora["zero_shot"] == full["zero_shot"]
+    assert lora["metrics"]["loss"] != full["metrics"]["loss"]
+    assert not (tmp_path / "full" / "draw-0").exists()
+
+
+def test_the_keys_of_a_file_count_below_those_of_the_command_line(folder, tmp_path):
+    config = tmp_path / "paper.yaml"
+    config.write_text("lora_r: 16\nlearning_rate: 2e-4\nnum_train_epochs: 1\n")
+    words = ("--config", str(config), "--draws", "1", "--learning_rate", "1e-4")
+    assert adapt(folder, tmp_path / "a", *words, run=False, shots="5") == 0
+    stored = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert (stored["lora_r"], stored["learning_rate"], stored["num_train_epochs"]) == (16, 1e-4, 1)
+    assert "max_steps" not in stored
+    assert stored["per_device_train_batch_size"] == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "task", "said"),
+    [
+        ((), "second", "has trained on the task second"),
+        ((), "task.yaml", "has trained on the task tiny"),
+        (("--shots", "100"), "third.yaml", "shots is 100, but task third has"),
+        (("--start", "fourth"), "third.yaml", "has no task 'fourth', but tiny, second"),
+        (("--method", "zo"), "third.yaml", "set method: fo"),
+        (("--penlty", "1"), "third.yaml", "did you mean penalty"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_nothing_is_written(folder, tmp_path, capsys, words, task, said):
+    assert adapt(folder, tmp_path / "a", *words, task=task) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_the_run_has_seen_are_refused_by_name(folder, tmp_path, capsys):
+    spec = yaml.safe_load((folder / "third.yaml").read_text())
+    rows = (folder / "second.jsonl").read_text().replace("the car", "the  car")
+    (folder / "again.jsonl").write_text(rows)
+    (folder / "again.yaml").write_text(yaml.safe_dump({**spec, "name": "again", "source": "again.jsonl"}))
+    assert adapt(folder, tmp_path / "a", task="again.yaml") == 2
+    assert "of the test task 'again' is row" in capsys.readouterr().err
+
+
+def test_the_interval_over_draws_is_student_s():
+    values = [0.4, 0.5, 0.9, 0.7]
+    found = spread([{"f1": value} for value in values])["f1"]
+    low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
+    assert (found["low"], found["high"]) == (pytest.approx(low), pytest.approx(high))
