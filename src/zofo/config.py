@@ -158,7 +158,7 @@ class ZOFOConfig(Keys):
                 if "weight_decay" in self._given and not self.zo_weight_decay:
                     self._rename("weight_decay", "zo_weight_decay")
         if self.upper_learning_rate is None:
-            self.upper_learning_rate = self.learning_rate
+            self.upper_learning_rate = self.method_class.upper_rate or self.learning_rate
 
     def _rename(self, key: str, meant: str) -> None:
         values, defaults = vars(self), {f.name: f.default for f in dataclasses.fields(self)}

@@ -21,6 +21,8 @@ ADAPTERS = {
     "zo": ("none", "lora"),
     "fo": ("none", "lora"),
     "two_stage": ("lora",),
+    "reptile": ("lora", "prompt"),
+    "fomaml": ("lora", "prompt"),
     "none": ("none",),
 }
 CASES = [(name, adapter) for name, adapters in ADAPTERS.items() for adapter in adapters]
@@ -42,7 +44,7 @@ def test_what_it_says_that_it_updates_is_updated(tmp_path, name, adapter):
     method, adapted = METHODS[name], trainer.adapted
     assert adapted.adapters == (() if adapter == "none" else method.adapters)
     assert (
-        trainer._sizes.keys()
+        trainer._sizes[0].keys()
         == set(method.splits(trainer.args))
         == {s.split for s in method.streams(trainer.args).values()}
     )
@@ -178,6 +180,7 @@ WITHOUT_OTHER = {
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",
     "zo_rank", "zo_rows", "zo_members_per_forward",
+    "tasks_per_step", "task_sampling", "task_exponent", "shared_adapter",  # of several tasks
 }  # fmt: skip
 
 

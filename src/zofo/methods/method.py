@@ -99,6 +99,7 @@ class Method(ABC):
         freezes: whether it takes none where zo_learning_rate is 0, and goes on with the others.
         depends_on_length: whether a step depends on how many there will be.
         stages: points of a run, in [0, 1], between which the steps differ.
+        upper_rate: what `upper_learning_rate` is if it is not given; None for `learning_rate`.
         keys_used: the keys that count for it, of those that do not count for every method.
         optimizer: what the trainer steps, schedules and stores.
     """
@@ -113,6 +114,7 @@ class Method(ABC):
     freezes: ClassVar[bool] = False
     depends_on_length: ClassVar[bool] = False
     stages: ClassVar[tuple[float, ...]] = (0.0,)
+    upper_rate: ClassVar[float | None] = None
     keys_used: ClassVar[frozenset[str]] = frozenset()
 
     adapted: AdaptedModel

@@ -1,6 +1,7 @@
 """What `ZOFOTrainer` evaluates: each task with its own adapters, on rows that no level trains on."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from zofo.errors import ZofoError
@@ -32,6 +33,11 @@ class EvaluatingTrainer(StoringTrainer):
     def metrics(self) -> tuple[Metric, ...]:
         """Of the task in use."""
         return self._task.metrics
+
+    @metrics.setter
+    def metrics(self, metrics: Sequence[Metric]) -> None:
+        name = next(name for name, task in self.tasks.items() if task is self._task)
+        self._task = self.tasks[name] = replace(self._task, metrics=tuple(metrics))
 
     @property
     def span(self) -> AnswerSpan:

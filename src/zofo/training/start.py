@@ -35,6 +35,7 @@ Metrics = Sequence[Metric] | Metric
 TasksOrRows = Rows | Mapping[str, Rows]
 
 _SKIPPED_IN_A_ROW = 20
+_NO_TASKS = frozenset(("prompt", "completion", "messages", "text", "train", "validation", "dev", "test"))
 
 
 def require_config(trainer: type, args: Any, others: Mapping[str, Any]) -> ZOFOConfig:
@@ -230,9 +231,6 @@ def rows_of_tasks(
 ) -> dict[str, TaskRows]:
     """The rows of each task by its name; a dict has several tasks, everything else is the only one."""
     if not _by_task(train):
-        for key, given in (("upper_dataset", upper), ("eval_dataset", evaluated)):
-            if _by_task(given):
-                raise ZofoError(f"{key} is a dict, of several tasks, but train_dataset is none: give one of each kind")
         require_tasks(args, [ALONE])
         rows = training_rows(args, cast(Any, train), cast(Any, upper))
         return {ALONE: TaskRows(rows, _evaluated(evaluated))}
@@ -249,8 +247,8 @@ def rows_of_tasks(
 
 
 def _by_task(given: object) -> bool:
-    """Whether rows are given by task: a plain dict, which a DatasetDict, with the splits of one task, is not."""
-    return type(given) is dict and bool(given)
+    """Whether rows are given by task: in a plain dict, which holds neither the splits of one task nor its columns."""
+    return type(given) is dict and bool(given) and not _NO_TASKS.intersection(cast("dict[str, Any]", given))
 
 
 def _of_task(given: TasksOrRows | None, key: str, name: str, tasks: Mapping[str, Any]) -> Rows | None:

@@ -117,10 +117,9 @@ def mean_scores(each: Sequence[Scores]) -> Scores:
 
 def _average(optimizer: Optimizer, count: int) -> None:
     """Sums of gradients become means."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad /= count
+    for parameter in {id(p): p for group in optimizer.param_groups for p in group["params"]}.values():
+        if parameter.grad is not None:
+            parameter.grad /= count
 
 
 def _means(found: Sequence[Logs]) -> Logs:
