@@ -18,6 +18,7 @@ Place = Callable[[Any], Any]
 Bar = Callable[[list[list[int]]], Iterable[list[int]]]
 
 _NEW_TOKENS = 50  # of a generated text, unless a right answer is longer
+_ANY = 1 << 30  # line breaks
 _MARGIN = 10  # tokens more than the longest right answer: a model may divide the same text into more of them
 
 
@@ -55,8 +56,20 @@ class AnswerSpan:
             example=examples[0].texts[examples[0].gold],
         )
 
+    @classmethod
+    def whole(cls, tokens: int) -> Self:
+        """That of texts which are answers as they are, with all their lines."""
+        return cls(breaks=_ANY, tokens=tokens)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a generated text is the answer as it is."""
+        return self.breaks == _ANY
+
     def __or__(self, other: Self) -> Self:
-        """The span that holds what either holds."""
+        """The span that holds what either holds; whole texts stay as long as they are."""
+        if self.is_whole:
+            return self
         return type(self)(
             max(self.leading, other.leading),
             max(self.breaks, other.breaks),
@@ -66,6 +79,8 @@ class AnswerSpan:
 
     def cut(self, text: str) -> str:
         """The answer at the start of a generated text."""
+        if self.is_whole:
+            return text
         return "\n".join(self._lines(text)[: self.breaks + 1]).strip()
 
     def is_full(self, text: str) -> bool:
@@ -111,11 +126,13 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+        ends = [] if span.is_whole else [_AnswerEnds(tokenizer, span, ids.shape[1])]
         with _plain_generation(adapted):
             output = model.generate(
                 input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_AnswerEnds(tokenizer, span, ids.shape[1])]),
+                stopping_criteria=StoppingCriteriaList(ends),
             )  # fmt: skip
+        scorer.tokens.forward_tokens += int(batch["attention_mask"].sum()) + output[:, ids.shape[1] + 1 :].numel()
         answers: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         texts.update({i: span.cut(text) for i, text in zip(indices, answers, strict=True)})
     return [texts[i] for i in range(len(examples))]

@@ -17,15 +17,17 @@ from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.habits import refuse_arguments
 from zofo.keys import LORA_KEYS
-from zofo.methods.levels import settings_of_optimizer
+from zofo.methods.first_order_optimizers import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.kinds import adapter_config
 from zofo.models.load import load_model, require_fitting_tokenizer
 from zofo.models.peft import UPPER, described, taken_off
 from zofo.models.source import require_dense
 from zofo.tasks.metrics import Metric, metric_name
-from zofo.tasks.records import Record, Rows, records
+from zofo.tasks.records import Record, Rows, records, rewarded
+from zofo.tasks.rewards import REWARD
 from zofo.tasks.splits import halves
+from zofo.training.objective import objective_metrics
 from zofo.training.trained_rows import trained_rows_of
 
 logger = logging.getLogger(__name__)
@@ -180,8 +182,10 @@ def chosen_metrics(args: ZOFOConfig, given: Sequence[Metric] | Metric, first: Re
     """
     default = ("accuracy" if first.options else "exact_match",)
     metrics = (given,) if isinstance(given, str) or callable(given) else tuple(given) or default
+    metrics = objective_metrics(args, metrics, bool(first.options))
+    names = [REWARD if metric == REWARD else metric_name(metric) for metric in metrics]
     adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
-    known = [f"{adapter}{name}" for adapter in adapters for name in (*map(metric_name, metrics), "loss")]
+    known = [f"{adapter}{name}" for adapter in adapters for name in (*names, "loss")]
     wanted = args.metric_for_best_model
     if wanted is not None and wanted.removeprefix("eval_") not in known and all(isinstance(m, str) for m in metrics):
         raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
@@ -192,8 +196,8 @@ def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> d
     """The training rows by the splits of the method."""
     if train is None:
         raise ZofoError("train_dataset is not given: give rows with prompt, completion and perhaps options")
-    first = records(train, "train_dataset")
-    second = [] if upper is None else records(upper, "upper_dataset")
+    first = rows_of(args, train, "train_dataset")
+    second = [] if upper is None else rows_of(args, upper, "upper_dataset")
     both = [*first, *second]
     if not first:
         raise ZofoError("train_dataset is empty: give it at least one row")
@@ -204,6 +208,17 @@ def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> d
         return {splits[0]: both}
     parts = (first, second) if second else halves(first, cast(float, args.lower_fraction), args.order_seed)
     return dict(zip(splits, parts, strict=True))
+
+
+def rows_of(args: ZOFOConfig, rows: Rows, name: str) -> list[Record]:
+    """Rows that are given, as records: with their answers, if the run needs these."""
+    made = rewarded(rows, name) if args.objective == REWARD else records(rows, name)
+    if args.needs_answers and not all(record.answered for record in made):
+        raise ZofoError(
+            f"a row of {name} has no completion, which method {args.method} needs for its adapters even where "
+            "objective is reward: give completions, or set method: zo"
+        )
+    return made
 
 
 def rows_of_before(model: PreTrainedModel) -> frozenset[bytes]:

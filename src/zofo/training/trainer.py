@@ -10,18 +10,18 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerState
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from zofo.config import ZOFOConfig
 from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.keys import name_of
-from zofo.methods.levels import require_optimizer
+from zofo.methods.first_order_optimizers import require_optimizer
 from zofo.methods.method import Bundle
 from zofo.models.peft import UPPER
-from zofo.scoring.batch import collate, padding_id, width
+from zofo.scoring.batch import padding_id
 from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.padding import probe, random_batch
@@ -29,10 +29,10 @@ from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import as_chat, chat_identity
-from zofo.tasks.records import Record, Rows, digest, questions, records
-from zofo.training import start
+from zofo.tasks.records import Record, Rows, digest, questions
+from zofo.training import objective, start
 from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
-from zofo.training.callbacks import Cost, LossBar, is_over, own_callbacks
+from zofo.training.callbacks import Cost, LossBar, own_callbacks
 from zofo.training.checkpoint import (
     is_of,
     last_sealed,
@@ -70,6 +70,7 @@ class ZOFOTrainer(StoringTrainer):
         metrics: of evaluations, the first one decides; by default accuracy for rows with options, else exact_match. A
             function (predictions, references) -> number counts as well.
         callbacks: more transformers callbacks.
+        reward_funcs: with `args.objective` reward, functions as trl's trainers take them, in place of `args.reward`.
         others: refused, with what to write for arguments of other trainers.
 
     Raises:
@@ -93,9 +94,11 @@ class ZOFOTrainer(StoringTrainer):
         peft_config: PeftConfig | None = None,
         metrics: Sequence[Metric] | Metric = (),
         callbacks: list[TrainerCallback] | None = None,
+        reward_funcs: objective.RewardFuncs | None = None,
         **others: Any,
     ) -> None:
         args = start.require_config(type(self), args, others)
+        self.rewards = objective.run_rewards(args, reward_funcs)
         set_seed(args.seed)
         self.adapted, processing_class, kind = start.starting_model(model, args, processing_class, peft_config)
         model = self.adapted.base
@@ -116,17 +119,18 @@ class ZOFOTrainer(StoringTrainer):
         self.longest = min(args.max_length, self.adapted.positions)
         train = {split: self.examples(part) for split, part in rows.items()}
         self._sizes = {split: len(examples) for split, examples in train.items()}
-        self.span = AnswerSpan.of([example for examples in train.values() for example in examples], processing_class)
+        every = [example for examples in train.values() for example in examples]
+        self.span = objective.answer_span(args, AnswerSpan.of(every, processing_class))
         start.require_rows_for_a_batch(args, self._sizes)
-        evaluated = [] if eval_dataset is None else self.examples(records(eval_dataset, "eval_dataset"))
-        self.require_scorable(evaluated)
+        evaluated = [] if eval_dataset is None else self.examples(start.rows_of(args, eval_dataset, "eval_dataset"))
+        self.require_scorable([*every, *evaluated] if self.rewards else evaluated)
         args.settle_evaluations(len(evaluated))
         use_cache = model.config.use_cache
         with start.setting_up(args):
             super().__init__(
                 model=self.adapted.model,
                 args=args,
-                train_dataset=cast(Any, [example for examples in train.values() for example in examples]),
+                train_dataset=cast(Any, every),
                 eval_dataset=cast(Any, evaluated or None),
                 processing_class=processing_class,
                 callbacks=[*own_callbacks(self.cost, self.adapted.base, args), *(callbacks or [])],
@@ -139,7 +143,9 @@ class ZOFOTrainer(StoringTrainer):
         if args.method_class.zeroth_order:
             start.warm_up(self.adapted)
         self._layout = probe(self.adapted, processing_class)
-        self.method = args.method_class(self.adapted, Scorer(self.adapted, self.cost, self._layout), args)
+        scorer = Scorer(self.adapted, self.cost, self._layout)
+        black_box = objective.black_box(args, self._evaluator(), scorer)
+        self.method = args.method_class(self.adapted, scorer, args, black_box)
         if args.method_class.zeroth_order:
             batch: Any = random_batch(self.adapted, processing_class, self.method.scorer.layout)
             self.method.require_forwards(cast(Any, self._prepare_inputs(batch)))
@@ -167,6 +173,7 @@ class ZOFOTrainer(StoringTrainer):
     def require_scorable(self, rows: Sequence[Example]) -> None:
         """Refuses rows that `evaluate` could not score."""
         require_scorable(self.adapted, self.metrics, rows)
+        objective.require_rewardable(self.rewards, self.adapted, self.span, rows)
 
     def require_resumable(self, folder: Path) -> None:
         """Refuses a checkpoint that this run cannot go on from, or that is none."""
@@ -198,12 +205,8 @@ class ZOFOTrainer(StoringTrainer):
         """
         if self.args.optimizer_in_backward:
             return None
-        rows: list[Example] = list(cast(Any, self.train_dataset))
-        size, kind = self.args.per_device_train_batch_size, self.args.loss
-        longest = sorted(rows, key=lambda example: width(example, kind), reverse=True)
-        pad_id, layout = padding_id(self._tokenizer), self.method.scorer.layout
-        both: list[Any] = [collate(part[:size], kind, pad_id, layout) for part in (longest, rows)]
-        return trial(self.method, self.args, self.cost, *map(cast(Any, self._prepare_inputs), both))
+        rows, batch = list[Example](cast(Any, self.train_dataset)), self._collate()
+        return trial(self.method, self.args, self.cost, rows, lambda part: cast(Any, self._prepare_inputs(batch(part))))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
@@ -220,10 +223,13 @@ class ZOFOTrainer(StoringTrainer):
     def _order(self) -> tuple[IterationSampler, BundleCollator]:
         """Which rows go into which micro-step, and what makes its batches of them."""
         args = self.args
-        manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
         streams, size = self.method.streams(args), args.per_device_train_batch_size
         sampler = IterationSampler(self._sizes, streams, size, args.gradient_accumulation_steps, args.order_seed)
-        return sampler, BundleCollator(streams, size, partial(collate, kind=args.loss, **cast(Any, manner)))
+        return sampler, BundleCollator(streams, size, self._collate())
+
+    def _collate(self) -> Any:
+        manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
+        return partial(objective.collator(self.args), kind=self.args.loss, **manner)
 
     def _diagnose(self) -> Diagnosis:
         """On the rows of the first micro-step."""
@@ -285,11 +291,13 @@ class ZOFOTrainer(StoringTrainer):
         """Metric and loss of every adapter: `eval_loss` of the deployed one, `eval_lower_loss` of the lower one."""
         rows: Any = self.eval_dataset
         if eval_dataset is not None:
-            rows = self.examples(records(eval_dataset, "eval_dataset"))
+            rows = self.examples(start.rows_of(self.args, eval_dataset, "eval_dataset"))
         if rows is None:
             raise ZofoError("there is nothing to evaluate on: pass eval_dataset to ZOFOTrainer")
         metrics: dict[str, float] = {}
-        for adapter, scores in self.score(rows).items():
+        for adapter, (scores, answers) in self.scored(rows).items():
+            for line in objective.shown(rows, answers) if self.rewards else ():
+                tqdm.write(f"{adapter}: {line}")
             prefix = metric_key_prefix if adapter == UPPER else f"{metric_key_prefix}_{adapter}"
             metrics.update({f"{prefix}_{key}": value for key, value in scores.items()})
         self.log(metrics)
@@ -335,10 +343,10 @@ class ZOFOTrainer(StoringTrainer):
         if not rows:
             return []
         examples = self.examples(rows)
-        metrics = ["accuracy" if len(examples[0].answers) > 1 else "exact_match"]
+        metrics = ["accuracy" if len(examples[0].answers) > 1 and not self.rewards else "exact_match"]
         with self.adapted.deployed_after():
             self.adapted.use(UPPER)
-            return self._evaluator("predict", metrics).answers(examples)
+            return self._evaluator("predict", metrics).unrewarded(examples)
 
     def train(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -365,28 +373,16 @@ class ZOFOTrainer(StoringTrainer):
             self._whole = folder if is_of(folder, run) else None
             resume_from_checkpoint = str(folder)
         with owned(run), self.adapted.deployed_after():
-            if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
+            if resume_from_checkpoint and self._is_finished(resume_from_checkpoint, self.planned_steps()):
                 return TrainOutput(self.state.global_step, 0.0, {})
             with self._interrupt.listening(saves=name_of(self.args.save_strategy) != "no"):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _is_finished(self, folder: str) -> bool:
-        """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
-        state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
-        if steps_of(Path(folder)) < self.planned_steps() and not is_over(state, self.args.early_stopping_patience):
-            return False
-        self.state = state
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(folder)
-        if best is not None:
-            self._load_best_model()
-        return True
 
     def planned_steps(self) -> int:
         """Iterations of the whole run."""
         return planned_steps(self.args, self._sizes, self.method.streams(self.args))
 
-    def _evaluator(self, progress: str, metrics: Sequence[str] = ()) -> Evaluator:
+    def _evaluator(self, progress: str = "", metrics: Sequence[str] = ()) -> Evaluator:
         return Evaluator(
             Scorer(self.adapted, Tokens(), self._layout),
             self._tokenizer,
@@ -396,4 +392,5 @@ class ZOFOTrainer(StoringTrainer):
             place=lambda batch: self._prepare_inputs(batch),
             span=self.span,
             progress="" if self.args.disable_tqdm else progress,
+            rewards=self.rewards,
         )

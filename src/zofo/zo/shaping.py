@@ -39,7 +39,7 @@ def zscore(values: Tensor) -> Tensor:
 
 
 def centered_rank(values: Tensor) -> Tensor:
-    """rank / (n - 1) - 1/2 over the members, (M, C) -> (M, C), rank from 0; equal values share the mean of their ranks.
+    """The ranks over the members, rank / (n - 1) - 1/2, (M, C) -> (M, C), from 0; equal values share their mean.
 
     nan counts for nothing, and stays.
 
