@@ -35,6 +35,7 @@ from zofo.training.attribution import diagnosed
 from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, seal, steps_of, writing
 from zofo.training.diagnosable import cost_line
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
+from zofo.training.objective import run_rewards
 from zofo.training.rows import level_rows, run_splits, run_task
 from zofo.training.trainer import ZOFOTrainer
 
@@ -65,6 +66,7 @@ def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict
 def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict[str, Any]:
     for notice in config.notices():
         say(notice)
+    rewards = run_rewards(config)
     task, spec = run_task(config)
     splits = _splits(task, config, say)
     parts = level_rows(splits.train, config)
@@ -75,7 +77,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     if not rows:
         raise ZofoError(f"no row is left for {final}: give more rows, or {final}_size")
     config.settle_evaluations(len(splits.dev))
-    if config.method_class.trains():
+    if config.method_class.trains() and config.needs_answers:
         say(answer_counts(splits.train, task.name))
     for line in introduction(splits.train[0], run / TASK_FILE) if spec and not resume else ():
         say(line)
@@ -83,7 +85,13 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
         require_movable(str(config.model), f"method {config.method}")
     model, tokenizer = load_model(str(config.model), config.dtype)
     trainer = ZOFOTrainer(
-        model, config, *parts.values(), eval_dataset=splits.dev, processing_class=tokenizer, metrics=task.metrics
+        model,
+        config,
+        *parts.values(),
+        eval_dataset=splits.dev,
+        processing_class=tokenizer,
+        metrics=task.metrics,
+        reward_funcs=rewards,
     )
     test = trainer.examples(rows)
     if trainer.truncated:
@@ -112,7 +120,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
             trainer.require_finite()
         scored = trainer.scored(in_front)
         metrics = {adapter: scores for adapter, (scores, _) in scored.items()}
-        texts[PREDICTIONS] = _predictions(task, rows, test, scored[UPPER][1])
+        texts[PREDICTIONS] = _predictions(trainer, task, rows, test, scored[UPPER][1])
         if not config.method_class.trains() and not fitting:
             zero_shot = metrics[UPPER]
         scores = {"metrics": metrics, "zero_shot": zero_shot or None, **fitting}
@@ -175,10 +183,18 @@ def _zero_shot(
     return cast("dict[str, float]", stored["scores"])
 
 
-def _predictions(task: Task, records: Sequence[Record], examples: Sequence[Example], answers: Sequence[Answer]) -> str:
+def _predictions(
+    trainer: ZOFOTrainer,
+    task: Task,
+    records: Sequence[Record],
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+) -> str:
     """JSON lines: of each test row a digest, what the deployed model answers, what is right, and the row's score."""
-    texts, right = [answer.text for answer in answers], [example.right for example in examples]
-    scores = row_scores(task.metrics[0], texts, right)
+    texts = [answer.text for answer in answers]
+    right = [e.right if record.answered else () for e, record in zip(examples, records, strict=True)]
+    rewards = [answer.reward for answer in answers]
+    scores = rewards if trainer.rewards else row_scores(task.metrics[0], texts, right)
     rows = [
         {"row": digest([record]), "group": record.group, "prediction": text, "right": [*given], "score": score}
         for record, text, given, score in zip(records, texts, right, scores, strict=True)
@@ -210,7 +226,7 @@ def _write_final(
         **scores,
         "cost": asdict(trainer.cost),
         "backbone_change": backbone_change(trainer.adapted, str(config.model), config.dtype),
-        **({} if task.has_options else {"answer_span": asdict(trainer.span)}),
+        **({} if task.has_options and not trainer.rewards else {"answer_span": asdict(trainer.span)}),
     }
     if config.diagnose and config.method_class.trains():
         known = scores["zero_shot"], scores["metrics"][UPPER]

@@ -17,7 +17,6 @@ from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.scorer import Scorer
 from zofo.scoring.tokens import Example
 from zofo.tasks.metrics import OPTION_METRICS, Metric, compares_options
-from zofo.tasks.records import Record
 from zofo.tasks.rewards import REWARD, Reward, Rewards, load_rewards, made_rewards
 
 RewardFuncs = Rewards | Sequence[Reward] | Reward
@@ -125,8 +124,3 @@ def _figures(reward: float | None) -> str:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= _LONGEST else f"...{text[-_LONGEST:]}")
-
-
-def scored_row(answer: Answer, record: Record, right: Sequence[str]) -> tuple[list[str], float | None]:
-    """Of a row with a reward: its right answers, as far as there are any, and the reward."""
-    return [*right] if record.answered else [], answer.reward

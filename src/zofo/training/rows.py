@@ -28,7 +28,10 @@ def run_task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
             "task is not given: add task: ... to the config, or --task ... to the command; or give a table of "
             "your own with --data, --text and --label"
         )
-    return load_task(config.task, config.source), None
+    task = load_task(config.task, config.source)
+    if config.needs_answers:
+        task.require_answers()
+    return task, None
 
 
 def run_length(config: ZOFOConfig, rows: int) -> int:
