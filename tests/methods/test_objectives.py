@@ -281,7 +281,7 @@ def test_the_part_of_prompts_without_spread_is_logged(tmp_path):
 
     keys = {"objective": "reward", "max_new_tokens": 6, "num_perturbations": 3, "method": "zo", "adapter": "none"}
     keys |= {"zo_shaping_over": "prompt", "reward_funcs": of_odd_rows}
-    trainer, bundles, logs, _ = stepped(tmp_path, rows_of(12), **keys)
+    _, bundles, logs, _ = stepped(tmp_path, rows_of(12), **keys)
     even = np.mean([e.record.row["kind"] == 0 for e in examples_of(bundles, "zo")])
     assert logs["zo_no_spread"] == even > 0
 
@@ -310,7 +310,7 @@ def test_rows_with_answers_have_a_loss_beside_the_reward(tmp_path):
 
 def test_an_objective_of_texts_compares_generated_answers(tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in make_rows(12)]
-    trainer, bundles, logs, _ = stepped(tmp_path, rows, method="zo", adapter="none", objective="token_f1")
+    trainer, _, logs, _ = stepped(tmp_path, rows, method="zo", adapter="none", objective="token_f1")
     assert trainer.args.loss == "lm"
     assert trainer.metrics == ("exact_match", "token_f1")
     assert 0 <= logs["token_f1"] <= 1

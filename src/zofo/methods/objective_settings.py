@@ -9,7 +9,7 @@ from zofo.tasks.metrics import MEANS, TEXT_METRICS
 from zofo.tasks.rewards import REWARD, require_name
 
 NEW_TOKENS = 64  # of a completion, if nobody says
-_OF_REWARDS = ("reward", "reward_weights", "reward_timeout", "max_new_tokens")
+_OF_REWARDS = {"reward": None, "reward_weights": None, "reward_timeout": 60.0, "max_new_tokens": None}
 
 
 def settle_objective(keys: Keys, method: type[Method], given: Collection[str]) -> list[str]:
@@ -19,7 +19,7 @@ def settle_objective(keys: Keys, method: type[Method], given: Collection[str]) -
         ZofoError: if keys that were `given` do not go together with it.
     """
     _require_method(keys, method)
-    _require_rewards(keys, given)
+    _require_rewards(keys)
     if not keys.black_box or not method.keys_used >= OBJECTIVE_KEYS:
         return []
     _require_population(keys, method)
@@ -43,11 +43,11 @@ def _require_method(keys: Keys, method: type[Method]) -> None:
     )
 
 
-def _require_rewards(keys: Keys, given: Collection[str]) -> None:
+def _require_rewards(keys: Keys) -> None:
     """Refuses the keys of rewards without that objective, and names that can be none."""
     if keys.objective != REWARD:
-        for key in _OF_REWARDS:
-            if key in given:
+        for key, default in _OF_REWARDS.items():
+            if vars(keys)[key] != default:
                 raise ZofoError(
                     f"{key} is {vars(keys)[key]}, but objective is {keys.objective}: set objective: reward, or leave "
                     f"{key} out"
