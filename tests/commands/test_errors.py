@@ -113,7 +113,10 @@ WRONG_NUMBERS = [
 ]
 TASKS = {
     "an unknown key": ({"anwser": "x"}, "task.yaml: unknown key 'anwser'; did you mean answer?"),
-    "no answer": ({"answer": None}, "task.yaml: the key 'answer' is missing"),
+    "no answer": (
+        {"answer": None},
+        "task task: the key 'answer' is missing: add it; only method zo with objective: reward",
+    ),
     "options that are no list": ({"options": 2}, "task.yaml: options must be a list of texts, or a template"),
     "an answer that is no option": (
         {"answer": " fine"},
