@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from plain import MORE_TOKENS, at, make_rows, make_trainer, plain_loss, same_run, weights, whole_and_resumed
+from tiny import FAMILIES
 from zofo import direction
 from zofo.zo.optimizers import JointOptimizer
 
@@ -321,3 +322,32 @@ def test_the_best_model_is_chosen_by_the_objective(tmp_path):
     keys = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_steps": 1, "objective": "accuracy"}
     trainer = make_trainer(tmp_path, eval_rows=make_rows(4, first=40), method="zo", adapter="none", **keys)
     assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("accuracy", True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_members_that_share_a_forward_write_what_each_writes_alone(tmp_path, family):
+    found, forwards = [], []
+    for most in (None, 3, 1):
+        seen = []
+        keys = {"objective": "reward", "max_new_tokens": 5, "num_perturbations": 3, "zo_distribution": "low_rank"}
+        keys |= {"method": "zo", "adapter": "none", "zo_members_per_forward": most, "family": family}
+        trainer = make_trainer(tmp_path, rows_of(12), reward_funcs=noting(seen), zo_eps=0.05, **keys)
+        (bundle,) = itertools.islice(trainer.get_train_dataloader(), 1)
+        done = []
+        handle = trainer.adapted.base.register_forward_hook(lambda *_, done=done: done.append(1))
+        trainer.method.step(0, 0.0, [bundle])
+        handle.remove()
+        found.append(seen)
+        forwards.append(len(done))
+    assert found[0] == found[1] == found[2]
+    assert len({text for texts in found[0] for text in texts}) > 1
+    assert forwards[0] <= 5
+    assert forwards[0] < forwards[1] < forwards[2]
+
+
+def noting(seen):
+    def reward(completions):
+        seen.append(list(completions))
+        return vowels([], completions)
+
+    return reward

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from zofo.scoring.batch import Batch
 from zofo.scoring.evaluation import Answer, Evaluator, mean_reward
 from zofo.scoring.scorer import Scorer
 from zofo.scoring.tokens import Example
-from zofo.tasks.metrics import MEANS, row_scores, score
+from zofo.tasks.metrics import MEANS, TEXT_METRICS, row_scores, score
 from zofo.tasks.rewards import REWARD
 from zofo.zo.estimators import Point
 from zofo.zo.shaping import shaped
@@ -78,13 +80,32 @@ class BlackBox:
         if self.has_gradient:
             return _losses(level, self.evaluator.scorer, step, points, adapter, batches)
         examples = [example for batch in batches for example in batch.get("examples", ())]
+        self.evaluator.scorer.adapted.use(adapter)
+        together = self._together(level, step, points, examples) if self._shares(level) else None
         found: list[list[float]] = []
-        for point in points:
-            self.evaluator.scorer.adapted.use(adapter)
-            with level.perturbed(step, *point):
-                answers = self.evaluator.unrewarded(examples)
+        for number, point in enumerate(points):
+            if together is None:
+                with level.perturbed(step, *point):
+                    answers = self.evaluator.unrewarded(examples)
+            else:
+                answers = together[number]
             found.append(self._metric(examples, self.evaluator.rewarded(examples, answers)))
         return -torch.tensor(found, dtype=torch.float64)
+
+    def _shares(self, level: ZerothOrderLevel) -> bool:
+        """Whether members generate their texts in the rows of one forward."""
+        return level.probes.rank > 0 and level.most != 1 and self.keys.objective in (REWARD, *TEXT_METRICS)
+
+    def _together(
+        self, level: ZerothOrderLevel, step: int, points: Sequence[Point], examples: Sequence[Example]
+    ) -> list[list[Answer]]:
+        """What the model answers at each point, at many of them in one forward."""
+        most, size = level.most or len(points), len(examples)
+        found: list[list[Answer]] = []
+        for some in (points[low : low + most] for low in range(0, len(points), most)):
+            answers = self.evaluator.generated(examples, len(some), partial(_near, level, step, some))
+            found += [answers[start : start + size] for start in range(0, len(answers), size)]
+        return found
 
     def _metric(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[float]:
         metric, texts = self.keys.objective, [answer.text for answer in answers]
@@ -105,6 +126,11 @@ class BlackBox:
             "them: raise zo_eps, num_perturbations or per_device_train_batch_size, or take an objective with finer "
             "steps (zo_no_spread in the log says how often)"
         )
+
+
+def _near(level: ZerothOrderLevel, step: int, points: Sequence[Point], rows: int) -> AbstractContextManager[None]:
+    """The model with so many rows at each of the points, one after the other."""
+    return level.together(step, [(point, rows) for point in points])
 
 
 def _losses(

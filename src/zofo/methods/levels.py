@@ -164,7 +164,7 @@ class ZerothOrderLevel:
         self.seed = keys.seed
         self.signal = Signal() if keys.diagnose else None
         self._points = Points()
-        self._most = keys.zo_members_per_forward
+        self.most = keys.zo_members_per_forward
         self._scratch = Scratch()
         self._first, self._told = True, False
         self._judges = keys.zo_learning_rate == AUTO
@@ -248,7 +248,7 @@ class ZerothOrderLevel:
         """The same losses; `rows` gets for each point what the rows contribute to each of them."""
         if self.probes.rank:
             parts = self.probes.queries if self.probes.own else 1
-            return member_losses(self, scorer, step, points, asked, parts, self._most, rows)
+            return member_losses(self, scorer, step, points, asked, parts, self.most, rows)
         found: list[list[float]] = []
         for point in points:
             noted = None if rows is None else rows.setdefault(point, [])
@@ -258,7 +258,7 @@ class ZerothOrderLevel:
 
     def require_groups(self, scorer: Scorer, adapters: Sequence[str], batch: Batch) -> None:
         """Refuses a model of which several points cannot share a forward, where they are to."""
-        if self.probes.rank and self._most != 1:
+        if self.probes.rank and self.most != 1:
             require_groups(self, scorer, adapters, batch, self.probes.eps)
 
     def together(self, step: int, rows: Sequence[Rows]) -> AbstractContextManager[None]:

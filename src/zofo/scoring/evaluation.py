@@ -1,6 +1,7 @@
 """The evaluation of a set of examples: metrics and loss, by scored options or by generated text."""
 
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
 from zofo.scoring.batch import answer_tokens, by_length, collate, padding_id
-from zofo.scoring.generation import ONE_LINE, AnswerSpan, Place, generate, room_wanted
+from zofo.scoring.generation import ONE_LINE, AnswerSpan, Near, Place, generate, room_wanted
 from zofo.scoring.scorer import OptionTotals, Scorer, count
 from zofo.scoring.tokens import Example, LossKind
 from zofo.tasks.metrics import TEXT_METRICS, Metric, compares_options, metric_name, score, score_by
@@ -133,9 +134,15 @@ class Evaluator:
         if compares_options(self.metrics, _have_options(examples)):
             scores = self._option_scores(examples, premises)
             return [Answer(e.texts[int(row.argmax())], row) for e, row in zip(examples, scores, strict=True)]
+        return self.generated(examples)
+
+    @torch.no_grad()
+    def generated(self, examples: Sequence[Example], copies: int = 1, near: Near = nullcontext) -> list[Answer]:
+        """Generated answers, in eval mode; with `copies`, those of each copy in turn, as `generate` says."""
+        self.scorer.adapted.model.eval()
         span = self.span | AnswerSpan.of(examples, self.tokenizer)
-        texts = generate(self.scorer, self.tokenizer, examples, span, self.batch_size, self.place, self._bar)
-        return [Answer(text) for text in texts]
+        manner = (span, self.batch_size, self.place, self._bar, copies, near)
+        return [Answer(text) for text in generate(self.scorer, self.tokenizer, examples, *manner)]
 
     @torch.no_grad()
     def measure(
