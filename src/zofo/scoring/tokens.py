@@ -163,7 +163,7 @@ def _join(record: Record, pieces: list[_Piece]) -> Example:
         unscored=tuple(len(piece.prompt) - shared + piece.unscored for piece in pieces) if record.partial else (),
         references=record.references,
         group=record.group,
-        record=record,
+        record=dataclasses.replace(record, rendered=str) if isinstance(record, Chat) else record,  # no tokenizer in it
     )
 
 

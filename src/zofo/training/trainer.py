@@ -228,6 +228,7 @@ class ZOFOTrainer(StoringTrainer):
         return sampler, BundleCollator(streams, size, self._collate())
 
     def _collate(self) -> Any:
+        """What makes a batch of examples."""
         manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
         return partial(objective.collator(self.args), kind=self.args.loss, **manner)
 
