@@ -1,10 +1,14 @@
 """Keys of objectives: what follows from them, and what is refused before any work."""
 
+from typing import get_args
+
 import pytest
 
 from plain import make_rows, make_trainer
 from zofo import ZOFOConfig
 from zofo.errors import ZofoError
+from zofo.keys import ObjectiveName
+from zofo.tasks.metrics import METRICS
 
 ZO = {"method": "zo", "adapter": "none", "zo_learning_rate": 1e-6}
 REWARD = {**ZO, "objective": "reward"}
@@ -87,6 +91,10 @@ def test_what_follows_from_a_reward():
     notices = config.notices()
     assert notices[0].startswith("zo_learning_rate is not given: zo_eps² / 2 = 5e-05, as is usual for shaped values")
     assert notices[1].startswith("zo_shaping zscore of two members, at θ + εz and θ - εz, is the sign of their differ")
+
+
+def test_every_objective_is_the_loss_a_metric_or_a_reward():
+    assert {*get_args(ObjectiveName)} == {"loss", "reward", *METRICS} - {"group_exact_match"}  # of groups of rows
 
 
 def test_a_loss_stays_as_it_is():
