@@ -34,7 +34,7 @@ def make_trainer(
     folder, train=None, upper=None, family="llama", model=None, peft=None, eval_rows=None, tokenizer=None, **keys
 ):
     """A trainer of a tiny model on 12 lower and 10 upper rows; `keys` go to its configuration."""
-    callbacks = keys.pop("callbacks", None)
+    callbacks, reward_funcs = keys.pop("callbacks", None), keys.pop("reward_funcs", None)
     args = ZOFOConfig(
         **{
             "output_dir": str(folder),
@@ -61,6 +61,7 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=peft,
         callbacks=callbacks,
+        reward_funcs=reward_funcs,
     )
 
 

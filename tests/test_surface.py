@@ -13,6 +13,8 @@ import zofo
 from zofo.cli import main
 from zofo.config import parse_config
 from zofo.keys import LORA_KEYS
+from zofo.tasks.records import Record
+from zofo.tasks.rewards import load_rewards
 from zofo.tasks.task import load_task, task_names
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,15 @@ def test_a_rival_is_keys_of_its_method_and_a_line_that_says_what_it_is(file):
     assert config.notices() == []
     allowed = {"method", "adapter", *LORA_KEYS} | config.method_class.keys_used
     assert set(re.findall(r"^(\w+):", text, re.MULTILINE)) <= allowed
+
+
+def test_the_example_of_a_reward_is_read_and_found(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = parse_config(ROOT / "examples" / "reward.yaml", [])
+    rewards = load_rewards(config.reward, config.reward_weights, config.reward_timeout)
+    rows = [Record("It was", " a", row={"sentiment": value}) for value in ("3", "-2", "1")]
+    rewards.require_columns(rows)
+    assert rewards.of(rows, [" great fun", " not bad", " here"]) == [1.0, 1.0, 0.0]
 
 
 def test_a_resolved_config_reads_back_as_the_same(tmp_path):

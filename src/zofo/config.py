@@ -20,6 +20,7 @@ from zofo.identity import anywhere, known
 from zofo.keys import (
     AUTO,
     LORA_KEYS,
+    OBJECTIVE_KEYS,
     POSITIVE,
     Keys,
     default_of,
@@ -30,9 +31,11 @@ from zofo.keys import (
     require_honoured,
 )
 from zofo.methods import METHODS, Method, settings
+from zofo.methods.objective_settings import settle_objective
 from zofo.models.peft import require_fresh, require_start
 from zofo.spelling import key_of, refuse_unknown
 from zofo.tasks.lists import is_folder_of_tasks, task_files
+from zofo.tasks.rewards import REWARD
 
 _INHERITED_IDENTITY = (
     "seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
@@ -42,7 +45,10 @@ _INHERITED_IDENTITY = (
 _CHECKPOINTING = tuple(f"{name}_checkpointing{rest}" for name in ("activation", "gradient") for rest in ("", "_kwargs"))
 _TIMELESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
-_FREE = ("final_split", "zero_shot", "overwrite_output_dir", "on_nonfinite", "early_stopping_patience", "diagnose")
+_FREE = (
+    "final_split", "zero_shot", "overwrite_output_dir", "on_nonfinite", "early_stopping_patience", "diagnose",
+    "reward_timeout",
+)  # fmt: skip
 _CHOOSING = ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity")
 
 
@@ -93,8 +99,9 @@ class ZOFOConfig(Keys):
             require_fresh(self.adapter)
         self.settle_numbers(may_freeze=self.method_class.freezes)
         self._check_selection()
+        self._notices += settle_objective(self, self.method_class, self._given)
         settings.settle_checkpoints(self, self._given)
-        self._settle_checkpointing()
+        settings.settle_checkpointing(self, self.method_class)
         self._check_combinations()
         try:
             super().__post_init__()
@@ -124,6 +131,11 @@ class ZOFOConfig(Keys):
     def updates_backbone(self) -> bool:
         """Whether the backbone's weights change."""
         return self.method_class.updates_backbone(self.adapter)
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether rows must have right answers; a reward alone needs prompts alone."""
+        return self.objective != REWARD or self.method_class.backpropagates
 
     @property
     def order_seed(self) -> int:
@@ -175,20 +187,8 @@ class ZOFOConfig(Keys):
             raise ZofoError(f"{asked[0]} asks for evaluations, but no row is left for dev: give more rows, or dev_size")
         self.eval_strategy = IntervalStrategy.NO
 
-    def _settle_checkpointing(self) -> None:
-        """One meaning under both names; transformers would warn of the shorter one, which most people know."""
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-        if self.activation_checkpointing_kwargs:
-            options = numbers(self.activation_checkpointing_kwargs) or {}
-            self.activation_checkpointing_kwargs = {"use_reentrant": False, **cast(Any, options)}
-        if not self.method_class.backpropagates:
-            self.activation_checkpointing = False  # forward passes keep nothing that could be computed again
-
     def _check_selection(self) -> None:
-        for key in ("zo_parameters", "zo_exclude", "lora_target_modules"):
+        for key in ("zo_parameters", "zo_exclude", "lora_target_modules", "reward"):
             if isinstance(vars(self)[key], str):
                 vars(self)[key] = [vars(self)[key]]
         self.zo_layers = None if self.zo_layers is None else str(self.zo_layers)
@@ -228,6 +228,8 @@ class ZOFOConfig(Keys):
             more = {**dict.fromkeys(_CHOOSING[:3]), **plain, **more}
         if not METHODS[method].freezes and self.zo_learning_rate == 0:
             more = {"zo_learning_rate": None, **more}
+        if not METHODS[method].keys_used >= OBJECTIVE_KEYS:
+            more = {**{f.name: f.default for f in dataclasses.fields(self) if f.name in OBJECTIVE_KEYS}, **more}
         if adapter != self.adapter:
             more = {"adapter_init": None, **dict.fromkeys(LORA_KEYS), **more}
         return dataclasses.replace(self, method=method, adapter=adapter, **more)

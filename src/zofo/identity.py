@@ -1,6 +1,7 @@
 """Keys that name files: by absolute path where they are stored, and by content where a resumed run must share them."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from zofo.tasks.task import task_names
 
 _DESCRIBED = ("task", "source", "data", "adapter")  # their content is compared anyway: as rows, or as `peft_config`
 _WEIGHTS = ("model", "adapter_init")
+_REWARD = "reward"  # a list of FILE.py:function or module:function
 _FILE = "a file"
 _SHA = " (sha256 "
 _CONFIGS = ("config.json", "tokenizer.json")
@@ -18,6 +20,8 @@ _BLOCK, _BLOCKS = 1 << 14, 512  # bytes, and how many of them at most stand for 
 
 def anywhere(key: str, value: Any) -> Any:
     """A path among the values as an absolute one, so that a run can be repeated from any folder."""
+    if key == _REWARD and value:
+        return [_named(name, lambda file, function: f"{file}:{function}") for name in value]
     if isinstance(value, list):
         return [anywhere(key, item) for item in cast("list[Any]", value)]
     place = _place(key, value)
@@ -26,6 +30,8 @@ def anywhere(key: str, value: Any) -> Any:
 
 def known(key: str, value: Any) -> Any:
     """What a resumed run must share of a key: files may be moved, and weights are known by a digest of theirs."""
+    if key == _REWARD and value:
+        return [_named(name, lambda file, function: f"{function}{_SHA}{_digest(file)})") for name in value]
     if isinstance(value, list):
         return [known(key, item) for item in cast("list[Any]", value)]
     place = _place(key, value)
@@ -49,6 +55,13 @@ def same(key: str, before: Any, now: Any) -> bool:
     if _is_absolute(before) and not Path(before).exists():
         return now.startswith(f"{Path(before).name}{_SHA}")
     return _SHA in now and str(known(key, before)).rpartition(_SHA)[2] == now.rpartition(_SHA)[2]
+
+
+def _named(name: str, of_file: Callable[[Path, str], str]) -> str:
+    """What stands for a reward: its name, or what is made of its file and function."""
+    place, _, function = name.rpartition(":")
+    file = Path(place).expanduser()
+    return of_file(file.resolve(), function) if file.suffix == ".py" and file.is_file() else name
 
 
 def _place(key: str, value: Any) -> Path | None:

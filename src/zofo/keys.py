@@ -23,16 +23,20 @@ from zofo.models.kinds import Lora
 from zofo.models.load import DType
 from zofo.scoring.tokens import LossKind
 from zofo.spelling import refuse_unknown
+from zofo.tasks.rewards import REWARD
 from zofo.zo.bilevel import Schedule
 from zofo.zo.estimators import EstimatorName
 from zofo.zo.low_rank import DirectionName
 from zofo.zo.rules import RuleName
+from zofo.zo.shaping import ShapingName
 
 AUTO = "auto"
 SHARED = "shared"
 INFINITE = "infinite"
 CHANNEL = "channel"
 PromptName = Literal["direct", "channel"]
+LOSS = "loss"
+ObjectiveName = Literal["loss", "accuracy", "f1", "macro_f1", "exact_match", "token_f1", "reward"]
 RowsName = Literal["own", "shared"]
 Order = Literal["adapter_first", "backbone_first"]
 _T = TypeVar("_T")
@@ -111,6 +115,9 @@ ZEROTH_ORDER_KEYS = frozenset((
 COUPLING_KEYS = frozenset((
     "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_pool",
     "lower_fraction",
+))  # fmt: skip
+OBJECTIVE_KEYS = frozenset((
+    "objective", "reward", "reward_weights", "reward_timeout", "max_new_tokens", "zo_shaping", "zo_shaping_over",
 ))  # fmt: skip
 STAGE_KEYS = frozenset(("two_stage_fraction", "two_stage_order"))
 LORA_KEYS = {  # as LoraConfig calls them
@@ -264,6 +271,25 @@ class Keys(TrainingArguments):
     zo_members_per_forward: Count | None = field(
         None, "with zo_distribution low_rank: evaluations (direction and sign) that share a forward; all if not given"
     )
+    objective: ObjectiveName = field(
+        "loss",
+        "what zeroth-order steps descend (zo, bilevel): the loss, or minus a metric of what the model answers: "
+        f"{', '.join(get_args(ObjectiveName))}",
+    )
+    reward: list[str] | None = field(
+        None, "with objective reward: FILE.py:function or module:function, (prompts, completions, **columns) -> numbers"
+    )
+    reward_weights: list[float] | None = field(None, "of several rewards, in their order; 1 if not given")
+    reward_timeout: Annotated[float, POSITIVE] = field(60.0, "seconds that a call of a reward may take")
+    max_new_tokens: Count | None = field(None, "with objective reward: tokens of a completion; 64 if not given")
+    zo_shaping: ShapingName | None = field(
+        None,
+        "of the values of a population: none, zscore or centered_rank; zscore for objective reward if not given, else "
+        "none",
+    )
+    zo_shaping_over: Literal["all", "prompt"] = field(
+        "all", "with zo_shaping: all: the mean over the rows is shaped; prompt: each row is, and then the mean taken"
+    )
     penalty: float | str | None = field(
         1.0, "λ, how strongly the upper level is held to the lower level's optimum; infinite: p is s, one adapter"
     )
@@ -324,6 +350,16 @@ class Keys(TrainingArguments):
         return [self.task] if isinstance(self.task, str) else [*(self.task or ())]
 
     @property
+    def shaping(self) -> ShapingName:
+        """How the values of a population are shaped."""
+        return self.zo_shaping or ("zscore" if self.objective == REWARD else "none")
+
+    @property
+    def black_box(self) -> bool:
+        """Whether zeroth-order steps descend something else than the loss as it is."""
+        return self.objective != LOSS or self.shaping != "none"
+
+    @property
     def lora(self) -> Lora:
         """Where LoRA is put, and how large it is."""
         targets = self.lora_target_modules
@@ -352,13 +388,14 @@ class Keys(TrainingArguments):
 
     def require_bounds(self) -> None:
         """Refuses numbers out of their bounds, words that are none of the choices, and what no path or name can be."""
-        values = vars(self)
+        values, fields = vars(self), {f.name: f for f in dataclasses.fields(self)}
         for name, value in values.items():
             if isinstance(value, str) and "\0" in value:
                 raise ZofoError(f"{name} is {value!r:.80}, which holds a NUL character: take it out")
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            if get_origin(hint) is Literal and values[name] not in get_args(hint):
-                raise ZofoError(f"{name} is {values[name]!r}, but must be one of {', '.join(get_args(hint))}")
+            for choices in (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal):
+                if values[name] not in (*get_args(choices), default_of(fields[name])):
+                    raise ZofoError(f"{name} is {values[name]!r}, but must be one of {', '.join(get_args(choices))}")
             annotated = [part for part in (hint, *get_args(hint)) if get_origin(part) is Annotated]
             for bounds in (bounds for part in annotated for bounds in get_args(part)[1:]):
                 bounds.require(name, values[name])

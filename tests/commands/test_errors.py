@@ -96,7 +96,7 @@ MUST_BE_POSITIVE = (
     "zo_eps", "num_perturbations", "zo_learning_rate", "max_length", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps", "train_size", "dev_size", "test_size", "max_steps",
     "zo_rank", "zo_members_per_forward", "lower_fraction", "two_stage_fraction", "logging_steps", "save_steps",
-    "eval_steps",
+    "eval_steps", "reward_timeout", "max_new_tokens",
 )  # fmt: skip
 MUST_NOT_BE_NEGATIVE = (
     "learning_rate", "upper_learning_rate", "penalty", "lower_steps", "zo_weight_decay", "weight_decay", "seed",
@@ -113,7 +113,10 @@ WRONG_NUMBERS = [
 ]
 TASKS = {
     "an unknown key": ({"anwser": "x"}, "task.yaml: unknown key 'anwser'; did you mean answer?"),
-    "no answer": ({"answer": None}, "task.yaml: the key 'answer' is missing"),
+    "no answer": (
+        {"answer": None},
+        "task task: the key 'answer' is missing: add it; only method zo with objective: reward",
+    ),
     "options that are no list": ({"options": 2}, "task.yaml: options must be a list of texts, or a template"),
     "an answer that is no option": (
         {"answer": " fine"},

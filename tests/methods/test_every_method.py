@@ -170,7 +170,7 @@ OTHER = {
     "num_perturbations": 2, "zo_estimator": "one_sided", "zo_optimizer": "sign", "zo_weight_decay": 0.3,
     "zo_distribution": "rademacher", "upper_learning_rate": 0.03, "penalty": 3.0, "penalty_schedule": "linear",
     "normalize_penalty": False, "lower_steps": 1, "lower_pool": 1, "lower_fraction": 0.5, "two_stage_fraction": 0.3,
-    "two_stage_order": "backbone_first",
+    "two_stage_order": "backbone_first", "zo_shaping": "centered_rank",
 }  # fmt: skip
 # ... but those that alone change nothing, and those that are refused where they do not count.
 WITHOUT_OTHER = {
@@ -181,6 +181,7 @@ WITHOUT_OTHER = {
     "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",
     "zo_rank", "zo_rows", "zo_members_per_forward",
     "tasks_per_step", "task_sampling", "task_exponent", "shared_adapter",  # of several tasks
+    "objective", "reward", "reward_weights", "reward_timeout", "max_new_tokens", "zo_shaping_over",
 }  # fmt: skip
 
 

@@ -124,6 +124,13 @@ def test_a_chat_that_does_not_fit_without_words_is_refused():
         tokenize([chat], tokenizer, 12)
 
 
+def test_rewards_get_the_words_of_the_user_without_the_chat_around_them():
+    (example,), _ = tokenize([as_chat(Record("it was", " a", row={"n": 1}), chat_tokenizer("marks"), None)],
+                             chat_tokenizer("marks"), 100)  # fmt: skip
+    assert example.record.prompt != example.record.asked == "it was"
+    assert example.record.row == {"n": 1}
+
+
 def test_a_chat_template_has_an_identity():
     plain, marks = tiny_tokenizer(), chat_tokenizer("marks")
     assert chat_identity(plain) is None

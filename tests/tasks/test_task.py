@@ -91,7 +91,6 @@ def test_a_split_that_its_source_lacks_is_not_made_of_training_rows(make, tmp_pa
 BAD_FILES = {
     "an unknown key": ({"anwser": "x"}, r"task\.yaml: unknown key 'anwser'; did you mean answer\?"),
     "a key like no other": ({"zzz": "x"}, r"unknown key 'zzz'; the keys are name, "),
-    "no answer": ({"answer": None}, r"task\.yaml: the key 'answer' is missing"),
     "no prompt": ({"prompt": None}, r"the key 'prompt' is missing"),
     "no source": ({"source": None}, r"the key 'source' is missing"),
     "a prompt that is no text": ({"prompt": ["a"]}, r"prompt must be text, but is \['a'\]"),
@@ -128,6 +127,19 @@ def test_a_wrong_task_file_is_explained(make, changes, message):
     with pytest.raises(ZofoError, match=message) as caught:
         make(**changes).records()
     assert "\n" not in str(caught.value)
+
+
+def test_a_task_without_answers_is_for_those_who_need_none(make):
+    task = make(answer=None, options=None, metric=None)
+    found = [record for part in task.records().values() for record in part]
+    assert found
+    assert not any(record.answered for record in found)
+    assert all(record.row for record in found)
+    with pytest.raises(ZofoError, match="the key 'answer' is missing: add it; only method zo with objective: reward"):
+        task.require_answers()
+    answered = make()
+    answered.require_answers()
+    assert all(record.answered for part in answered.records().values() for record in part)
 
 
 BAD_ROWS = {

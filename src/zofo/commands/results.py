@@ -88,7 +88,11 @@ def write_final(
 
 def _spans(trainer: ZOFOTrainer, tests: Mapping[str, Tested]) -> dict[str, Any]:
     """How long generated answers are: of the only task, or of each of several."""
-    spans = {name: asdict(trainer.tasks[name].span) for name, test in tests.items() if not test.task.has_options}
+    spans = {
+        name: asdict(trainer.tasks[name].span)
+        for name, test in tests.items()
+        if trainer.rewards or not test.task.has_options
+    }
     if not spans:
         return {}
     return {"answer_span": spans} if len(tests) > 1 else {"answer_span": next(iter(spans.values()))}

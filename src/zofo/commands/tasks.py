@@ -82,6 +82,8 @@ def _rendered(record: Record) -> list[str]:
     """A record as the model sees it: a bar in front of its text, then the options."""
     prompt = record.prompt if len(record.prompt) <= _LONGEST else f"{record.prompt[:_LONGEST]} [...]"
     shown = [f"| {line}" for line in prompt.split("\n")]
+    if not record.answered:
+        return [*shown, "", "no answer, which rewards need not have"]
     if not record.options:
         return [*shown, "", f"answer: {record.completion!r}", *(f"also right: {text!r}" for text in record.right[1:])]
     options = [

@@ -29,6 +29,7 @@ from zofo.tasks.task import Task
 from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, steps_of
 from zofo.training.diagnosable import cost_line
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
+from zofo.training.objective import run_rewards
 from zofo.training.rows import Posing, level_rows, require_prompt, run_splits, run_tasks
 from zofo.training.start import require_tasks
 from zofo.training.tasks import Scores, mean_scores
@@ -60,12 +61,13 @@ def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict
 def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict[str, Any]:
     for notice in config.notices():
         say(notice)
+    rewards = run_rewards(config)
     tasks = run_tasks(config)
     require_tasks(config, [*tasks])
     parts = {name: _part(task, config, say) for name, (task, _) in tasks.items()}
     spec = next(iter(tasks.values()))[1]
     config.settle_evaluations(sum(len(part.dev) for part in parts.values()))
-    for part in parts.values() if config.method_class.trains() else ():
+    for part in parts.values() if config.method_class.trains() and config.needs_answers else ():
         say(answer_counts(part.splits.train, part.task.name))
     if spec and not resume:
         for line in introduction(next(iter(parts.values())).splits.train[0], run / TASK_FILE):
@@ -75,7 +77,7 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     model, tokenizer = load_model(str(config.model), config.dtype)
     width = min(config.max_length, positions_of(model))
     posed = {name: Posing(config, part.splits.train, tokenizer, width) for name, part in parts.items()}
-    trainer = ZOFOTrainer(model, config, processing_class=tokenizer, **_datasets(parts, posed))
+    trainer = ZOFOTrainer(model, config, processing_class=tokenizer, reward_funcs=rewards, **_datasets(parts, posed))
     given = list(zip(trainer.tasks, parts.values(), posed.values(), strict=True))
     tests = {name: _tested(trainer, part, posing) for name, part, posing in given}
     if trainer.truncated:
@@ -107,7 +109,9 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
             trainer.require_finite()
         scored = {name: trainer.scored(tests[name].posed) for name in trainer.each_task()}
         metrics = {name: {a: scores for a, (scores, _) in own.items()} for name, own in scored.items()}
-        texts[PREDICTIONS] = "".join(_predictions(name, tests[name], own[UPPER][1]) for name, own in scored.items())
+        texts[PREDICTIONS] = "".join(
+            _predictions(trainer, name, tests[name], own[UPPER][1]) for name, own in scored.items()
+        )
         if not config.method_class.trains() and not in_context:
             zero_shot = {name: own[UPPER] for name, own in metrics.items()}
         found = _scores(config, metrics, zero_shot, tests)
@@ -246,10 +250,12 @@ def _zero_shot(trainer: ZOFOTrainer, tests: Mapping[str, Tested], resume: Path |
     return found
 
 
-def _predictions(task: str, test: Tested, answers: Sequence[Answer]) -> str:
+def _predictions(trainer: ZOFOTrainer, task: str, test: Tested, answers: Sequence[Answer]) -> str:
     """JSON lines: of each test row a digest, what the deployed model answers, what is right, and the row's score."""
-    texts, right = [answer.text for answer in answers], [example.right for example in test.examples]
-    scores = row_scores(test.task.metrics[0], texts, right)
+    texts = [answer.text for answer in answers]
+    right = [e.right if record.answered else () for e, record in zip(test.examples, test.rows, strict=True)]
+    rewards = [answer.reward for answer in answers]
+    scores = rewards if trainer.rewards else row_scores(test.task.metrics[0], texts, right)
     named = {"task": task} if task else {}
     rows = [
         {**named, "row": digest([record]), "group": record.group, "prediction": text, "right": [*given], "score": score}

@@ -205,7 +205,7 @@ def _mark(content: Any) -> str:
 def score_of(cell: Cell) -> tuple[float, float]:
     """The metric that decides, and minus the loss, of a run that has ended."""
     scores = json.loads((cell.folder / "results.json").read_text(encoding="utf-8"))["metrics"]["upper"]
-    loss = scores["loss"]
+    loss = scores.get("loss")  # rows without right answers have none
     return next(iter(scores.values())), -(loss if loss is not None else float("inf"))
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from zofo.keys import COUPLING_KEYS, FIRST_ORDER_KEYS, INFINITE, SHARED, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
+from zofo.keys import (
+    COUPLING_KEYS,
+    FIRST_ORDER_KEYS,
+    INFINITE,
+    OBJECTIVE_KEYS,
+    SHARED,
+    STEP_KEYS,
+    ZEROTH_ORDER_KEYS,
+    Keys,
+)
 from zofo.methods.levels import (
     FirstOrderLevel,
     ZerothOrderLevel,
@@ -41,7 +51,7 @@ class Bilevel(Method):
     backpropagates = True
     zeroth_order = True
     freezes = True
-    keys_used = STEP_KEYS | FIRST_ORDER_KEYS | ZEROTH_ORDER_KEYS | COUPLING_KEYS
+    keys_used = STEP_KEYS | FIRST_ORDER_KEYS | ZEROTH_ORDER_KEYS | COUPLING_KEYS | OBJECTIVE_KEYS
 
     def __post_init__(self) -> None:
         keys, model = self.keys, (self.adapted, self.scorer)
@@ -105,9 +115,14 @@ class Bilevel(Method):
         """Estimates θ's gradient, if a loss near θ is worth a forward pass: the projected gradients, or none."""
         if not self.moves or (self.trains_adapters and self.theta.rests(number)):
             return ()
-        projected = self.theta.propose(number, measure)
+        projected = self.theta.propose(number, measure, at_once=self.black_box is not None)
         self.theta.release()
         return projected
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether p follows F by backpropagation."""
+        return self.black_box is None or self.black_box.has_gradient
 
     def objective(self, progress: float) -> tuple[Part, ...]:
         return _parts(self._penalty(progress), coupled=_weight(self.keys) > 0)
@@ -129,13 +144,15 @@ class Bilevel(Method):
             iteration.penalty,
             iteration.propose,
         )
-        logs = {"loss": found.upper.upper}
+        logs = {"loss": found.upper.upper if self.has_gradient else found.upper.upper_penalty}
         if found.projected:
             logs["projected_grad"] = root_mean_square(found.projected)
         if found.lower:
             logs["lower_loss"] = sum(found.lower) / len(found.lower)
         if found.projected and _weight(keys) > 0:
             logs["penalty_gap"] = iteration.gap
+        if self.black_box:
+            logs = {**self.black_box.taken(), **logs}
         return logs
 
     def require_forwards(self, batch: Batch) -> None:
@@ -211,15 +228,17 @@ class InfinitePenalty(Bilevel):
         near: list[float] = []
 
         def measure(points: Sequence[Point]) -> list[float]:
+            if self.black_box:
+                return self.black_box.measure(self.theta, number, points, UPPER, batches(micro, "upper"))
             found = self.theta.losses(self.scorer, number, points, asked, lambda rows: {"upper": rows[0]})
             near.extend(loss for (loss,) in found)
             return near[-len(points) :]
 
         projected = self.propose(number, measure)
-        losses = lower or near
-        logs = {"loss": sum(losses) / len(losses)}
+        measured = self.black_box.taken() if self.black_box else {"loss": sum(near) / len(near)} if near else {}
+        logs = {**measured, "loss": sum(lower) / len(lower) if lower else measured["loss"]}
         if projected:
-            logs |= {"projected_grad": root_mean_square(projected), "upper_loss": sum(near) / len(near)}
+            logs |= {"projected_grad": root_mean_square(projected), "upper_loss": measured["loss"]}
         return logs
 
     def learning_rates(self) -> Mapping[str, float]:
@@ -270,6 +289,7 @@ class _Iteration:
         self._parts = _parts(penalty, coupled=_weight(method.keys) > 0)
         self.gap = 0.0
         self._method = method
+        self._black_box = method.black_box
         self._number = number
         self._penalty_batches = batches(micro, "penalty")
         self._upper = batches(micro, "upper")
@@ -279,7 +299,7 @@ class _Iteration:
     def upper_gradient(self) -> Losses:
         before = random_state()
         of_upper, of_coupling = self.penalty.factors
-        upper = self._p_gradient(self._upper, "F(θ, p)", of_upper)
+        upper = self._p_gradient(self._upper, "F(θ, p)", of_upper) if self._method.has_gradient else 0.0
         coupled = self._p_gradient(self._penalty_batches, "G(θ, p)", of_coupling) if self._penalty_batches else 0.0
         losses = Losses(upper, coupled)
         if all(map(torch.equal, before, random_state())):
@@ -300,11 +320,15 @@ class _Iteration:
         near = [point for point in points if point not in at_theta]
         losses = dict(zip([*near, *at_theta], [*self._losses(near, None), *self._losses(at_theta, known)], strict=True))
         found = [losses[point] for point in points]
+        if self._black_box:
+            values = self._black_box.measure(self._method.theta, self._number, points, UPPER, self._upper)
+            found = [replace(each, upper=value) for each, value in zip(found, values, strict=True)]
         self.gap = sum(each.upper_penalty - each.lower_penalty for each in found) / len(found)
         return found
 
     def _losses(self, points: Sequence[Point], known: Losses | None) -> list[Losses]:
-        asked = {} if known else {"F(θ, p)": (UPPER, self._upper), "G(θ, p)": (UPPER, self._penalty_batches)}
+        upper = [] if self._black_box else self._upper  # which measures F itself
+        asked = {} if known else {"F(θ, p)": (UPPER, upper), "G(θ, p)": (UPPER, self._penalty_batches)}
         asked["G(θ, s)"] = (LOWER, self._penalty_batches)
         named = {f"step {self._number}: {label} near θ": pair for label, pair in asked.items() if pair[1]}
         if not points:
@@ -312,7 +336,8 @@ class _Iteration:
         before = self._rows_at_theta if known else []
         level, scorer = self._method.theta, self._method.scorer
         each = level.losses(scorer, self._number, points, named, lambda rows: by_stream(self._parts, [*before, *rows]))
-        return [Losses(known.upper, known.upper_penalty, *found) if known else Losses(*found) for found in each]
+        first = [known.upper, known.upper_penalty] if known else [0.0] if self._black_box else []
+        return [Losses(*first, *found) for found in each]
 
     def propose(self, measure: Measure) -> tuple[float, ...]:
         return self._method.propose(self._number, measure)

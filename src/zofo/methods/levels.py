@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from transformers import Trainer
 
 from zofo.errors import NonFiniteLossError, ZofoError, first_line, is_lack_of_memory
-from zofo.keys import AUTO, Keys, name_of
+from zofo.keys import AUTO, Keys
+from zofo.methods.first_order_optimizers import first_order_optimizer
 from zofo.methods.populations import Asked, member_losses, require_groups
 from zofo.methods.signal import Points, Signal, contributions, mean_error
 from zofo.methods.signal import Rows as RowValues
@@ -166,7 +165,7 @@ class ZerothOrderLevel:
         self.signal = Signal() if keys.diagnose else None
         self._points = Points()
         self._estimates: list[Estimate] = []  # of this step
-        self._most = keys.zo_members_per_forward
+        self.most = keys.zo_members_per_forward
         self._scratch = Scratch()
         self._first, self._told = True, False
         self._judges = keys.zo_learning_rate == AUTO
@@ -233,23 +232,34 @@ class ZerothOrderLevel:
         `diagnose` and where the rate is automatic.
         """
         rows: dict[Point, list[Tensor]] | None = {} if of_rows is not None and self.notes_rows else None
-        if self.probes.rank:
-            parts = self.probes.queries if self.probes.own else 1
-            found = member_losses(self, scorer, step, points, asked, parts, self._most, rows)
-        else:
-            found = []
-            for point in points:
-                noted = None if rows is None else rows.setdefault(point, [])
-                with self.perturbed(step, *point):
-                    found.append(mean_losses(scorer, asked, noted))
+        found = self.losses_with_rows(scorer, step, points, asked, rows)
         for (scale, query), values in (rows or {}).items():
             assert of_rows is not None
             self._points.note(scale, query, of_rows(values))
         return found
 
+    def losses_with_rows(
+        self,
+        scorer: Scorer,
+        step: int,
+        points: Sequence[Point],
+        asked: Asked,
+        rows: dict[Point, list[Tensor]] | None,
+    ) -> list[list[float]]:
+        """The same losses; `rows` gets for each point what the rows contribute to each of them."""
+        if self.probes.rank:
+            parts = self.probes.queries if self.probes.own else 1
+            return member_losses(self, scorer, step, points, asked, parts, self.most, rows)
+        found: list[list[float]] = []
+        for point in points:
+            noted = None if rows is None else rows.setdefault(point, [])
+            with self.perturbed(step, *point):
+                found.append(mean_losses(scorer, asked, noted))
+        return found
+
     def require_groups(self, scorer: Scorer, adapters: Sequence[str], batch: Batch) -> None:
         """Refuses a model of which several points cannot share a forward, where they are to."""
-        if self.probes.rank and self._most != 1:
+        if self.probes.rank and self.most != 1:
             require_groups(self, scorer, adapters, batch, self.probes.eps)
 
     def together(self, step: int, rows: Sequence[Rows]) -> AbstractContextManager[None]:
@@ -265,15 +275,16 @@ class ZerothOrderLevel:
             require_all=self._first,
         )
 
-    def propose(self, step: int, measure: Measure) -> tuple[float, ...]:
+    def propose(self, step: int, measure: Measure, at_once: bool = False) -> tuple[float, ...]:
         """Measures a loss at the points of a step, and has the rule propose an update; the projected gradients.
 
         Estimates of the same step, of one task after another, add up as gradients do: the proposal is by their mean.
+        `at_once`: all points are measured in one call, as where their values are compared with each other.
         """
         known: dict[Point, float] = {}
         self._points = Points()
         curved = self.optimizer.wants_curvature(step)
-        if self.probes.rank:  # many points at once; else each loss is measured when it is asked for
+        if at_once or self.probes.rank:  # else each loss is measured when it is asked for
             points = self.probes.points(curved)
             known.update(zip(points, measure(points), strict=True))
 
@@ -354,33 +365,6 @@ def random_state() -> list[Tensor]:
     """The global random state of torch, on the CPU and on the accelerator, if there is one: what dropout advances."""
     accelerator = [torch.get_device_module().get_rng_state()] if torch.accelerator.is_available() else []
     return [torch.get_rng_state(), *accelerator]
-
-
-def require_optimizer(keys: Keys) -> None:
-    """Refuses, before any work, an `optim` that is not there, needs another kind of model, or keeps weights."""
-    name = name_of(keys.optim)
-    if name.startswith("schedule_free"):
-        raise ZofoError(f"optim {name} keeps weights of its own for training, which zofo does not: take adamw_torch")
-    try:
-        first_order_optimizer([torch.zeros(1, requires_grad=True)], keys.learning_rate, keys)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ZofoError(f"optim {name} cannot be used ({first_line(error)}): take adamw_torch, say") from error
-
-
-def settings_of_optimizer(keys: Keys) -> tuple[Any, dict[str, Any]]:
-    """The class of the first-order optimizer, and what it is made with."""
-    made: Any = Trainer.get_optimizer_cls_and_kwargs(keys)
-    return made
-
-
-def first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, keys: Keys) -> Optimizer:
-    """`optim` as the trainer would make it; biases and norms are not decayed."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": keys.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    kind, settings = settings_of_optimizer(keys)
-    return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})
 
 
 def asked_probes(keys: Keys) -> Probes:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from zofo.errors import ZofoError
 from zofo.keys import Keys
+from zofo.methods.black_box import BlackBox
 from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
 from zofo.models.adapters import AdaptedModel
 from zofo.models.peft import UPPER
@@ -87,6 +88,7 @@ class Method(ABC):
         adapted: the model.
         scorer: runs its batches.
         keys: the configuration.
+        black_box: what zeroth-order steps descend in place of the loss; None: the loss as it is.
 
     Attributes:
         name: the value of the key `method`.
@@ -120,6 +122,7 @@ class Method(ABC):
     adapted: AdaptedModel
     scorer: Scorer
     keys: Keys
+    black_box: BlackBox | None = None
     optimizer: Optimizer = field(init=False)
 
     @abstractmethod

@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from zofo.errors import ZofoError, first_line
-from zofo.keys import CHANNEL, FULL_KEYS, INFINITE, LORA_KEYS, Keys, name_of
-from zofo.methods.levels import settings_of_optimizer
+from zofo.keys import CHANNEL, FULL_KEYS, INFINITE, LORA_KEYS, Keys, name_of, numbers
+from zofo.methods.first_order_optimizers import settings_of_optimizer
 from zofo.methods.method import Method
 
 _WITHOUT_KWARGS = ("constant", "constant_with_warmup")
@@ -40,6 +40,19 @@ def settle_checkpoints(keys: Keys, given: Collection[str]) -> None:
         keys.save_steps, keys.save_strategy = keys.eval_steps or keys.save_steps, keys.eval_strategy
     elif not {"eval_steps", "eval_strategy"}.intersection(given):
         keys.eval_steps, keys.eval_strategy = keys.save_steps, keys.save_strategy
+
+
+def settle_checkpointing(keys: Keys, method: type[Method]) -> None:
+    """One meaning under both names; transformers would warn of the shorter one, which most people know."""
+    if keys.activation_checkpointing is None:
+        keys.activation_checkpointing = keys.gradient_checkpointing
+    if keys.activation_checkpointing_kwargs is None:
+        keys.activation_checkpointing_kwargs = keys.gradient_checkpointing_kwargs
+    if keys.activation_checkpointing_kwargs:
+        options = numbers(keys.activation_checkpointing_kwargs) or {}
+        keys.activation_checkpointing_kwargs = {"use_reentrant": False, **cast(Any, options)}
+    if not method.backpropagates:
+        keys.activation_checkpointing = False  # forward passes keep nothing that could be computed again
 
 
 def require_evaluations(keys: Keys) -> None:

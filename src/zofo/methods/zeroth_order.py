@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from zofo.keys import STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
+from zofo.keys import OBJECTIVE_KEYS, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
+from zofo.methods.black_box import BlackBox
 from zofo.methods.levels import ZerothOrderLevel, evaluations, root_mean_square
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batches
 from zofo.scoring.batch import Batch
@@ -15,7 +16,7 @@ class ZerothOrder(Method):
     name = "zo"
     summary = "zeroth-order fine-tuning (MeZO): forward passes only"
     zeroth_order = True
-    keys_used = STEP_KEYS | ZEROTH_ORDER_KEYS
+    keys_used = STEP_KEYS | ZEROTH_ORDER_KEYS | OBJECTIVE_KEYS
 
     def __post_init__(self) -> None:
         self._level = ZerothOrderLevel(self.adapted, self.perturbed(self.adapted, self.keys), self.keys)
@@ -37,6 +38,8 @@ class ZerothOrder(Method):
         return (Part("zo", self.adapters[0]),)
 
     def step(self, number: int, progress: float, micro: Sequence[Bundle]) -> Logs:
+        if self.black_box:
+            return self._descend(self.black_box, number, batches(micro, "zo"))
         asked = {f"step {number}: the loss near θ": (self.adapters[0], batches(micro, "zo"))}
         losses: list[float] = []
 
@@ -47,6 +50,15 @@ class ZerothOrder(Method):
 
         projected = self._level.propose(number, measure)
         return {"loss": sum(losses) / len(losses), "projected_grad": root_mean_square(projected)}
+
+    def _descend(self, black_box: BlackBox, number: int, rows: Sequence[Batch]) -> Logs:
+        """A step on an objective of which only values are known."""
+
+        def measure(points: Sequence[Point]) -> list[float]:
+            return black_box.measure(self._level, number, points, self.adapters[0], rows)
+
+        projected = self._level.propose(number, measure, at_once=True)
+        return {**black_box.taken(), "projected_grad": root_mean_square(projected)}
 
     def require_forwards(self, batch: Batch) -> None:
         self._level.require_groups(self.scorer, self.adapters[:1], batch)

@@ -7,6 +7,7 @@ from typing import Any
 
 _PANELS = (
     ("loss", ("loss", "lower_loss", "eval_loss", "eval_lower_loss")),
+    ("reward", ("reward", "eval_reward", "eval_lower_reward")),
     ("projected gradient (rms)", ("projected_grad",)),
     ("zeroth-order learning rate", ("zo_learning_rate",)),
     ("signal to noise (1: noise alone)", ("signal_to_noise",)),
@@ -18,6 +19,9 @@ _LABELS = {
     "lower_loss": "training loss (lower adapter)",
     "eval_loss": "dev loss (deployed)",
     "eval_lower_loss": "dev loss (lower adapter)",
+    "reward": "training (mean of the members)",
+    "eval_reward": "dev (deployed)",
+    "eval_lower_reward": "dev (lower adapter)",
 }
 
 

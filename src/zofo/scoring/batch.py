@@ -34,6 +34,7 @@ class Batch(TypedDict):
     segments: NotRequired[Tensor]  # (R, S)
     slots: NotRequired[Tensor]  # (B, J, A)
     gold: NotRequired[Tensor]  # (B,)
+    examples: NotRequired[Sequence[Example]]  # of the B, where a metric is computed of them
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class _Row:
             ids += answer[:-1]
             segments += [option + 1 + PROMPT] * (len(answer) - 1)
         return cls(ids, segments, scored)
+
+
+def with_examples(examples: Sequence[Example], kind: LossKind, pad_id: int, layout: Layout) -> Batch:
+    """The same as `collate`, with the examples themselves."""
+    return {**collate(examples, kind, pad_id, layout), "examples": list(examples)}
 
 
 def collate(examples: Sequence[Example], kind: LossKind, pad_id: int, layout: Layout = Layout()) -> Batch:

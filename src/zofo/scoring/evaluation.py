@@ -1,6 +1,7 @@
 """The evaluation of a set of examples: metrics and loss, by scored options or by generated text."""
 
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
 from zofo.scoring.batch import answer_tokens, by_length, collate, padding_id
-from zofo.scoring.generation import ONE_LINE, AnswerSpan, Place, generate, room_wanted
+from zofo.scoring.generation import ONE_LINE, AnswerSpan, Near, Place, generate, room_wanted
 from zofo.scoring.scorer import OptionTotals, Scorer, count
 from zofo.scoring.tokens import Example, LossKind
 from zofo.tasks.metrics import TEXT_METRICS, Metric, compares_options, metric_name, score, score_by
+from zofo.tasks.records import Record
+from zofo.tasks.rewards import REWARD, Rewards
 
 Scoring = Literal["mean", "sum", "pmi", "channel"]
 _ANSWER_TOKENS = 512  # in one forward pass, about: each has logits over the whole vocabulary
@@ -28,7 +31,7 @@ def require_scorable(adapted: AdaptedModel, metrics: Sequence[Metric], examples:
     That is text after virtual tokens, and an answer for which the model has no positions after its prompt.
     """
     compares = compares_options(metrics, _have_options(examples))
-    metric = metric_name(metrics[0])
+    metric = REWARD if metrics[0] == REWARD else metric_name(metrics[0])
     alone = next((e for e in examples if len(e.answers) < 2), None) if compares else None
     if alone is not None:
         raise ZofoError(
@@ -52,10 +55,14 @@ def require_scorable(adapted: AdaptedModel, metrics: Sequence[Metric], examples:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers: a text, and the scores of the options that it was chosen from, (J,) float32, or None."""
+    """What a model answers: a text, and the scores of the options that it was chosen from, (J,) float32, or None.
+
+    Where there are reward functions, also the reward, or None if none of them applies.
+    """
 
     text: str
     scores: Tensor | None = None
+    reward: float | None = None
 
     @property
     def probabilities(self) -> list[float]:
@@ -80,6 +87,7 @@ class Evaluator:
             records that `as_channel` turned around.
         span: how long a generated answer may be at least; right answers of the set that are longer fit as well.
         progress: what a progress bar says on a terminal; no bar if it is empty.
+        rewards: of whole generated texts; `metrics` is then the word reward alone.
 
     References:
         A. Holtzman et al., "Surface Form Competition" (2021) for "pmi"; S. Min et al., "Noisy Channel Language Model
@@ -95,6 +103,7 @@ class Evaluator:
     scoring: Scoring = "mean"
     span: AnswerSpan = ONE_LINE
     progress: str = ""
+    rewards: Rewards | None = None
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], premises: Sequence[Example] = ()) -> dict[str, float]:
@@ -107,21 +116,44 @@ class Evaluator:
 
     @torch.no_grad()
     def answers(self, examples: Sequence[Example], premises: Sequence[Example] = ()) -> list[Answer]:
-        """What the model answers to each example, in eval mode."""
+        """What the model answers to each example, in eval mode, and the rewards of that, if there are any."""
+        return self.rewarded(examples, self.unrewarded(examples, premises))
+
+    def rewarded(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Answer]:
+        """The same answers with their rewards."""
+        if self.rewards is None:
+            return [*answers]
+        values = self.rewards.of(records_of(examples), [answer.text for answer in answers])
+        return [Answer(answer.text, reward=value) for answer, value in zip(answers, values, strict=True)]
+
+    @torch.no_grad()
+    def unrewarded(self, examples: Sequence[Example], premises: Sequence[Example] = ()) -> list[Answer]:
+        """The answers alone: no reward function is called."""
         require_scorable(self.scorer.adapted, self.metrics, examples)
         self.scorer.adapted.model.eval()
         if compares_options(self.metrics, _have_options(examples)):
             scores = self._option_scores(examples, premises)
             return [Answer(e.texts[int(row.argmax())], row) for e, row in zip(examples, scores, strict=True)]
+        return self.generated(examples)
+
+    @torch.no_grad()
+    def generated(self, examples: Sequence[Example], copies: int = 1, near: Near = nullcontext) -> list[Answer]:
+        """Generated answers, in eval mode; with `copies`, those of each copy in turn, as `generate` says."""
+        self.scorer.adapted.model.eval()
         span = self.span | AnswerSpan.of(examples, self.tokenizer)
-        texts = generate(self.scorer, self.tokenizer, examples, span, self.batch_size, self.place, self._bar)
-        return [Answer(text) for text in texts]
+        manner = (span, self.batch_size, self.place, self._bar, copies, near)
+        return [Answer(text) for text in generate(self.scorer, self.tokenizer, examples, *manner)]
 
     @torch.no_grad()
     def measure(
         self, examples: Sequence[Example], answers: Sequence[Answer], premises: Sequence[Example] = ()
     ) -> dict[str, float]:
-        """The metrics and the mean loss of these answers, as `evaluate` returns them."""
+        """The metrics and the mean loss of these answers, as `evaluate` returns them.
+
+        Rows that have no right answers have no loss.
+        """
+        if self.rewards is not None and not all(record.answered for record in records_of(examples)):
+            return {REWARD: mean_reward(answers), "rows": len(examples)}
         if self.kind == "lm":
             loss = self._lm_loss(examples)
         else:
@@ -132,7 +164,9 @@ class Evaluator:
         options, groups = [e.texts for e in examples], [e.group for e in examples]
         values: dict[str, float] = {}
         for metric in self.metrics:
-            if isinstance(metric, str):
+            if metric == REWARD:
+                values[REWARD] = mean_reward(answers)
+            elif isinstance(metric, str):
                 values[metric] = score(metric, texts, references, options=options, groups=groups)
             else:
                 values |= score_by(metric, texts, references)
@@ -169,6 +203,26 @@ class Evaluator:
     def _bar(self, batches: list[list[int]]) -> Iterable[list[int]]:
         """The batches, with a progress bar if somebody looks at it."""
         return tqdm(batches, self.progress, leave=False, disable=None if self.progress else True)
+
+
+def records_of(examples: Sequence[Example]) -> list[Record]:
+    """The rows that the examples were made from."""
+    return [example.record for example in examples if example.record is not None]
+
+
+def mean_reward(answers: Sequence[Answer]) -> float:
+    """Over the answers to which a reward applies.
+
+    Raises:
+        ZofoError: if there is none.
+    """
+    values = [answer.reward for answer in answers if answer.reward is not None]
+    if not values:
+        raise ZofoError(
+            f"no reward applies to any of {len(answers)} completions: let a reward function return a number for them, "
+            "or leave such rows out"
+        )
+    return sum(values) / len(values)
 
 
 @torch.no_grad()

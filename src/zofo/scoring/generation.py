@@ -1,7 +1,7 @@
 """Generated answers: greedy text, as far as it can be an answer."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,8 +16,10 @@ from zofo.scoring.tokens import Example
 
 Place = Callable[[Any], Any]
 Bar = Callable[[list[list[int]]], Iterable[list[int]]]
+Near = Callable[[int], AbstractContextManager[None]]
 
 _NEW_TOKENS = 50  # of a generated text, unless a right answer is longer
+_ANY = 1 << 30  # line breaks
 _MARGIN = 10  # tokens more than the longest right answer: a model may divide the same text into more of them
 
 
@@ -55,8 +57,20 @@ class AnswerSpan:
             example=examples[0].texts[examples[0].gold],
         )
 
+    @classmethod
+    def whole(cls, tokens: int) -> Self:
+        """That of texts which are answers as they are, with all their lines."""
+        return cls(breaks=_ANY, tokens=tokens)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a generated text is the answer as it is."""
+        return self.breaks == _ANY
+
     def __or__(self, other: Self) -> Self:
-        """The span that holds what either holds."""
+        """The span that holds what either holds; whole texts stay as long as they are."""
+        if self.is_whole:
+            return self
         return type(self)(
             max(self.leading, other.leading),
             max(self.breaks, other.breaks),
@@ -66,6 +80,8 @@ class AnswerSpan:
 
     def cut(self, text: str) -> str:
         """The answer at the start of a generated text."""
+        if self.is_whole:
+            return text
         return "\n".join(self._lines(text)[: self.breaks + 1]).strip()
 
     def is_full(self, text: str) -> bool:
@@ -92,18 +108,21 @@ def generate(
     batch_size: int,
     place: Place = lambda batch: batch,
     bar: Bar = lambda batches: batches,
+    copies: int = 1,
+    near: Near = nullcontext,
 ) -> list[str]:
-    """The greedy text of each example, as far as it can be an answer.
+    """The greedy text of each example, as far as it can be an answer; with `copies`, those of each copy in turn.
 
-    `place` moves a batch to the model's device; `bar` shows the progress over the batches.
+    `place` moves a batch to the model's device; `bar` shows the progress over the batches. All copies of a batch are
+    generated together: copy after copy in the rows of a forward, inside `near`, which is told the rows of one copy.
     """
     adapted = scorer.adapted
     model: Any = adapted.model
-    texts: dict[int, str] = {}
+    texts: dict[tuple[int, int], str] = {}
     size = 1 if scorer.generates_alone else batch_size
     batches = [*_with_room(examples, by_length(examples, size, "lm"), adapted.positions)]
     for indices in bar(batches):
-        batch = place(collate_prompts([examples[i] for i in indices], padding_id(tokenizer)))
+        batch = place(collate_prompts([examples[i] for i in indices] * copies, padding_id(tokenizer)))
         ids = batch["input_ids"]
         config = GenerationConfig(
             max_new_tokens=max(1, min(span.tokens, adapted.positions - ids.shape[1])),
@@ -111,14 +130,17 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        with _plain_generation(adapted):
+        ends = [] if span.is_whole else [_AnswerEnds(tokenizer, span, ids.shape[1])]
+        with near(len(indices)), _plain_generation(adapted):
             output = model.generate(
                 input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_AnswerEnds(tokenizer, span, ids.shape[1])]),
+                stopping_criteria=StoppingCriteriaList(ends),
             )  # fmt: skip
+        scorer.tokens.forward_tokens += int(batch["attention_mask"].sum()) + output[:, ids.shape[1] + 1 :].numel()
         answers: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        texts.update({i: span.cut(text) for i, text in zip(indices, answers, strict=True)})
-    return [texts[i] for i in range(len(examples))]
+        places = [(copy, i) for copy in range(copies) for i in indices]
+        texts.update({place: span.cut(text) for place, text in zip(places, answers, strict=True)})
+    return [texts[copy, i] for copy in range(copies) for i in range(len(examples))]
 
 
 def room_wanted(example: Example) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations, takewhile
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ class Example:
     references: tuple[str, ...] = ()  # all right answers, with that of `gold`
     group: str = ""
     truncated: bool = False  # whether the prompt is shorter than what the record says
+    record: Record | None = field(default=None, compare=False, repr=False)  # that it was made from
 
     @property
     def length(self) -> int:
@@ -162,6 +163,7 @@ def _join(record: Record, pieces: list[_Piece]) -> Example:
         unscored=tuple(len(piece.prompt) - shared + piece.unscored for piece in pieces) if record.partial else (),
         references=record.references,
         group=record.group,
+        record=dataclasses.replace(record, rendered=str) if isinstance(record, Chat) else record,  # no tokenizer in it
     )
 
 

@@ -96,7 +96,7 @@ def row_scores(metric: Metric, predictions: Sequence[str], references: Reference
         [1.0, 0.0]
     """
     fitting = "accuracy" if metric in OPTION_METRICS else "exact_match"
-    named = metric if isinstance(metric, str) and metric in _MEANS else fitting
+    named = metric if isinstance(metric, str) and metric in MEANS else fitting
     return [score(named, [p], [right]) for p, right in zip(predictions, references, strict=True)]
 
 
@@ -190,7 +190,7 @@ TEXT_METRICS: dict[str, _Named] = {
     "token_f1": partial(_mean_best, _token_f1),
 }
 METRICS = OPTION_METRICS | TEXT_METRICS
-_MEANS = ("accuracy", "exact_match", "token_f1")
+MEANS = ("accuracy", "exact_match", "token_f1")  # over rows
 
 
 def _form_for(answer: str) -> Callable[[str], str]:

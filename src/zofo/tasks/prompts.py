@@ -172,6 +172,10 @@ class Chat(Conversation):
     said: str = ""
     rendered: Callable[[str], str] = field(default=str, compare=False, repr=False)  # the chat around other words
 
+    @property
+    def asked(self) -> str:
+        return self.said
+
     def saying(self, said: str) -> Self:
         """The same chat with other words in the user's turn."""
         return dataclasses.replace(self, prompt=self.rendered(said), said=said)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from zofo.errors import ZofoError
@@ -29,6 +29,7 @@ class Record:
         group: rows with the same text are scored together by the metrics of groups.
         row: the row that it was made from.
         question: the identity of the record that it is another form of, such as the one behind examples.
+        answered: whether `completion` is a right answer; else it stands in for one, see `stand_in`.
     """
 
     prompt: str
@@ -41,6 +42,12 @@ class Record:
     group: str = ""
     row: Row | None = field(default=None, compare=False, repr=False)
     question: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    answered: bool = field(default=True, compare=False, repr=False)
+
+    @property
+    def asked(self) -> str:
+        """The prompt as the task makes it, without a chat format around it."""
+        return self.prompt
 
     @property
     def right(self) -> tuple[str, ...]:
@@ -76,6 +83,18 @@ def records(rows: Rows, name: str = "the data set") -> list[Record]:
     `rows` may be a list, a datasets.Dataset or a pandas DataFrame; `name` is for messages.
     """
     return [_record(row, where, None) for row, where in _numbered(rows, name)]
+
+
+def rewarded(rows: Rows, name: str = "the data set") -> list[Record]:
+    """The same for rewards, which get the columns of the rows, and need no answers."""
+    made: list[Record] = []
+    for row, where in _numbered(rows, name):
+        if isinstance(row, Record):
+            made.append(row)
+            continue
+        answered = "completion" in row or "messages" in row
+        made.append(replace(_record(row, where, None if answered else ""), row=row, answered=answered))
+    return made
 
 
 def questions(rows: Rows, example: str = "") -> list[Record]:

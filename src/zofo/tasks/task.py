@@ -37,6 +37,7 @@ class Task:
         folder: where relative paths start.
         templates: each makes a record of a row; the first one is that of the file's own keys.
         keep: which rows are used.
+        answered: whether it says what the right answers are; rewards need none.
     """
 
     name: str
@@ -47,11 +48,20 @@ class Task:
     folder: Path
     templates: tuple[ToRecord, ...] = field(repr=False)
     keep: Render | None = field(repr=False, default=None)
+    answered: bool = True
 
     @property
     def has_options(self) -> bool:
         """Whether options are compared; otherwise text is generated."""
         return self.metrics[0] in OPTION_METRICS
+
+    def require_answers(self) -> None:
+        """Refuses a task that does not say what the right answers are."""
+        if not self.answered:
+            raise ZofoError(
+                f"task {self.name}: the key 'answer' is missing: add it; only method zo with objective: reward needs "
+                "none"
+            )
 
     def records(self) -> dict[str, list[Record]]:
         """Every row as a record, by the first template and by split: {"all": ...}, or the splits of the source."""
@@ -202,6 +212,7 @@ def parse_task(spec: dict[str, Any], path: Path) -> Task:
         folder=path.parent,
         templates=_templates(spec, path),
         keep=condition(str(spec["where"]), f"{path}, where") if "where" in spec else None,
+        answered="answer" in spec or _is_metaicl(spec),
     )
 
 
@@ -216,7 +227,7 @@ def _check_keys(spec: dict[str, Any], path: Path) -> None:
     template_keys = [key for key in (*TEMPLATE_KEYS, "templates") if key in spec]
     if _is_metaicl(spec) and template_keys:
         raise ZofoError(f"{path}: rows of format metaicl bring their own {template_keys[0]}: leave the key out")
-    for key in ["source"] if _is_metaicl(spec) else ["source", "prompt", "answer"]:
+    for key in ["source"] if _is_metaicl(spec) else ["source", "prompt"]:
         if key not in spec:
             raise ZofoError(f"{path}: the key {key!r} is missing")
 
@@ -288,12 +299,19 @@ def _template(spec: dict[str, Any], where: str) -> ToRecord:
         columns = {"row": row, **row}  # `row` is for columns whose names are not valid variable names
         asked = [key for key in texts if answered or key not in _ANSWERS]
         rendered = {key: texts[key](columns) for key in asked}
-        candidates, right = tuple(options(columns)), tuple(references(columns)) if answered else ()
-        completion = rendered.pop("answer") if answered else stand_in(rendered["prompt"], candidates)
+        known = answered and "answer" in texts
+        candidates, right = tuple(options(columns)), tuple(references(columns)) if known else ()
+        completion = rendered.pop("answer") if known else stand_in(rendered["prompt"], candidates)
         if right and completion not in right:
             raise ZofoError(f"the answer {completion!r} is none of the references {list(right)}")
         record = Record(
-            completion=completion, options=candidates, references=right, partial=partial, row=row, **rendered
+            completion=completion,
+            options=candidates,
+            references=right,
+            partial=partial,
+            row=row,
+            answered=known,
+            **rendered,
         )
         return checked(record)
 
@@ -342,4 +360,4 @@ def _metaicl_record(row: Row, answered: bool) -> Record:
         raise ZofoError(f"options of a metaicl row must be a list of texts, but are {options!r:.200}")
     prompt = row["input"] + "\n"
     completion = str(row["output"]) if answered else stand_in(prompt, options)
-    return checked(Record(prompt, completion, tuple(options), row=row))
+    return checked(Record(prompt, completion, tuple(options), row=row, answered=answered))

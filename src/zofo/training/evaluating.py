@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tqdm import tqdm
+
 from zofo.errors import ZofoError
 from zofo.methods.method import Method
 from zofo.models.peft import UPPER
@@ -13,8 +15,9 @@ from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import as_chat
-from zofo.tasks.records import Record, Rows, questions, records
-from zofo.training import start
+from zofo.tasks.records import Record, Rows, questions
+from zofo.tasks.rewards import Rewards
+from zofo.training import objective, start
 from zofo.training.diagnosis import Diagnosis
 from zofo.training.storing import StoringTrainer
 from zofo.training.tasks import ALONE, Scores, mean_scores
@@ -25,6 +28,7 @@ class EvaluatingTrainer(StoringTrainer):
 
     longest: int  # tokens that the model can read
     truncated: int
+    rewards: Rewards | None
     _layout: Any
     _diagnosis: Diagnosis | None
     method: Method
@@ -61,6 +65,7 @@ class EvaluatingTrainer(StoringTrainer):
     def require_scorable(self, rows: Sequence[Example]) -> None:
         """Refuses rows that `evaluate` could not score."""
         require_scorable(self.adapted, self.metrics, rows)
+        objective.require_rewardable(self.rewards, self.adapted, self.span, rows)
 
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -71,7 +76,7 @@ class EvaluatingTrainer(StoringTrainer):
         """
         each = self._scores_of_tasks() if eval_dataset is None else {}
         if eval_dataset is not None:
-            each[ALONE] = self.score(self.examples(records(eval_dataset, "eval_dataset")))
+            each[ALONE] = self._scored_aloud(self.examples(start.rows_of(self.args, eval_dataset, "eval_dataset")))
         if not each:
             raise ZofoError("there is nothing to evaluate on: pass eval_dataset to ZOFOTrainer")
         metrics = _named(mean_scores([*each.values()]), metric_key_prefix)
@@ -85,7 +90,16 @@ class EvaluatingTrainer(StoringTrainer):
 
     def _scores_of_tasks(self) -> dict[str, Scores]:
         """Of each task on its own rows, with its own adapters."""
-        return {name: self.score(self.tasks[name].dev) for name in self.each_task() if self.tasks[name].dev}
+        return {name: self._scored_aloud(self.tasks[name].dev) for name in self.each_task() if self.tasks[name].dev}
+
+    def _scored_aloud(self, rows: Sequence[Example]) -> Scores:
+        """The scores of rows; with rewards, it shows a few completions."""
+        found: Scores = {}
+        for adapter, (scores, answers) in self.scored(rows).items():
+            for line in objective.shown(rows, answers) if self.rewards else ():
+                tqdm.write(f"{adapter}: {line}")
+            found[adapter] = scores
+        return found
 
     def score(self, rows: Sequence[Example], adapters: Sequence[str] = ()) -> dict[str, dict[str, float]]:
         """{adapter: {metric, loss, rows}}; a model without adapters counts as `upper`, which is what is deployed."""
@@ -124,12 +138,12 @@ class EvaluatingTrainer(StoringTrainer):
         if not rows:
             return []
         examples = self.examples(rows)
-        metrics = ["accuracy" if len(examples[0].answers) > 1 else "exact_match"]
+        metrics = ["accuracy" if len(examples[0].answers) > 1 and not self.rewards else "exact_match"]
         with self.adapted.deployed_after():
             self.adapted.use(UPPER)
-            return self._evaluator("predict", metrics).answers(examples)
+            return self._evaluator("predict", metrics).unrewarded(examples)
 
-    def _evaluator(self, progress: str, metrics: Sequence[str] = ()) -> Evaluator:
+    def _evaluator(self, progress: str = "", metrics: Sequence[str] = ()) -> Evaluator:
         return Evaluator(
             Scorer(self.adapted, Tokens(), self._layout),
             self._tokenizer,
@@ -140,6 +154,7 @@ class EvaluatingTrainer(StoringTrainer):
             scoring="channel" if start.is_channel(self.args) else "mean",
             span=self.span,
             progress="" if self.args.disable_tqdm else progress,
+            rewards=self.rewards,
         )
 
 

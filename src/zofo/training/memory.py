@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.methods.levels import first_order_optimizer
+from zofo.methods.first_order_optimizers import first_order_optimizer
 from zofo.methods.method import Method
 from zofo.models.adapters import AdaptedModel
 from zofo.models.kinds import adapter_config

@@ -39,7 +39,15 @@ def run_task(config: ZOFOConfig) -> tuple[Task, dict[str, Any] | None]:
         )
     if len(config.tasks) > 1:
         raise ZofoError(f"task is {', '.join(config.tasks)}, but one is needed here: give one of them")
-    return load_task(config.tasks[0], config.source), None
+    return _loaded(config.tasks[0], config, config.source), None
+
+
+def _loaded(name: str, config: ZOFOConfig, source: str | None = None) -> Task:
+    """A task, whose rows have answers if the run needs these."""
+    task = load_task(name, source)
+    if config.needs_answers:
+        task.require_answers()
+    return task
 
 
 def run_tasks(config: ZOFOConfig) -> dict[str, tuple[Task, dict[str, Any] | None]]:
@@ -54,7 +62,7 @@ def run_tasks(config: ZOFOConfig) -> dict[str, tuple[Task, dict[str, Any] | None
         )
     found: dict[str, tuple[Task, dict[str, Any] | None]] = {}
     for place in config.tasks:
-        task = load_task(place)
+        task = _loaded(place, config)
         if task.name in found:
             raise ZofoError(f"two of the tasks are called {task.name}: give one of them another name, or leave it out")
         if Path(task.name).name != task.name or task.name.startswith("."):

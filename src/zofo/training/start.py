@@ -17,15 +17,17 @@ from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.habits import refuse_arguments
 from zofo.keys import CHANNEL, LORA_KEYS
-from zofo.methods.levels import settings_of_optimizer
+from zofo.methods.first_order_optimizers import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.kinds import adapter_config
 from zofo.models.load import load_model, require_fitting_tokenizer
 from zofo.models.peft import UPPER, described, taken_off
 from zofo.models.source import require_dense
 from zofo.tasks.metrics import Metric, metric_name
-from zofo.tasks.records import Record, Rows, records
+from zofo.tasks.records import Record, Rows, records, rewarded
+from zofo.tasks.rewards import REWARD
 from zofo.tasks.splits import halves
+from zofo.training.objective import objective_metrics
 from zofo.training.tasks import ALONE, TaskRows
 from zofo.training.trained_rows import trained_rows_of
 
@@ -189,9 +191,10 @@ def metrics_of_tasks(
     for name, task in rows.items():
         own = given.get(name, ()) if isinstance(given, Mapping) else given
         default = ("accuracy" if next(iter(task.train.values()))[0].options else "exact_match",)
-        found[name] = cast(Any, (own,) if isinstance(own, str) or callable(own) else tuple(own) or default)
+        metrics = cast(Any, (own,) if isinstance(own, str) or callable(own) else tuple(own) or default)
+        found[name] = objective_metrics(args, metrics, bool(next(iter(task.train.values()))[0].options))
     adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
-    every = [[*map(metric_name, metrics), "loss"] for metrics in found.values()]
+    every = [[*map(_name_of_metric, metrics), "loss"] for metrics in found.values()]
     shared = [name for name in every[0] if all(name in names for names in every)]
     tasks = [*zip(found, every, strict=True)] if len(found) > 1 else []
     named = [*shared, *(f"{task}_{name}" for task, names in tasks for name in names)]
@@ -200,6 +203,10 @@ def metrics_of_tasks(
     if wanted is not None and wanted.removeprefix("eval_") not in known and plain:
         raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")
     return found
+
+
+def _name_of_metric(metric: Metric) -> str:
+    return REWARD if metric == REWARD else metric_name(metric)
 
 
 def require_tasks(args: ZOFOConfig, tasks: Sequence[str]) -> None:
@@ -233,7 +240,7 @@ def rows_of_tasks(
     if not _by_task(train):
         require_tasks(args, [ALONE])
         rows = training_rows(args, cast(Any, train), cast(Any, upper))
-        return {ALONE: TaskRows(rows, _evaluated(evaluated))}
+        return {ALONE: TaskRows(rows, _evaluated(args, evaluated))}
     tasks = cast("dict[str, Rows]", train)
     require_tasks(args, [*tasks])
     found: dict[str, TaskRows] = {}
@@ -242,7 +249,7 @@ def rows_of_tasks(
         parts = {key: _of_task(given, key, name, tasks) for key, given in own.items()}
         with _naming(name):
             split = training_rows(args, rows, parts["upper_dataset"])
-            found[name] = TaskRows(split, _evaluated(parts["eval_dataset"]))
+            found[name] = TaskRows(split, _evaluated(args, parts["eval_dataset"]))
     return found
 
 
@@ -268,16 +275,16 @@ def _naming(task: str) -> Generator[None]:
         raise ZofoError(f"task {task}: {error}") from error
 
 
-def _evaluated(given: Any) -> list[Record]:
-    return [] if given is None else list(records(given, "eval_dataset"))
+def _evaluated(args: ZOFOConfig, given: Any) -> list[Record]:
+    return [] if given is None else rows_of(args, given, "eval_dataset")
 
 
 def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> dict[str, list[Record]]:
     """The training rows by the splits of the method."""
     if train is None:
         raise ZofoError("train_dataset is not given: give rows with prompt, completion and perhaps options")
-    first = records(train, "train_dataset")
-    second = [] if upper is None else records(upper, "upper_dataset")
+    first = rows_of(args, train, "train_dataset")
+    second = [] if upper is None else rows_of(args, upper, "upper_dataset")
     both = [*first, *second]
     if not first:
         raise ZofoError("train_dataset is empty: give it at least one row")
@@ -293,6 +300,17 @@ def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> d
 def is_channel(args: ZOFOConfig) -> bool:
     """Whether a run trains on prompts given their answers."""
     return args.method_class.trains() and args.train_prompt == CHANNEL
+
+
+def rows_of(args: ZOFOConfig, rows: Rows, name: str) -> list[Record]:
+    """Rows that are given, as records: with their answers, if the run needs these."""
+    made = rewarded(rows, name) if args.objective == REWARD else records(rows, name)
+    if args.needs_answers and not all(record.answered for record in made):
+        raise ZofoError(
+            f"a row of {name} has no completion, which method {args.method} needs for its adapters even where "
+            "objective is reward: give completions, or set method: zo"
+        )
+    return made
 
 
 def rows_of_before(model: PreTrainedModel) -> frozenset[bytes]:

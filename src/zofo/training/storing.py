@@ -7,13 +7,24 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError, did_you_mean
 from zofo.models.adapters import BACKBONE, AdaptedModel
 from zofo.models.export import save_tokenizer
-from zofo.training.callbacks import Cost
-from zofo.training.checkpoint import is_of, loading, read_seal, rotate_checkpoints, seal, share, unseal, writing
+from zofo.training.callbacks import Cost, is_over
+from zofo.training.checkpoint import (
+    is_of,
+    loading,
+    read_seal,
+    rotate_checkpoints,
+    seal,
+    share,
+    steps_of,
+    unseal,
+    writing,
+)
 from zofo.training.folder import TASKS, claim, drop_old
 from zofo.training.rehearsal import require_finite
 from zofo.training.tasks import Joint, RunTask
@@ -59,6 +70,18 @@ class StoringTrainer(Trainer):
         with writing(folder):
             self._save_parts(folder, home, own=True)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _is_finished(self, folder: str, steps: int) -> bool:
+        """Whether a checkpoint is the last one of a run; loads it then, where Trainer would take one more step."""
+        state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
+        if steps_of(Path(folder)) < steps and not is_over(state, self.args.early_stopping_patience):
+            return False
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(folder)
+        if best is not None:
+            self._load_best_model()
+        return True
 
     def require_finite(self) -> None:
         """Refuses weights that the last step has made infinite or not a number."""

@@ -11,16 +11,15 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerState
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from zofo.config import ZOFOConfig
 from zofo.errors import NonFiniteLossError
 from zofo.keys import name_of
-from zofo.methods.levels import require_optimizer
+from zofo.methods.first_order_optimizers import require_optimizer
 from zofo.methods.method import Bundle
-from zofo.scoring.batch import collate, padding_id, width
+from zofo.scoring.batch import padding_id
 from zofo.scoring.evaluation import require_scorable
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.padding import probe, random_batch
@@ -29,9 +28,9 @@ from zofo.scoring.tokens import Example
 from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import chat_identity
 from zofo.tasks.records import Rows, digest
-from zofo.training import start
+from zofo.training import objective, start
 from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
-from zofo.training.callbacks import Cost, LossBar, is_over, own_callbacks
+from zofo.training.callbacks import Cost, LossBar, own_callbacks
 from zofo.training.checkpoint import (
     is_of,
     last_sealed,
@@ -70,6 +69,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         metrics: of evaluations, the first one decides; by default accuracy for rows with options, else exact_match. A
             function (predictions, references) -> number counts as well.
         callbacks: more transformers callbacks.
+        reward_funcs: with `args.objective` reward, functions as trl's trainers take them, in place of `args.reward`.
         others: refused, with what to write for arguments of other trainers.
 
     Raises:
@@ -93,9 +93,11 @@ class ZOFOTrainer(EvaluatingTrainer):
         peft_config: PeftConfig | None = None,
         metrics: Sequence[Metric] | Metric = (),
         callbacks: list[TrainerCallback] | None = None,
+        reward_funcs: objective.RewardFuncs | None = None,
         **others: Any,
     ) -> None:
         args = start.require_config(type(self), args, others)
+        self.rewards = objective.run_rewards(args, reward_funcs)
         set_seed(args.seed)
         self.adapted, processing_class, kind = start.starting_model(model, args, processing_class, peft_config)
         model = self.adapted.base
@@ -137,7 +139,9 @@ class ZOFOTrainer(EvaluatingTrainer):
         if args.method_class.zeroth_order:
             start.warm_up(self.adapted)
         self._layout = probe(self.adapted, processing_class)
-        self.method = args.method_class(self.adapted, Scorer(self.adapted, self.cost, self._layout), args)
+        scorer = Scorer(self.adapted, self.cost, self._layout)
+        black_box = objective.black_box(args, self._evaluator(), scorer)
+        self.method = args.method_class(self.adapted, scorer, args, black_box)
         if args.method_class.zeroth_order:
             batch: Any = random_batch(self.adapted, processing_class, self.method.scorer.layout)
             self.method.require_forwards(cast(Any, self._prepare_inputs(batch)))
@@ -154,10 +158,13 @@ class ZOFOTrainer(EvaluatingTrainer):
     def _run_task(self, name: str, rows: TaskRows, metrics: tuple[Metric, ...]) -> RunTask:
         """The rows of a task as examples, which must be enough for a batch and fit its metrics."""
         train = {split: self.examples(part) for split, part in rows.train.items()}
-        span = AnswerSpan.of([example for part in train.values() for example in part], self._tokenizer)
+        every = [example for part in train.values() for example in part]
+        span = objective.answer_span(self.args, AnswerSpan.of(every, self._tokenizer))
         task = RunTask(train, self.examples(rows.dev), metrics, span)
         start.require_rows_for_a_batch(self.args, task.sizes, name)
-        require_scorable(self.adapted, metrics, task.dev)
+        scored = [*every, *task.dev] if self.rewards else task.dev
+        require_scorable(self.adapted, metrics, scored)
+        objective.require_rewardable(self.rewards, self.adapted, span, scored)
         return task
 
     @property
@@ -194,12 +201,8 @@ class ZOFOTrainer(EvaluatingTrainer):
         """
         if self.args.optimizer_in_backward:
             return None
-        rows: list[Example] = list(cast(Any, self.train_dataset))
-        size, kind = self.args.per_device_train_batch_size, self.args.loss
-        longest = sorted(rows, key=lambda example: width(example, kind), reverse=True)
-        pad_id, layout = padding_id(self._tokenizer), self.method.scorer.layout
-        both: list[Any] = [collate(part[:size], kind, pad_id, layout) for part in (longest, rows)]
-        return trial(self.method, self.args, self.cost, *map(cast(Any, self._prepare_inputs), both))
+        rows, batch = list[Example](cast(Any, self.train_dataset)), self._collate()
+        return trial(self.method, self.args, self.cost, rows, lambda part: cast(Any, self._prepare_inputs(batch(part))))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item is one micro-step with all its batches, so that Trainer's resuming and accumulation just work."""
@@ -216,12 +219,15 @@ class ZOFOTrainer(EvaluatingTrainer):
     def _order(self) -> tuple[IterationSampler, BundleCollator]:
         """Which rows go into which micro-step, and what makes its batches of them."""
         args = self.args
-        manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
         streams, size = self.method.streams(args), args.per_device_train_batch_size
         accumulation, draws = args.gradient_accumulation_steps, self._joint.draws
         sampler = IterationSampler(self._sizes, streams, size, accumulation, args.order_seed, draws)
-        made = partial(collate, kind=args.loss, **cast(Any, manner))
-        return sampler, BundleCollator(streams, size, made, draws.per_step)
+        return sampler, BundleCollator(streams, size, self._collate(), draws.per_step)
+
+    def _collate(self) -> Any:
+        """What makes a batch of examples."""
+        manner = {"pad_id": padding_id(self._tokenizer), "layout": self.method.scorer.layout}
+        return partial(objective.collator(self.args), kind=self.args.loss, **manner)
 
     def _diagnose(self) -> Diagnosis:
         """On the rows of the first micro-step."""
@@ -301,25 +307,13 @@ class ZOFOTrainer(EvaluatingTrainer):
             self._whole = folder if is_of(folder, run) else None
             resume_from_checkpoint = str(folder)
         with owned(run), self.adapted.deployed_after():
-            if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
+            if resume_from_checkpoint and self._is_finished(resume_from_checkpoint, self.planned_steps()):
                 return TrainOutput(self.state.global_step, 0.0, {})
             try:
                 with self._interrupt.listening(saves=name_of(self.args.save_strategy) != "no"):
                     return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             finally:
                 self.set_task(next(iter(self.tasks)))
-
-    def _is_finished(self, folder: str) -> bool:
-        """Whether a checkpoint is a run's last one; loads it then, where Trainer would take one more step."""
-        state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
-        if steps_of(Path(folder)) < self.planned_steps() and not is_over(state, self.args.early_stopping_patience):
-            return False
-        self.state = state
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(folder)
-        if best is not None:
-            self._load_best_model()
-        return True
 
     def planned_steps(self) -> int:
         """Iterations of the whole run."""

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from zofo.config import ZOFOConfig
 from zofo.errors import NonFiniteLossError, ZofoError, is_lack_of_memory
 from zofo.methods.method import Bundle, Method
-from zofo.scoring.batch import Batch
+from zofo.scoring.batch import Batch, width
+from zofo.scoring.tokens import Example
 from zofo.training.callbacks import Cost, peak_memory, reset_peak_memory
 from zofo.training.memory import checkpoint, optimizer_states
 from zofo.training.rehearsal import same_randomness
@@ -23,11 +25,19 @@ class Trial:
     peak: int
 
 
-def trial(method: Method, config: ZOFOConfig, cost: Cost, longest: Batch, typical: Batch) -> Trial | None:
-    """Runs a step on the longest rows, which must fit, and one on other rows, which is timed; nothing is changed.
+def trial(
+    method: Method,
+    config: ZOFOConfig,
+    cost: Cost,
+    rows: Sequence[Example],
+    collated: Callable[[Sequence[Example]], Batch],
+) -> Trial | None:
+    """Runs a step on the longest rows, which must fit, and one on the first rows, which is timed; nothing is changed.
 
     None if a loss is not finite, of which the run itself has more to say.
     """
+    by_width = sorted(rows, key=lambda example: width(example, config.loss), reverse=True)
+    longest, typical = (collated(part[: config.per_device_train_batch_size]) for part in (by_width, rows))
     checkpoint(config, method.adapted)
     counted, method.keys = copy.copy(vars(cost)), copy.copy(config)
     method.keys.on_nonfinite = "skip"  # so that lower steps are taken back as well
