@@ -8,7 +8,9 @@ BLAME = {"awful", "bad", "boring", "disappointing", "dull", "horrible", "mess", 
 
 
 def verdict(completions: Sequence[str], sentiment: Sequence[Any], **columns: Any) -> list[float]:
-    """1 for a word of the right side, -1 for one of the wrong side, 0 for neither or both.
+    """1 for a word of praise or blame, as the critic means it; 0.5 for one of the wrong side; 0 for none, or both.
+
+    So there is something to be learned before the sides can be told apart: to judge at all.
 
     Args:
         completions: what the model wrote after "... It was".
@@ -17,10 +19,11 @@ def verdict(completions: Sequence[str], sentiment: Sequence[Any], **columns: Any
 
     Examples:
         >>> verdict([" a great film.", " great!", " a film"], ["2.5", "-1.8", "3"])
-        [1.0, -1.0, 0.0]
+        [1.0, 0.5, 0.0]
     """
-    signs = [1.0 if float(value) > 0 else -1.0 for value in sentiment]
-    return [sign * _side(text) for sign, text in zip(signs, completions, strict=True)]
+    meant = [1 if float(value) > 0 else -1 for value in sentiment]
+    said = [_side(text) for text in completions]
+    return [0.5 * abs(side) + 0.5 * (side == right) for side, right in zip(said, meant, strict=True)]
 
 
 def _side(text: str) -> int:

@@ -213,6 +213,17 @@ def test_rows_and_rewards_that_do_not_go_together_are_refused_before_training(tm
     assert "\n" not in str(refusal.value)
 
 
+def test_functions_are_weighed_in_their_order(tmp_path):
+    def halves(completions):
+        return [0.5] * len(completions)
+
+    keys = {"objective": "reward", "method": "zo", "adapter": "none", "max_new_tokens": 2, "reward_weights": [1, 3]}
+    trainer = make_trainer(tmp_path, PROMPTS, reward_funcs=[ones, halves], eval_rows=PROMPTS, **keys)
+    assert trainer.evaluate()["eval_reward"] == 2.5
+    with pytest.raises(ZofoError, match="reward_weights has 2 numbers for 1 rewards: give one for each"):
+        make_trainer(tmp_path, PROMPTS, reward_funcs=[ones], **keys)
+
+
 def test_rewards_of_which_none_applies_end_the_run(tmp_path):
     keys = {"objective": "reward", "method": "zo", "adapter": "none", "max_new_tokens": 2}
     trainer = make_trainer(tmp_path, PROMPTS, reward_funcs=never, **keys)

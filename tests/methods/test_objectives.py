@@ -264,6 +264,8 @@ def test_a_population_without_spread_moves_nothing_and_says_so_once(tmp_path, ca
     trainer = make_trainer(tmp_path, rows_of(12), reward_funcs=constant, **keys)
     before = weights(trainer.adapted, "backbone")
     with caplog.at_level(logging.WARNING):
+        trainer.try_step()
+        assert not caplog.records, "of a step that is only tried, nothing is said"
         trainer.train()
     warnings = [record.message for record in caplog.records if "have the same reward" in record.message]
     assert len(warnings) == 1

@@ -33,11 +33,12 @@ class BlackBox:
     Args:
         keys: name the objective and the shaping.
         evaluator: answers rows, with the scorer of the run, whose tokens count.
+        told: whether a population without spread is no news any more.
     """
 
     keys: Keys
     evaluator: Evaluator
-    _told: bool = False
+    told: bool = False
     _measured: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])  # mean value, no spread
 
     @property
@@ -118,9 +119,9 @@ class BlackBox:
         return [score(metric, texts, references, options=[e.texts for e in examples])]
 
     def _tell(self, step: int, no_spread: float) -> None:
-        if no_spread < 1 or self._told:
+        if no_spread < 1 or self.told:
             return
-        self._told = True
+        self.told = True
         logger.warning(
             f"step {step}: all members of the population have the same {self.keys.objective}, so θ learns nothing from "
             "them: raise zo_eps, num_perturbations or per_device_train_batch_size, or take an objective with finer "

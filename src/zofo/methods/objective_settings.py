@@ -55,10 +55,10 @@ def _require_rewards(keys: Keys) -> None:
         return
     for name in keys.reward or ():
         require_name(name)
-    if keys.reward_weights is not None and len(keys.reward_weights) != len(keys.reward or ()):
+    if keys.reward and keys.reward_weights is not None and len(keys.reward_weights) != len(keys.reward):
         raise ZofoError(
-            f"reward_weights has {len(keys.reward_weights)} numbers, and reward {len(keys.reward or ())} names: give "
-            "one number for each reward, in their order"
+            f"reward_weights has {len(keys.reward_weights)} numbers, and reward {len(keys.reward)} names: give one "
+            "number for each reward, in their order"
         )
 
 

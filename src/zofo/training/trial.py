@@ -41,6 +41,9 @@ def trial(
     checkpoint(config, method.adapted)
     counted, method.keys = copy.copy(vars(cost)), copy.copy(config)
     method.keys.on_nonfinite = "skip"  # so that lower steps are taken back as well
+    black_box = method.black_box
+    if black_box:
+        black_box.told = True  # of these rows nothing is to be said
     reset_peak_memory(config.device)
     try:
         with same_randomness():
@@ -61,6 +64,8 @@ def trial(
         ) from error
     finally:
         method.keys = config
+        if black_box:
+            black_box.told = False
         vars(cost).update(counted)
         method.signal_to_noise()  # what the tried steps have measured
 
