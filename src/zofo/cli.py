@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -12,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from zofo.commands import verbs
 from zofo.console import Lasting
 from zofo.errors import ZofoError
 from zofo.spelling import require_known
@@ -162,18 +162,24 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with: zofo tasks; zofo train --help",
     )
     parser.add_argument("--version", action="version", version=f"zofo {version('zofo')}")
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    parsers = parser.add_subparsers(metavar="COMMAND", required=True)
     dtypes = ["float32", "bfloat16", "float16"]
 
-    train = _verb(verbs, "train", _train, "one run: train, evaluate, write a run folder", _TRAIN, takes_keys=True)
-    estimate = _verb(verbs, "estimate", _estimate, "memory and time of a run, before it", _ESTIMATE, takes_keys=True)
+    train = _verb(
+        parsers, "train", verbs.train, "one run: train, evaluate, write a run folder", _TRAIN, takes_keys=True
+    )
+    estimate = _verb(
+        parsers, "estimate", verbs.estimate, "memory and time of a run, before it", _ESTIMATE, takes_keys=True
+    )
     for verb in (train, estimate):
         verb.add_argument("--config", type=Path, help="the YAML file with the keys")
     train.add_argument("-h", "--help", action=_KeysHelp, nargs=0, help="this text")
     estimate.add_argument("--output", type=Path, help="also write the result to this JSON file")
     estimate.add_argument("--memory_only", action="store_true", help="do not load the weights, and measure no time")
 
-    score = _verb(verbs, "eval", _eval, "score a model, with or without an adapter, on a task", _EVAL, takes_keys=True)
+    score = _verb(
+        parsers, "eval", verbs.evaluate, "score a model, with or without an adapter, on a task", _EVAL, takes_keys=True
+    )
     _add_model(score)
     which = score.add_mutually_exclusive_group()
     which.add_argument("--task", nargs="+", help="names from `zofo tasks`, or task files; otherwise that of the run")
@@ -197,25 +203,27 @@ def _parser() -> argparse.ArgumentParser:
         "premise (pmi, calibrated), or of the prompt behind the option (channel)",
     )
 
-    rivals = _verb(verbs, "compare", _compare, "many methods under the same budget, and a report", _COMPARE)
+    rivals = _verb(parsers, "compare", verbs.compare, "many methods under the same budget, and a report", _COMPARE)
     rivals.add_argument("--config", type=Path, required=True, help="the YAML file of the comparison")
     rivals.add_argument("--dry_run", action="store_true", help="only say what would be run")
 
-    answer = _verb(verbs, "predict", _predict, "what a model answers to new rows", _PREDICT, takes_keys=True)
+    answer = _verb(parsers, "predict", verbs.predict, "what a model answers to new rows", _PREDICT, True)
     _add_model(answer)
     answer.add_argument("--task", help="name from `zofo tasks`, or task file; otherwise that of the run")
     answer.add_argument("--data", required=True, help="rows, with or without labels: CSV, JSON lines, Parquet, ...")
     answer.add_argument("--output", type=Path, help="new file: .csv, .jsonl or .parquet; otherwise JSON lines are said")
     answer.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
 
-    merge = _verb(verbs, "merge", _merge, "write backbone and adapter as one plain Hugging Face folder", _MERGE)
+    merge = _verb(parsers, "merge", verbs.merge, "write backbone and adapter as one plain Hugging Face folder", _MERGE)
     merge.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
     merge.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
     merge.add_argument("--task", help="of a run over several tasks: whose adapter")
     merge.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     merge.add_argument("--dtype", choices=dtypes, help="of the result; default: the backbone's")
 
-    adapt = _verb(verbs, "adapt", _adapt, "a new task from a few examples, after training on others", _ADAPT, True)
+    adapt = _verb(
+        parsers, "adapt", verbs.adapt, "a new task from a few examples, after training on others", _ADAPT, True
+    )
     which = adapt.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--run", type=Path, dest="folder", help="the output_dir of zofo train, mostly over several tasks"
@@ -230,17 +238,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     adapt.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
 
-    tasks = _verb(verbs, "tasks", _tasks, "what can be trained on out of the box", _TASKS)
+    tasks = _verb(parsers, "tasks", verbs.tasks, "what can be trained on out of the box", _TASKS)
     tasks.add_argument("name", nargs="?", help="of a task, or a task file")
     tasks.add_argument("--source", help="the task's rows: a folder of train.* and validation.*, or a file")
     return parser
 
 
 def _verb(
-    verbs: Any, name: str, run: Callable[..., None], help: str, text: str, takes_keys: bool = False
+    parsers: Any, name: str, run: Callable[..., None], help: str, text: str, takes_keys: bool = False
 ) -> argparse.ArgumentParser:
     usage = f"zofo {name} [--option ...]" + " [--key value ...]" * takes_keys
-    parser = verbs.add_parser(
+    parser = parsers.add_parser(
         name, help=help, description=text, usage=usage, add_help=name != "train", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -255,6 +263,13 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--adapter", help="with --run: upper (otherwise) or lower; with --model: a PEFT folder, or none")
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, but is {value}")
+    return value
+
+
 class _KeysHelp(argparse.Action):
     """Prints the help of a verb and every key of zofo, for which the libraries must be imported."""
 
@@ -265,181 +280,6 @@ class _KeysHelp(argparse.Action):
         title = "keys of transformers.TrainingArguments work as well, among them:"
         print("\n".join([parser.format_help(), "keys of zofo:", *key_help(), "", title, *inherited]))
         parser.exit()
-
-
-def _train(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands.train import train
-    from zofo.config import parse_config
-
-    config = parse_config(options.config, keys)
-    _quiet_libraries()
-    results = train(config, _say, options.config)
-    run = Path(str(config.output_dir))
-    adapter = " with the adapter upper/" if (run / "upper").is_dir() else ""
-    adapter = " with the adapter of a task in tasks/" if (run / "tasks").is_dir() else adapter
-    task = f" --task {results['task'][0]}" if isinstance(results["task"], list) else ""
-    _say(f"run folder: {run}; to deploy: backbone/{adapter}, as zofo predict --run {run}{task} does")
-
-
-def _estimate(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands import estimate
-    from zofo.config import parse_config
-
-    config = parse_config(options.config, keys)
-    _quiet_libraries()
-    rows: list[estimate.Row] = []
-    for row in estimate.estimate(config, timed=not options.memory_only):
-        if not rows:
-            _say(estimate.head(config))
-        rows.append(row)
-        _say(estimate.line(row, config))
-    _say(estimate.notes(rows, config))
-    _write(estimate.as_json(rows, config), options.output)
-
-
-def _eval(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands.eval import Manner, eval_config, evaluate_model, given_keys, settings_of
-    from zofo.commands.harness import evaluate_with_harness
-    from zofo.commands.predict import write
-
-    for name in ("text", "label", "log_samples") if options.harness else ():
-        if vars(options)[name]:
-            raise ZofoError(f"--{name} is of zofo's own tasks: the harness has its own rows, words and scores")
-    _quiet_libraries()
-    whole = bool(options.data or "source" in given_keys(keys)) and options.split == "test"
-    manner = Manner(options.template, options.shots, options.scoring, options.split, options.batch_size, whole)
-    if options.harness:
-        model, adapter = _parts(options)
-        report: dict[str, Any] = {"model": model, "adapter": adapter}
-        report["harness"] = evaluate_with_harness(model, adapter, options.harness, manner, keys)
-    else:
-        table = {key: vars(options)[key] for key in ("data", "text", "label")}
-        groups = _groups(options, table)
-        samples: list[dict[str, Any]] = []
-        (model, adapter), *others = groups
-        report = {"model": model, "adapter": [adapter, *(each for _, each in others)] if others else adapter}
-        report |= {"split": options.split, "settings": {}, "tasks": {}}
-        for (model, adapter), tasks in groups.items():
-            configs = [eval_config(model, task, keys, adapter, table) for task in tasks]
-            scores = evaluate_model(model, adapter, configs, manner, _note, samples)
-            for (name, own), config in zip(scores.items(), configs, strict=True):
-                report["settings"][name], report["tasks"][name] = settings_of(config, manner), own
-        if options.log_samples:
-            write(samples, options.log_samples)
-    _say(json.dumps(report, indent=2))
-    _write(report, options.output)
-
-
-def _predict(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands import predict
-    from zofo.commands.eval import eval_config
-    from zofo.commands.stored import StoredRun
-
-    _quiet_libraries()
-    task = StoredRun.at(options.folder).place(options.task) if options.folder else options.task
-    model, adapter = _parts(options, task)
-    config = eval_config(model, task, keys, adapter)
-    rows = predict.rows_of(options.data, options.output)
-    found = predict.predict(model, adapter, config, rows, options.batch_size, _note)
-    if options.output:
-        predict.write(found, options.output)
-        _note(f"{len(found)} rows: {options.output}")
-    else:
-        _say(predict.as_jsonl(found).decode().rstrip("\n"))
-
-
-def _groups(options: argparse.Namespace, table: dict[str, Any]) -> dict[tuple[str, str | None], list[str | None]]:
-    """The models and adapters to evaluate, each with its tasks: of a run over several tasks, all of them."""
-    from zofo.commands.stored import StoredRun
-
-    tasks: list[str | None] = options.task or [None]
-    run = StoredRun.at(options.folder) if options.folder else None
-    if run and tasks == [None] and len(run.tasks) > 1 and not any(table.values()):
-        tasks = [*run.tasks.values()]
-    groups: dict[tuple[str, str | None], list[str | None]] = {}
-    for task in tasks:
-        place = run.place(task) if run else task
-        groups.setdefault(_parts(options, place), []).append(place)
-    return groups
-
-
-def _parts(options: argparse.Namespace, task: str | None = None) -> tuple[str, str | None]:
-    """The model and the adapter that --run or --model and --adapter name; of a run over several tasks, that of one."""
-    from zofo.commands.stored import StoredRun
-    from zofo.training.folder import settle_parts
-
-    if options.folder:
-        settle_parts(str(options.folder / "backbone"))
-        return StoredRun.at(options.folder).parts(options.adapter or "upper", task)
-    settle_parts(options.model, options.adapter)
-    return options.model, options.adapter
-
-
-def _compare(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands.compare import compare
-
-    _quiet_libraries()
-    compare(options.config, _say, options.dry_run)
-
-
-def _merge(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands.merge import merge
-
-    _quiet_libraries()
-    merge(options.folder, options.adapter, options.output, options.dtype, _say, options.task)
-    _say(f"merged model: {options.output}")
-
-
-def _adapt(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands.adapt import Asked, adapt, adapt_config
-    from zofo.commands.stored import StoredRun
-
-    _quiet_libraries()
-    run = StoredRun.at(options.folder) if options.folder else None
-    model = run.backbone if run else options.model
-    task = run.place(options.task) if run else options.task
-    asked = Asked(model, run, str(task), options.shots, options.draws, options.start)
-    results = adapt(asked, adapt_config(asked, options.config, keys, options.output), options.output, _say)
-    for name in ("in_context", "metrics"):
-        for key, of in results[name].items():
-            _say(f"{name} {key}: mean {of['mean']:.4g}, worst {of['worst']:.4g} of {options.draws} draws")
-    _say(f"results: {options.output / 'results.json'}")
-
-
-def _tasks(options: argparse.Namespace, keys: list[str]) -> None:
-    from zofo.commands import tasks
-
-    _say(tasks.page(options.name, options.source) if options.name else tasks.listing())
-
-
-def _quiet_libraries() -> None:
-    """Keeps loading bars and notices of the libraries from burying what the run has to say."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, but is {value}")
-    return value
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _note(line: str) -> None:
-    """Says something beside a result that is read by programs."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _write(report: Any, file: Path | None) -> None:
-    if file:
-        with open(file, "x", encoding="utf-8") as new:  # what another process has written meanwhile stays
-            new.write(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

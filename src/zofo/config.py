@@ -26,7 +26,6 @@ from zofo.keys import (
     default_of,
     field,
     name_of,
-    numbers,
     refusing_unknown,
     require_honoured,
 )
@@ -111,11 +110,11 @@ class ZOFOConfig(Keys):
         settings.require_single_process(self)
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
         settings.require_few_batches(self, sum(stream.batches for stream in self.method_class.streams(self).values()))
-        self.activation_checkpointing_kwargs = numbers(self.activation_checkpointing_kwargs)
+        self.activation_checkpointing_kwargs = parse.numbers(self.activation_checkpointing_kwargs)
         options: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and options.get("use_reentrant"):
             raise ZofoError("use_reentrant: true loses the gradients of an adapter on a frozen backbone: leave it out")
-        self.lr_scheduler_kwargs = numbers(self.lr_scheduler_kwargs)
+        self.lr_scheduler_kwargs = parse.numbers(self.lr_scheduler_kwargs)
         first_order = self.method_class.backpropagates
         rate = self.learning_rate if first_order else self.zo_learning_rate
         settings.require_schedule(self, rate if isinstance(rate, float) else 1.0)

@@ -8,11 +8,10 @@ import dataclasses
 import functools
 import inspect
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -171,23 +170,6 @@ def refusing_unknown(made: type[_T]) -> type[_T]:
 
     made.__init__ = checked
     return made
-
-
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
-def numbers(value: Any) -> Any:
-    """Nested values with numbers for texts that are numbers: YAML 1.1 reads 1e-5 as a text.
-
-    Examples:
-        >>> numbers({"min_lr": "1e-5", "decay_type": "linear"})
-        {'min_lr': 1e-05, 'decay_type': 'linear'}
-    """
-    if isinstance(value, dict):
-        return {key: numbers(inner) for key, inner in cast("dict[str, Any]", value).items()}
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return float(value) if not value.lstrip("+-").isdigit() else int(value)
-    return value
 
 
 def field(default: Any, help: str, **more: Any) -> Any:

@@ -21,6 +21,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 _SEPARATOR = re.compile(r'"?sep=([^"\w\r\n])"?\r?\n', re.IGNORECASE)
 _BARE_TEMPLATE = re.compile(r"(^|[:\[,-])\s*\{[{%]")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
@@ -295,3 +296,17 @@ def _decoded(data: bytes) -> str | bytes:
 
 def _repeated(items: Iterable[_Key]) -> _Key | None:
     return next((item for item, count in Counter(items).items() if count > 1), None)
+
+
+def numbers(value: Any) -> Any:
+    """Nested values with numbers for texts that are numbers: YAML 1.1 reads 1e-5 as a text.
+
+    Examples:
+        >>> numbers({"min_lr": "1e-5", "decay_type": "linear"})
+        {'min_lr': 1e-05, 'decay_type': 'linear'}
+    """
+    if isinstance(value, dict):
+        return {key: numbers(inner) for key, inner in cast("dict[str, Any]", value).items()}
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value) if not value.lstrip("+-").isdigit() else int(value)
+    return value

@@ -10,9 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from zofo.errors import ZofoError, first_line
-from zofo.keys import CHANNEL, FULL_KEYS, INFINITE, LORA_KEYS, Keys, name_of, numbers
+from zofo.keys import CHANNEL, FULL_KEYS, INFINITE, LORA_KEYS, Keys, name_of
 from zofo.methods.first_order_optimizers import settings_of_optimizer
 from zofo.methods.method import Method
+from zofo.parse import numbers
 
 _WITHOUT_KWARGS = ("constant", "constant_with_warmup")
 _MOST_BATCHES = 10**6  # of an iteration: their rows are a list
