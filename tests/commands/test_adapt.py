@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from plain import write_config, write_task
 from zofo.cli import main
-from zofo.commands.adapt import spread
+from zofo.compare.statistics import spread
 
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 

@@ -230,7 +230,7 @@ def test_tuning_chooses_one_setting_for_all_tasks_by_the_mean_over_its_own(tmp_p
     )  # fmt: skip
     report = compared(file)
     plan = planned(file)
-    assert {(cell.division.task, cell.seed) for cell in plan.trials} == {(days, 8), (days, 9)}
+    assert {(cell.division.tasks[0], cell.seed) for cell in plan.trials} == {(days, 8), (days, 9)}
     scores = {}
     for rate in (1e-3, 1e-1):
         own = [
@@ -257,6 +257,32 @@ def test_data_seeds_divide_the_rows_anew_and_each_division_is_judged_for_itself(
         rows.setdefault(cell.division.data_seed, set()).add(frozenset(row["row"] for row in rows_of(cell)))
     assert all(len(same) == 1 for same in rows.values())
     assert rows[3] != rows[4]
+
+
+def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, here):
+    tasks = [named_task(tmp_path, name, [{"text": f"{name} {n}", "label": n % 2} for n in range(90)]) for name in "abc"]
+    runs = {"zero": {"method": "none", "adapter": "none"}, "lora": {"method": "fo", "tasks_per_step": 2}}
+    asked = {"tasks": [tasks[2]], "shots": 4, "draws": 2}
+    file = plan_of(tmp_path, made, tasks=[tasks[:2]], runs=runs, baseline="zero", seeds=[0, 1], adapt=asked)
+    (found,) = compared(file)["tasks"]
+    assert found["name"] == "a+b"
+    cells = [cell for cell in planned(file).cells() if cell.run == "lora"]
+    assert all((cell.folder / "tasks" / name / "upper").is_dir() for cell in cells for name in "ab")
+    lora = next(method for method in found["methods"] if method["name"] == "lora")
+    results = [
+        json.loads(next(cell.folder.parent.glob(f"{cell.folder.name}.adapted-*/c/results.json")).read_text())
+        for cell in cells
+    ]
+    values = [value for one in results for value in one["metrics"]["accuracy"]["of_draws"]]
+    (of_task,) = lora["adapted"]["tasks"]
+    assert len(values) == 4
+    assert (of_task["name"], of_task["mean"], of_task["worst"]) == ("c", pytest.approx(np.mean(values)), min(values))
+    assert lora["adapted"]["mean"] == pytest.approx(np.mean(values))
+    assert of_task["low"] <= of_task["mean"] <= of_task["high"]
+    assert "Adapted to held-back tasks" in (file.parent / "out" / "report.html").read_text()
+    before = list(here)
+    compared(file)
+    assert here == before
 
 
 def test_what_a_run_forgets_and_how_templates_spread_are_those_of_zofo_eval(tmp_path, made, here, capsys):
@@ -392,6 +418,10 @@ BAD = {
     "seconds side by side": ({"budget": {"seconds": 9}, "jobs": 2}, "runs side by side have no seconds of their own"),
     "tuning of nothing": ({"tuning": {"seeds": [1]}}, "tuning is given, but search is not"),
     "two data seeds": ({"data_seeds": [1, 1]}, "data_seeds holds a value twice"),
+    "adapted to what is trained on": (
+        {"tasks": ["movie_reviews"], "adapt": {"tasks": ["movie_reviews"], "shots": 4}}, "which is also trained on"
+    ),
+    "adapted from no rows": ({"adapt": {"tasks": ["tweets"]}}, "adapt has no shots"),
     "forgetting what is trained on": (
         {"tasks": ["movie_reviews"], "forgetting": "movie_reviews"}, "which is also trained on"
     ),

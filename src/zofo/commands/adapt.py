@@ -1,10 +1,9 @@
 """`zofo adapt`: a model on a new task from a few examples, in several draws of them."""
 
 import json
-import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import torch
 import yaml
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
-from scipy.stats import t
 
 from zofo.commands.eval import given_keys
 from zofo.commands.merge import new_folder
 from zofo.commands.results import strict
 from zofo.commands.stored import StoredRun
+from zofo.compare.statistics import spread
 from zofo.config import ZOFOConfig, parse_config
 from zofo.console import Say
 from zofo.errors import ZofoError
@@ -37,7 +36,6 @@ from zofo.training.rows import Posing, run_splits
 from zofo.training.trainer import ZOFOTrainer
 
 FRESH, MEAN = "fresh", "mean"
-_LEVEL = 0.05
 _ADAPTER = ("adapter", *LORA_KEYS)
 _OF_RUN = (*_ADAPTER, "train_prompt", *ANY_TASK_KEYS)
 _USUAL: dict[str, Any] = {
@@ -229,28 +227,3 @@ def _results(asked: Asked, task: Task, config: ZOFOConfig, found: Sequence[_Draw
         "examples_that_fit": sum(draw.fitting for draw in found) / len(found),
         "seconds": sum(draw.seconds for draw in found) / len(found),
     }
-
-
-def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """Mean, worst and 95 % interval of each score over draws, with those of each draw.
-
-    The interval is mean ± t s / sqrt(N), of N draws with the standard deviation s; none of one draw.
-
-    Examples:
-        >>> found = spread([{"accuracy": 0.5}, {"accuracy": 0.75}, {"accuracy": 0.7}])["accuracy"]
-        >>> found["mean"], found["worst"], round(found["low"], 3)
-        (0.65, 0.5, 0.321)
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for key in scores[0]:
-        if key == "rows":
-            continue
-        values = [own[key] for own in scores]
-        mean, n = sum(values) / len(values), len(values)
-        reach = math.nan
-        if n > 1:
-            variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-            reach = float(t.isf(_LEVEL / 2, n - 1)) * math.sqrt(variance / n)
-        worst = max(values) if key == "loss" else min(values)
-        found[key] = {"mean": mean, "worst": worst, "low": mean - reach, "high": mean + reach, "of_draws": values}
-    return found

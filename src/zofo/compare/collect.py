@@ -19,6 +19,7 @@ from zofo.compare.plan import (
     Cell,
     Division,
     Plan,
+    adapted_file,
     before_file,
     failure,
     forgetting_file,
@@ -26,7 +27,16 @@ from zofo.compare.plan import (
     score_of,
     templates_file,
 )
-from zofo.compare.statistics import LEVEL, Array, Difference, Groups, mean_interval, paired_difference, row_values
+from zofo.compare.statistics import (
+    LEVEL,
+    Array,
+    Difference,
+    Groups,
+    mean_interval,
+    paired_difference,
+    row_values,
+    spread,
+)
 from zofo.compare.verdicts import Compared, holm, summary, verdict
 from zofo.compare.work import command
 from zofo.config import parse_config
@@ -204,6 +214,7 @@ class _Task:
             "curve": found[0].curve(metric),
             "templates": self._templates(found),
             "forgetting": self._forgetting(found),
+            "adapted": self._adapted(found),
             "diagnosis": self._diagnosis(found),
             "search": self._search(run),
             "commands": [" ".join(command(one.cell)) for one in found],
@@ -229,6 +240,29 @@ class _Task:
             "after": float(np.mean(after)),
             "changes": [one - before for one in after],
         }
+
+    def _adapted(self, found: Sequence[_Run]) -> dict[str, Any] | None:
+        """The metric of each held-back task after adapting to it, over the draws of all seeds; and of their mean."""
+        asked = self._plan.adapting
+        if asked is None:
+            return None
+        tasks: list[dict[str, Any]] = []
+        draws: list[list[float]] = []
+        for task in asked.tasks:
+            files = [adapted_file(self._plan, one.cell.folder, task) for one in found]
+            results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            metric = next(iter(results[0]["zero_shot"]))
+            values = [value for one in results for value in one["metrics"][metric]["of_draws"]]
+            draws.append(values)
+            before = {
+                "zero_shot": _mean([one["zero_shot"][metric] for one in results]),
+                "in_context": _mean([one["in_context"][metric]["mean"] for one in results]),
+            }
+            tasks.append({"name": Path(task).stem, "metric": metric, **before, **_spread(values)})
+        whole = _spread([sum(each) / len(each) for each in zip(*draws, strict=True)])
+        means = {key: _mean([task[key] for task in tasks]) for key in ("zero_shot", "in_context")}
+        lowest = min(task["worst"] for task in tasks)
+        return {"shots": asked.shots, "draws": asked.draws, "tasks": tasks, **means, **whole, "worst": lowest}
 
     def _diagnosis(self, found: Sequence[_Run]) -> dict[str, float | None] | None:
         """Of runs with `diagnose`, averaged over seeds: what their estimates were worth, and whose the gain is."""
@@ -289,6 +323,13 @@ class _Task:
                 f"the runs of {self._division.name} in {self._plan.output_dir} were scored on different rows: its "
                 "data has changed since; choose another output_dir"
             )
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, worst and interval of a metric over draws; no interval of one."""
+    found = spread([{"metric": value} for value in values])["metric"]
+    del found["of_draws"]
+    return found if len(values) > 1 else {**found, "low": None, "high": None}
 
 
 def _scored(file: Path) -> dict[str, Any]:

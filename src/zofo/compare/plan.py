@@ -15,19 +15,31 @@ from zofo.errors import ZofoError
 from zofo.keys import CHANNEL
 from zofo.spelling import ANY_TASK_KEYS
 
+_ADAPTED = ("dev_size", "test_size", "data_seed", "per_device_eval_batch_size", "use_cpu")
+
 
 @dataclass(frozen=True)
 class Division:
-    """A task whose rows are divided by one data seed: what all methods are compared on, row by row."""
+    """Tasks of one run, mostly one, whose rows are divided by one data seed: what methods are compared on, by rows."""
 
-    task: str
+    tasks: tuple[str, ...]
     data_seed: int
     name: str
 
     @property
-    def task_name(self) -> str:
-        """The task's name, without its folder."""
-        return Path(self.task).stem
+    def task_names(self) -> list[str]:
+        """The names of the tasks, without their folders."""
+        return [Path(task).stem for task in self.tasks]
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """Held-back tasks that each run of the table is adapted to, from `shots` rows in `draws` draws."""
+
+    tasks: tuple[str, ...]
+    shots: int
+    draws: int
+    start: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Cell:
     settings: Settings  # what the search chose, or tries
     keys: dict[str, Any]
     folder: Path
-    evaluations: Mapping[Path, list[str]] = field(default_factory=dict[Path, list[str]])  # after it: result -> options
+    evaluations: Mapping[Path, list[str]] = field(default_factory=dict[Path, list[str]])  # after it: result -> command
 
     @property
     def name(self) -> str:
@@ -79,6 +91,7 @@ class Plan:
     pace: Pace
     forgetting: str | None
     templates: bool
+    adapting: Adapting | None = None
 
     def cells(self) -> list[Cell]:
         """All runs: the trials of the search, then those of the table whose settings are known."""
@@ -131,7 +144,8 @@ class Plan:
             raise ZofoError(f"run {run}: {error}") from error
 
     def _unlimited(self, run: str, division: Division, settings: Settings) -> dict[str, Any]:
-        shared = {"task": division.task, "data_seed": division.data_seed, "zero_shot": False}
+        task: Any = division.tasks[0] if len(division.tasks) == 1 else [*division.tasks]
+        shared = {"task": task, "data_seed": division.data_seed, "zero_shot": False}
         return {"save_total_limit": 1, **self.base, **self.runs[run], **settings, **shared}
 
     def _steps(self, config: ZOFOConfig) -> int:
@@ -158,19 +172,33 @@ class Plan:
         return Cell(run, division, seed, trial, settings, keys | {"output_dir": str(folder)}, folder, after)
 
     def _evaluations(self, folder: Path, keys: dict[str, Any]) -> dict[Path, list[str]]:
-        """What is evaluated after a run of the table: result -> options of `zofo eval`."""
+        """What is evaluated after a run of the table: result -> the command of zofo that writes it."""
         found: dict[Path, list[str]] = {}
         if self.templates:
             shots = keys.get("train_shots") if "max_steps" in keys else keys.get("shots")
             manner = ["--shots", str(shots)] if shots else []
             manner += ["--scoring", CHANNEL] if "max_steps" in keys and keys.get("train_prompt") == CHANNEL else []
-            found[templates_file(folder)] = ["--run", str(folder), "--template", "all", *manner]
+            found[templates_file(folder)] = self._eval(keys, "--run", str(folder), "--template", "all", *manner)
         if self.forgetting and "max_steps" in keys:  # it trains
             options = self._of_other_task(self.forgetting)
-            found[before_file(self)] = ["--model", str(self.base["model"]), *options]
+            found[before_file(self)] = self._eval(keys, "--model", str(self.base["model"]), *options)
             adapter = ["--adapter", str(folder / "upper")] if keys.get("adapter") != "none" else []
-            found[forgetting_file(self, folder)] = ["--model", str(folder / "backbone"), *adapter, *options]
+            model = str(folder / "backbone")
+            found[forgetting_file(self, folder)] = self._eval(keys, "--model", model, *adapter, *options)
+        for task in self.adapting.tasks if self.adapting else ():
+            found[adapted_file(self, folder, task)] = self._adapt(folder, task)
         return found
+
+    def _eval(self, keys: dict[str, Any], *options: str) -> list[str]:
+        return ["eval", *options, "--batch_size", str(keys.get("per_device_eval_batch_size", 8))]
+
+    def _adapt(self, folder: Path, task: str) -> list[str]:
+        asked = self.adapting
+        assert asked is not None
+        rows = [key for key in _ADAPTED if key in self.base]
+        given = [word for key in rows for word in (f"--{key}", str(self.base[key]))]
+        draws = ["--shots", str(asked.shots), "--draws", str(asked.draws), "--start", asked.start]
+        return ["adapt", "--run", str(folder), "--task", task, *draws, *given, "--disable_tqdm", "true"]
 
     def _of_other_task(self, task: str) -> list[str]:
         given = [(f"--{key}", str(self.base[key])) for key in ANY_TASK_KEYS if key in self.base]
@@ -196,6 +224,12 @@ def forgetting_file(plan: Plan, folder: Path) -> Path:
 def before_file(plan: Plan) -> Path:
     """Where the scores on that task before all training are kept."""
     return plan.output_dir / f"before-{plan.forgetting_mark}.json"
+
+
+def adapted_file(plan: Plan, folder: Path, task: str) -> Path:
+    """Where the scores of a run on a held-back task are, after it was adapted to that."""
+    mark = _mark([str(plan.adapting), [plan.base.get(key) for key in _ADAPTED]])
+    return folder.with_suffix(f".adapted-{mark}") / Path(task).stem / "results.json"
 
 
 def _mark(content: Any) -> str:

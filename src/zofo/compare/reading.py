@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from zofo.compare.budget import Pace
-from zofo.compare.plan import Division, Plan
+from zofo.compare.plan import Adapting, Division, Plan
 from zofo.compare.search import Settings, points
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError, did_you_mean
 from zofo.parse import read_yaml
+from zofo.tasks.lists import task_files
 from zofo.tasks.task import load_task
 
 _NEEDED = ("output_dir", "base", "runs", "tasks", "seeds", "budget", "baseline")
-KEYS = (*_NEEDED, "title", "search", "trials", "tuning", "jobs", "data_seeds", "forgetting", "templates")
+KEYS = (*_NEEDED, "title", "search", "trials", "tuning", "jobs", "data_seeds", "forgetting", "templates", "adapt")
 _BUDGETS = ("steps", "forward_equivalents", "seconds")
 # What the comparison says itself of every run.
 _ITS_OWN = ("task", "seed", "max_steps", "num_train_epochs", "output_dir", "final_split", "zero_shot")
@@ -83,6 +84,7 @@ def _plan(content: Mapping[str, Any], text: str, file: Path, measure: Measure, d
         pace=Pace(measure, None if dry else output_dir),
         forgetting=_forgetting(content, divisions),
         templates=_yes(content, "templates"),
+        adapting=_adapting(content, divisions),
     )
     _check(plan)
     return plan
@@ -119,18 +121,26 @@ def _divisions(content: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Div
     tasks = _tasks(content, "tasks")
     several = len(data_seeds) > 1
     return tuple(
-        Division(task, seed, Path(task).stem + (f"-data-seed-{seed}" if several else ""))
+        Division(task, seed, _name(task) + (f"-data-seed-{seed}" if several else ""))
         for task in tasks
         for seed in data_seeds
     )
 
 
-def _tasks(content: Mapping[str, Any], key: str) -> list[str]:
-    tasks = [str(task) for task in _list(content, key)]
-    _require_different(key, [Path(task).stem for task in tasks])
-    for task in tasks:
+def _tasks(content: Mapping[str, Any], key: str) -> list[tuple[str, ...]]:
+    """The entries of a list of tasks; one that is a list itself is the tasks of one run."""
+    entries = [entry if isinstance(entry, list) else [entry] for entry in _list(content, key)]
+    tasks = [tuple(task_files([str(task) for task in cast("list[Any]", entry)])) for entry in entries]
+    _require_different(key, [_name(entry) for entry in tasks])
+    for task in (task for entry in tasks for task in entry):
         load_task(task)
     return tasks
+
+
+def _name(tasks: Sequence[str]) -> str:
+    """Of tasks in a report, and of their folder: of many, the first one's and how many there are."""
+    names = [Path(task).stem for task in tasks]
+    return "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}"
 
 
 def _tuning(
@@ -147,7 +157,7 @@ def _tuning(
     places = divisions
     if "tasks" in given:
         seed = divisions[0].data_seed
-        places = [Division(task, seed, Path(task).stem) for task in _tasks(given, "tasks")]
+        places = [Division(task, seed, _name(task)) for task in _tasks(given, "tasks")]
     tuned = _numbers(given, "seeds") if "seeds" in given else seeds[:1]
     return tuple((place, seed) for place in places for seed in tuned)
 
@@ -157,9 +167,32 @@ def _forgetting(content: Mapping[str, Any], divisions: Sequence[Division]) -> st
         return None
     task = str(content["forgetting"])
     load_task(task)
-    if Path(task).stem in {division.task_name for division in divisions}:
+    if Path(task).stem in _trained(divisions):
         raise ZofoError(f"forgetting is {task}, which is also trained on: name a task that is not among the tasks")
     return task
+
+
+def _trained(divisions: Sequence[Division]) -> set[str]:
+    """The names of all tasks that runs train on."""
+    return {name for division in divisions for name in division.task_names}
+
+
+def _adapting(content: Mapping[str, Any], divisions: Sequence[Division]) -> Adapting | None:
+    if "adapt" not in content:
+        return None
+    given = _dict(content, "adapt")
+    known = ("tasks", "shots", "draws", "start")
+    for key in given:
+        if key not in known:
+            raise ZofoError(f"adapt has the key {key!r}: {did_you_mean(str(key), known, ', '.join(known))}")
+    for key in ("tasks", "shots"):
+        if key not in given:
+            raise ZofoError(f"adapt has no {key}: give tasks to adapt to, and how many of their rows (shots)")
+    tasks = tuple(task for entry in _tasks(given, "tasks") for task in entry)
+    if both := [task for task in tasks if Path(task).stem in _trained(divisions)]:
+        raise ZofoError(f"adapt names {both[0]}, which is also trained on: name tasks that are not among the tasks")
+    shots, draws = _whole("shots", given["shots"]), _whole("draws", given.get("draws", 5))
+    return Adapting(tasks, shots, draws, str(given.get("start", "fresh")))
 
 
 def _mapping(file: Path, what: str, given: Any) -> dict[str, Any]:

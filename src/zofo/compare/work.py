@@ -108,13 +108,13 @@ def _trained(cell: Cell) -> str | None:
 
 def _evaluated(cell: Cell) -> str | None:
     """Evaluates what is asked for after a run; why that has failed, if it has."""
-    for file, options in cell.evaluations.items():
-        batch = cell.keys.get("per_device_eval_batch_size", 8)
-        with FileLock(file.with_suffix(".lock")):  # what comes before all training is of all runs
+    for file, words in cell.evaluations.items():
+        output = file.parent if words[0] == "adapt" else file  # a folder of its own
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(output.with_suffix(".lock")):  # what comes before all training is of all runs
             if file.is_file():
                 continue
-            words = ["eval", *options, "--batch_size", str(batch), "--output", str(file)]
-            if failed := _failure_of(words, file.with_suffix(".log")):
+            if failed := _failure_of([*words, "--output", str(output)], output.with_suffix(".log")):
                 return failed
     return None
 
