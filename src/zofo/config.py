@@ -192,12 +192,12 @@ class ZOFOConfig(Keys):
                 vars(self)[key] = [vars(self)[key]]
         self.zo_layers = None if self.zo_layers is None else str(self.zo_layers)
         self.adapter_layers = None if self.adapter_layers is None else str(self.adapter_layers)
-        chosen = [key for key in _CHOOSING if vars(self)[key]]
+        chosen = [key for key in (*_CHOOSING, "zo_anchor") if vars(self)[key]]
         if chosen and not (self.method_class.zeroth_order and self.updates_backbone):
             fitting = [n if m.updates_both else f"{n} (adapter none)" for n, m in METHODS.items() if m.zeroth_order]
             raise ZofoError(
-                f"{chosen[0]} chooses weights of the backbone, but method {self.method} with adapter {self.adapter} "
-                f"updates none of them by forward passes: leave it out, or choose one of {', '.join(fitting)}"
+                f"{chosen[0]} {'draws back' if chosen[0] == 'zo_anchor' else 'chooses'} weights of the backbone, but "
+                f"method {self.method} with adapter {self.adapter} updates none of them by forward passes: leave it out, or choose one of {', '.join(fitting)}"
             )
 
     def _check_combinations(self) -> None:
@@ -223,7 +223,7 @@ class ZOFOConfig(Keys):
     def variant(self, method: str, adapter: str, **more: Any) -> Self:
         """The same run by another method, without the keys that do not count for it."""
         if (method, adapter) != (self.method, self.adapter):
-            plain = {"zo_sparsity": 0.0, "zo_weight_decay": 0.0, "optimizer_in_backward": False}
+            plain = {"zo_sparsity": 0.0, "zo_weight_decay": 0.0, "zo_anchor": 0.0, "optimizer_in_backward": False}
             more = {**dict.fromkeys(_CHOOSING[:3]), **plain, **more}
         if not METHODS[method].freezes and self.zo_learning_rate == 0:
             more = {"zo_learning_rate": None, **more}

@@ -107,7 +107,7 @@ FIRST_ORDER_KEYS = frozenset((
     "activation_checkpointing_kwargs", "neftune_noise_alpha",
 ))  # fmt: skip
 ZEROTH_ORDER_KEYS = frozenset((
-    "zo_learning_rate", "zo_eps", "num_perturbations", "zo_estimator", "zo_optimizer", "zo_weight_decay",
+    "zo_learning_rate", "zo_eps", "num_perturbations", "zo_estimator", "zo_optimizer", "zo_weight_decay", "zo_anchor",
     "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity", "zo_distribution", "zo_rank",
     "zo_rows", "zo_members_per_forward",
 ))  # fmt: skip
@@ -233,6 +233,9 @@ class Keys(TrainingArguments):
     zo_optimizer: RuleName = field("sgd", f"rule of the zeroth-order level: {', '.join(get_args(RuleName))}")
     zo_weight_decay: Rate = field(
         0.0, "decoupled weight decay of the zeroth-order level, at a given learning rate; not on biases and norms"
+    )
+    zo_anchor: Annotated[float, Bounds(at_least=0, below=1)] = field(
+        0.0, "fraction of the way back to the starting weights in each zeroth-order step; read from the model's files"
     )
     zo_parameters: list[str] | None = field(
         None,

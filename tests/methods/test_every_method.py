@@ -179,7 +179,7 @@ WITHOUT_OTHER = {
     "num_train_epochs", "lr_scheduler_kwargs", "warmup_steps", "on_nonfinite", "adapter_init", "optim_args",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity",
-    "zo_rank", "zo_rows", "zo_members_per_forward",
+    "zo_rank", "zo_rows", "zo_members_per_forward", "zo_anchor",  # needs a model in a folder
     "tasks_per_step", "task_sampling", "task_exponent", "shared_adapter",  # of several tasks
     "objective", "reward", "reward_weights", "reward_timeout", "max_new_tokens", "zo_shaping_over",
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from zofo.errors import NonFiniteLossError, ZofoError, first_line, is_lack_of_memory
 from zofo.keys import AUTO, Keys
@@ -19,13 +20,14 @@ from zofo.methods.signal import Rows as RowValues
 from zofo.models.adapters import AdaptedModel
 from zofo.models.below import Below, blocks_below
 from zofo.models.selection import magnitude_limits
+from zofo.models.starting import StartingWeights
 from zofo.scoring.batch import Batch
 from zofo.scoring.scorer import Scorer, Tokens, count
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
 from zofo.zo.estimators import Estimate, Measure, Point, Probes, mean_estimate
 from zofo.zo.low_rank import require_rank
-from zofo.zo.optimizers import ZerothOrderOptimizer
+from zofo.zo.optimizers import Anchor, ZerothOrderOptimizer
 from zofo.zo.perturb import perturbed
 from zofo.zo.population import Rows, population
 from zofo.zo.rules import CURVATURE_EVERY, RULES, Automatic
@@ -182,6 +184,7 @@ class ZerothOrderLevel:
             rank=self.probes.rank,
             limits=magnitude_limits(self.parameters, keys.zo_sparsity),
             weight_decay=keys.zo_weight_decay,
+            anchor=_anchor(adapted, self.parameters, keys),
         )
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
@@ -317,6 +320,13 @@ class ZerothOrderLevel:
     def release(self) -> None:
         """Frees the scratch memory, which is only worth keeping if nothing else needs much before the next step."""
         self._scratch.forget()
+
+
+def _anchor(adapted: AdaptedModel, parameters: Mapping[str, Tensor], keys: Keys) -> Anchor | None:
+    """The weights before training, if they draw those that are trained back."""
+    if not keys.zo_anchor or any(isinstance(p, FakeTensor) for p in parameters.values()):
+        return None
+    return Anchor(keys.zo_anchor, StartingWeights(adapted.base, parameters).read)
 
 
 def root_mean_square(projected: Sequence[float]) -> float:

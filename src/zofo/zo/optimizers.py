@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from zofo import noise
@@ -16,10 +18,26 @@ from zofo.zo.low_rank import Matrix
 from zofo.zo.rules import Proposal, Rule, Update
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """What weights are drawn back to: `rate` of the way in each step, to what `read` gives by a weight's name."""
+
+    rate: float
+    read: Callable[[str], Tensor]
+
+    def pull(self, name: str, parameter: Tensor, rounding_key: int | None) -> None:
+        """W <- W + rate (W_0 - W), in float32; 16 bits are rounded stochastically."""
+        if isinstance(parameter, FakeTensor):  # it has no values: `zofo estimate` counts its memory
+            return
+        start = self.read(name).to(parameter.device, torch.float32, copy=True)
+        pulled = start.lerp_(parameter.float(), 1 - self.rate)
+        noise.write_sums([Sum(pulled, parameter, [], rounding_key=rounding_key)])
+
+
 class ZerothOrderOptimizer(Optimizer):
     """A zeroth-order rule as a torch optimizer: `propose`, then `step`. Without a proposal a step does nothing.
 
-        W <- (1 - η wd) W + sum of scale z,   where |W| <= limit
+        W <- (1 - η wd) (W + c (W_0 - W)) + sum of scale z,   where |W| <= limit
 
     Args:
         parameters: name -> tensor; none ever gets a `.grad`. 16-bit ones are rounded stochastically.
@@ -29,6 +47,7 @@ class ZerothOrderOptimizer(Optimizer):
         rank: r > 0: those of matrices are A Bᵀ / sqrt(r), as in `perturbed`; 0: full rank.
         limits: name -> the |W| above which a parameter's weights stay; part of the state.
         weight_decay: wd, decoupled, as in AdamW; parameters with fewer than two dimensions (biases, norms) are exempt.
+        anchor: c and W_0; nothing is drawn back if not given.
 
     Examples:
         >>> w = torch.zeros(3)
@@ -49,12 +68,14 @@ class ZerothOrderOptimizer(Optimizer):
         rank: int = 0,
         limits: Mapping[str, float] | None = None,
         weight_decay: float = 0.0,
+        anchor: Anchor | None = None,
     ) -> None:
         super().__init__(list(parameters.items()), {"lr": lr})
         self.rule = rule
         self.distribution: Distribution = distribution
         self.rank = rank
         self.weight_decay = weight_decay
+        self.anchor = anchor
         self.estimate: Estimate | None = None  # behind the proposal, if there is one
         self._proposed: Proposal = Update({}), {}
         self._group["rule_state"] = rule.init()
@@ -104,6 +125,9 @@ class ZerothOrderOptimizer(Optimizer):
             return
         update, self._group["rule_state"] = self._proposed
         named = [*zip(self._group["param_names"], self._group["params"], strict=True)]
+        if self.anchor:
+            for name, parameter in named:
+                self.anchor.pull(name, parameter, self._rounding_key(name, parameter, estimate, "anchor "))
         factored = [pair for pair in named if self.rank and low_rank.is_matrix(pair[1])]
         for name, matrix in factored:
             factors = Matrix(matrix, name, self.rank, self.distribution).factors(estimate.seed, update.scales)
@@ -120,8 +144,8 @@ class ZerothOrderOptimizer(Optimizer):
     def _keep(self, parameter: Tensor) -> float:
         return 1 - self._group["lr"] * self.weight_decay if parameter.ndim >= 2 else 1.0
 
-    def _rounding_key(self, name: str, parameter: Tensor, estimate: Estimate) -> int | None:
-        return None if parameter.dtype == torch.float32 else stream_key(estimate.seed, estimate.step, -1, name)
+    def _rounding_key(self, name: str, parameter: Tensor, estimate: Estimate, part: str = "") -> int | None:
+        return None if parameter.dtype == torch.float32 else stream_key(estimate.seed, estimate.step, -1, name, part)
 
 
 def _nothing_to_evaluate(scale: float, query: int) -> float:
