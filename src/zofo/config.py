@@ -197,7 +197,8 @@ class ZOFOConfig(Keys):
             fitting = [n if m.updates_both else f"{n} (adapter none)" for n, m in METHODS.items() if m.zeroth_order]
             raise ZofoError(
                 f"{chosen[0]} {'draws back' if chosen[0] == 'zo_anchor' else 'chooses'} weights of the backbone, but "
-                f"method {self.method} with adapter {self.adapter} updates none of them by forward passes: leave it out, or choose one of {', '.join(fitting)}"
+                f"method {self.method} with adapter {self.adapter} updates none of them by forward passes: leave it "
+                f"out, or choose one of {', '.join(fitting)}"
             )
 
     def _check_combinations(self) -> None:
