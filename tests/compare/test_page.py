@@ -29,6 +29,28 @@ def method(name, difference=None, **changes):
             {"forward_equivalents": 56789.0, "seconds": 95.0, "loss": 0.4, "score": 0.8},
         ],
         "templates": [0.8431, 0.7211],
+        "adapted": {
+            "shots": 16,
+            "draws": 2,
+            "zero_shot": 0.41,
+            "in_context": 0.5,
+            "mean": 0.6125,
+            "worst": 0.55,
+            "low": 0.58,
+            "high": 0.64,
+            "tasks": [
+                {
+                    "name": "held",
+                    "metric": "accuracy",
+                    "zero_shot": 0.412,
+                    "in_context": 0.5011,
+                    "mean": 0.6125,
+                    "worst": 0.55,
+                    "low": None,
+                    "high": None,
+                }
+            ],
+        },
         "forgetting": {"task": "sst2", "before": 0.9123, "after": 0.8876, "changes": [-0.0312, -0.0182]},
         "diagnosis": {
             "signal_to_noise": 1.234,
@@ -154,6 +176,8 @@ def test_the_numbers_are_those_of_the_report(report):
         "1.5 GiB",
     ] in rows
     assert ["lora", "sst2", "91.2", "88.8", "-2.5 -3.1 to -1.8"] in rows  # forgetting
+    assert ["lora", "held", "41.2", "50.1", "61.3", "55.0"] in rows  # adapted to a held-back task, in one draw
+    assert ["lora", "mean", "41.0", "50.0", "61.3 58.0 to 64.0", "55.0"] in rows
     assert ["lora", "84.3", "72.1", "12.2"] in rows  # templates
     assert ["lora", "1.2", "0.00051", "0.00032", "–", "+1.2", "+23.4"] in rows  # diagnosis
     assert ["lora", "83.2", "85.5"] in rows  # seeds
@@ -269,7 +293,7 @@ def changed(**changes):
 
 
 FAILED = [{"name": "lora", "seed": 0, "message": "out of memory"}]
-EMPTY = {"scores": {}, "curve": [], "forgetting": None, "search": [], "commands": []}
+EMPTY = {"scores": {}, "curve": [], "adapted": None, "forgetting": None, "search": [], "commands": []}
 NO_COST = {"steps": 0, "forward_equivalents": 0.0, "seconds": 0.0, "peak_bytes": 0.0}
 UNTRAINED = {**NO_COST, "seconds": None, "peak_bytes": None}
 DEGENERATE = {
