@@ -118,7 +118,7 @@ def trainer(
 
 def batches(made: ZOFOTrainer) -> dict[str, Any]:
     """The batches of a trainer's first iteration."""
-    return made._prepare_inputs(next(iter(made.get_train_dataloader())))
+    return made._prepare_inputs(next(iter(made.get_train_dataloader()))[0])
 
 
 def step_of(made: ZOFOTrainer) -> Callable[[], None]:

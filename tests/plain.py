@@ -65,6 +65,12 @@ def make_trainer(
     )
 
 
+def micro_steps(trainer):
+    """The batches of each micro-step of an epoch, for a trainer of one task."""
+    for (bundle,) in trainer.get_train_dataloader():
+        yield bundle
+
+
 def weights(adapted, part):
     """Copies of the weights of `backbone`, `upper` or `lower`, by name."""
     named = adapted.backbone if part == "backbone" else adapted.adapter_parameters(part)
@@ -223,7 +229,7 @@ def plain_bilevel(trainer, iterations, penalty_of=lambda number: 0.0):
         return plain_loss(adapted.model, batch)
 
     adapted.model.eval()
-    for number, bundle in zip(range(iterations), trainer.get_train_dataloader(), strict=False):
+    for number, bundle in zip(range(iterations), micro_steps(trainer), strict=False):
         for batch in bundle["lower"]:
             loss("lower", batch).backward()
             torch.nn.utils.clip_grad_norm_(s, args.max_grad_norm)

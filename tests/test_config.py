@@ -168,7 +168,7 @@ def test_a_list_of_one_task_is_that_task(tmp_path):
     assert parse_config(file, []).task == "tweets"
     file.write_text("task: [tweets, sms_spam]\noutput_dir: run")
     assert parse_config(file, []).task == ["tweets", "sms_spam"]
-    assert parse_config(file, ["--task", "sms_spam", "x.yaml"]).tasks == ["sms_spam", "x.yaml"]
+    assert parse_config(file, ["--task", "sms_spam", "boolq"]).tasks == ["sms_spam", "boolq"]
     assert parse_config(file, []).resolved()["task"] == ["tweets", "sms_spam"]
     with pytest.raises(ZofoError, match="task is an empty list"):
         config(task=[])

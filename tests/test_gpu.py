@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_streams import DTYPES, FORMS, bits
 
-from plain import MORE_TOKENS, ONE_TOKEN, make_rows, make_trainer, same, weights
+from plain import MORE_TOKENS, ONE_TOKEN, make_rows, make_trainer, micro_steps, same, weights
 from tiny import FAMILIES, tiny_model
 from zofo import direction, noise, perturbed
 from zofo.noise import streams
@@ -104,7 +104,7 @@ def test_a_run_on_a_gpu_repeats_itself_and_is_that_of_the_cpu(tmp_path, method, 
 def test_a_zeroth_order_step_takes_an_inference_and_the_largest_parameter(tmp_path):
     sizes = {"vocab_size": 320, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
     trainer = make_trainer(tmp_path, method="zo", adapter="none", model=tiny_model("llama", **sizes), use_cpu=False)
-    model, batch = trainer.adapted.base, next(iter(trainer.get_train_dataloader()))["upper"][0]
+    model, batch = trainer.adapted.base, next(micro_steps(trainer))["upper"][0]
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         model(input_ids=batch["input_ids"].cuda(), logits_to_keep=1, use_cache=False)

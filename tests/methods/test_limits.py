@@ -13,6 +13,7 @@ from plain import (
     assert_close,
     make_rows,
     make_trainer,
+    micro_steps,
     moved,
     plain_bilevel,
     plain_loss,
@@ -88,7 +89,7 @@ def test_an_infinite_penalty_moves_theta_by_the_loss_with_the_adapter_just_train
     adapted, eps = hand.adapted, noise.representable(0.03)
     p = list(adapted.adapter_parameters("upper").values())
     sgd = torch.optim.SGD(p, lr=0.3)
-    for number, bundle in zip(range(3), hand.get_train_dataloader(), strict=False):
+    for number, bundle in zip(range(3), micro_steps(hand), strict=False):
         for batch in bundle["lower"]:
             adapted.model.train()
             (hand.method.scorer.loss(batch) / len(batch["gold"])).backward()
@@ -146,7 +147,7 @@ def test_without_penalty_and_lower_steps_fo_and_zo_stand_side_by_side_bitwise(tm
             w.data.copy_(kept[name])
         return value
 
-    for number, bundle in zip(range(5), hand.get_train_dataloader(), strict=False):
+    for number, bundle in zip(range(5), micro_steps(hand), strict=False):
         (batch,) = bundle["upper"]
         loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(p, 1.0)
@@ -197,7 +198,7 @@ def test_mezo_steps_are_those_of_a_plainly_perturbed_copy(tmp_path, family, keys
     found, _ = trained(tmp_path, **keys)
     hand = make_trainer(tmp_path, **keys)
     theta, args = hand.adapted.backbone, hand.args
-    for number, bundle in zip(range(3), hand.get_train_dataloader(), strict=False):
+    for number, bundle in zip(range(3), micro_steps(hand), strict=False):
         update = {name: torch.zeros_like(w) for name, w in theta.items()}
         for query in range(args.num_perturbations):
             z = direction(theta, args.seed, number, query)
@@ -246,7 +247,7 @@ def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, mo
     propose, steps, used = level.propose, [], []
     eps = noise.representable(0.03)
 
-    def watched(number, measure):
+    def watched(number, measure, **more):
         losses = {}
 
         def noted(points):
@@ -254,7 +255,7 @@ def test_an_automatic_step_is_the_formulas_from_the_measured_losses(tmp_path, mo
             losses.update({round(scale / eps): loss for (scale, _), loss in zip(points, found, strict=True)})
             return found
 
-        found = propose(number, noted)
+        found = propose(number, noted, **more)
         steps.append(losses)
         return found
 

@@ -14,7 +14,7 @@ from peft import IA3Config, PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from plain import make_trainer, moved, same, weights
+from plain import make_trainer, micro_steps, moved, same, weights
 from tiny import ALL_FAMILIES, tiny_model, tiny_tokenizer
 from zofo.errors import ZofoError
 
@@ -97,7 +97,7 @@ def logits_of(model, inputs):
 def assert_exact(trainer):
     """A step that is not taken leaves θ as it was."""
     before = weights(trainer.adapted, "backbone")
-    bundle = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    bundle = trainer._prepare_inputs(next(micro_steps(trainer)))
     trainer.method.step(9, 0.0, [bundle])
     trainer.method.skip()
     assert same(before, weights(trainer.adapted, "backbone"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from plain import Watch, make_rows, make_trainer, moved, same, trained, weights
+from plain import Watch, make_rows, make_trainer, micro_steps, moved, same, trained, weights
 from zofo import ZOFOConfig, ZofoError
 from zofo.methods import bilevel, levels
 
@@ -161,8 +161,8 @@ def test_the_losses_that_one_sided_uses_again_are_those_it_would_measure(tmp_pat
             monkeypatch.setattr(bilevel, "random_state", lambda: [torch.rand(1)])  # as if something had been drawn
         trainer = make_trainer(tmp_path, zo_estimator="one_sided", max_steps=1)
         propose = trainer.method.theta.propose
-        trainer.method.theta.propose = lambda n, evaluate, propose=propose: (
-            found.append(propose(n, evaluate)) or found[-1]
+        trainer.method.theta.propose = lambda *args, propose=propose, **more: (
+            found.append(propose(*args, **more)) or found[-1]
         )
         trainer.train()
     # the three losses are below 2 and may differ by 8 units in the last place in another batch
@@ -216,11 +216,11 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_whole_or_raises(tmp_path, mo
 
 def test_levels_that_share_their_rows_read_all_of_them_in_orders_of_their_own(tmp_path):
     trainer = make_trainer(tmp_path, make_rows(12), lower_fraction="shared", lower_steps=1, max_steps=6)
-    assert trainer._sizes == {"train": 12}
+    assert trainer._sizes == [{"train": 12}]
     assert len(trainer.train_dataset) == 12
     assert len(trainer.identity["rows"]) == 1
     seen = {"lower": [], "penalty": [], "upper": []}
-    for bundle in trainer.get_train_dataloader():
+    for bundle in micro_steps(trainer):
         for name, (batch,) in bundle.items():
             seen[name] += [tuple(row[row != 2].tolist()) for row in batch["input_ids"]]
     assert len(seen["lower"]) == 12
@@ -268,7 +268,7 @@ def test_a_run_without_training_rows_of_its_own_upper_level_divides_them(tmp_pat
     trainer = make_trainer(tmp_path, rows, lower_fraction=0.75)
     texts = [example.prompt for example in trainer.train_dataset]
     assert len(texts) == len(set(texts)) == 12
-    assert trainer._sizes == {"lower": 9, "upper": 3}
+    assert trainer._sizes == [{"lower": 9, "upper": 3}]
 
 
 @pytest.mark.parametrize("kind", ["skip", "raise"])

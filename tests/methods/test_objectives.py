@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from plain import MORE_TOKENS, at, make_rows, make_trainer, plain_loss, same_run, weights, whole_and_resumed
+from plain import (
+    MORE_TOKENS,
+    at,
+    make_rows,
+    make_trainer,
+    micro_steps,
+    plain_loss,
+    same_run,
+    weights,
+    whole_and_resumed,
+)
 from tiny import FAMILIES
 from zofo import direction
 from zofo.zo.optimizers import JointOptimizer
@@ -29,7 +39,7 @@ def stepped(folder, train=None, **keys):
     """(trainer, bundles, logs of a step, estimate): nothing is updated but s."""
     given = {"zo_learning_rate": 1e-3, "zo_eps": EPS, "per_device_train_batch_size": 4, "max_steps": 3}
     trainer = make_trainer(folder, train, **{**given, **keys})
-    bundles = list(itertools.islice(trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps))
+    bundles = list(itertools.islice(micro_steps(trainer), trainer.args.gradient_accumulation_steps))
     logs = trainer.method.step(0, 0.0, bundles)
     return trainer, bundles, logs, zeroth(trainer).estimate
 
@@ -334,7 +344,7 @@ def test_members_that_share_a_forward_write_what_each_writes_alone(tmp_path, fam
         keys = {"objective": "reward", "max_new_tokens": 5, "num_perturbations": 3, "zo_distribution": "low_rank"}
         keys |= {"method": "zo", "adapter": "none", "zo_members_per_forward": most, "family": family}
         trainer = make_trainer(tmp_path, rows_of(12), reward_funcs=noting(seen), zo_eps=0.05, **keys)
-        (bundle,) = itertools.islice(trainer.get_train_dataloader(), 1)
+        (bundle,) = itertools.islice(micro_steps(trainer), 1)
         done = []
         handle = trainer.adapted.base.register_forward_hook(lambda *_, done=done: done.append(1))
         trainer.method.step(0, 0.0, [bundle])

@@ -8,6 +8,7 @@ from plain import (
     assert_close,
     make_rows,
     make_trainer,
+    micro_steps,
     moved,
     same,
     same_run,
@@ -64,11 +65,11 @@ def test_a_batch_that_takes_a_forward_for_each_row_keeps_what_each_has_returned(
     trainer = make_trainer(tmp_path, make_rows(12, options=MORE_TOKENS), zo_learning_rate=0.0, **LAST)
     level, scorer = trainer.method.s, trainer.method.scorer
     scorer._max_shared = 1  # as for rows wider than the original length of LongRoPE
-    (batch, _) = next(iter(trainer.get_train_dataloader()))["lower"]
+    (batch, _) = next(micro_steps(trainer))["lower"]
     kept, found = below.Below(), []
     for _ in range(3):
         found.append(level.gradient([batch], "the loss", below=[kept]))
-        found.append([p.grad.clone() for p in level._parameters])
+        found.append([p.grad.clone() for p in level.parameters])
         level.optimizer.zero_grad()
     assert len(kept._outputs) == len(batch["input_ids"]) > 1
     assert found[0] == found[2] == found[4]

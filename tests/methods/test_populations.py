@@ -5,7 +5,18 @@ import itertools
 import pytest
 import torch
 
-from plain import MORE_TOKENS, at, make_rows, make_trainer, plain_loss, same_run, trained, weights, whole_and_resumed
+from plain import (
+    MORE_TOKENS,
+    at,
+    make_rows,
+    make_trainer,
+    micro_steps,
+    plain_loss,
+    same_run,
+    trained,
+    weights,
+    whole_and_resumed,
+)
 from tiny import tiny_model, tiny_tokenizer
 from zofo import ZOFOConfig, direction
 from zofo.errors import ZofoError
@@ -71,7 +82,7 @@ def proposed(folder, **keys):
     """(the trainer, its bundles, the logs of a step, how many forwards near θ it took); nothing is updated."""
     keys = {"per_device_train_batch_size": 3, "num_perturbations": 2, **LOW, "zo_eps": 0.02, **keys}
     trainer = make_trainer(folder, make_rows(24, options=MORE_TOKENS), **keys)
-    bundles = list(itertools.islice(trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps))
+    bundles = list(itertools.islice(micro_steps(trainer), trainer.args.gradient_accumulation_steps))
     done, adapted = [], trainer.adapted
     handle = adapted.base.register_forward_hook(lambda *_: done.append(torch.is_grad_enabled()))
     logs = trainer.method.step(0, 0.0, bundles)

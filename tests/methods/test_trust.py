@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from plain import MORE_TOKENS, make_rows, make_trainer, moved, same, same_run, trained, weights, whole_and_resumed
+from plain import (
+    MORE_TOKENS,
+    make_rows,
+    make_trainer,
+    micro_steps,
+    moved,
+    same,
+    same_run,
+    trained,
+    weights,
+    whole_and_resumed,
+)
 from zofo.methods.signal import Points
 from zofo.zo.rules import Automatic
 
@@ -20,7 +31,7 @@ def level_of(trainer):
 
 def estimated(trainer):
     """The estimate of a first step, and its bundle."""
-    bundle = next(iter(trainer.get_train_dataloader()))
+    bundle = next(micro_steps(trainer))
     trainer.method.step(0, 0.0, [bundle])
     return level_of(trainer).optimizer.estimate, bundle
 
@@ -81,7 +92,10 @@ def test_bilevel_rests_without_signal_and_says_so_once(tmp_path, caplog):
     keys = {**AUTO, "lower_steps": 1, "max_steps": 22}
     trainer, seen = make_trainer(tmp_path, **keys), []
     level = level_of(trainer)
-    propose, level.propose = level.propose, lambda step, measure: seen.append(step) or propose(step, measure)
+    propose, level.propose = (
+        level.propose,
+        lambda step, *args, **more: seen.append(step) or propose(step, *args, **more),
+    )
     state = level.optimizer.param_groups[0]["rule_state"]
     state.update(signal=-1e9, power=1.0, size=1e9, count=1.0)
     theta, p = weights(trainer.adapted, "backbone"), weights(trainer.adapted, "upper")

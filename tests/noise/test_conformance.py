@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from plain import MORE_TOKENS, assert_close, make_rows, make_trainer, weights
+from plain import MORE_TOKENS, assert_close, make_rows, make_trainer, micro_steps, weights
 from plain_noise import hashes, normal, stream_key
 from worker import Worker
 from zofo import noise
@@ -179,7 +179,7 @@ def test_a_worker_follows_a_run_by_numbers_alone(tmp_path, low_rank):
     trainer = make_trainer(tmp_path, make_rows(12, options=MORE_TOKENS), method="zo", adapter="none", **keys)
     worker = Worker(copy.deepcopy(trainer.adapted.base), trainer.args.seed, probes.rank)
     before = weights(trainer.adapted, "backbone")
-    for step, bundle in enumerate(itertools.islice(trainer.get_train_dataloader(), 3)):
+    for step, bundle in enumerate(itertools.islice(micro_steps(trainer), 3)):
         asked = probes.points()
         losses = dict(zip(asked, worker.losses(step, asked, inputs(bundle["zo"][0])), strict=True))
         projected = probes.project(lambda scale, query, known=losses: known[scale, query])

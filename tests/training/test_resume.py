@@ -275,11 +275,11 @@ def test_the_best_step_on_dev_is_what_a_run_ends_with(tmp_path, method):
     losses = iter([0.9, 0.5, 0.7, 0.8])
     history, parts = [], ("backbone", *trainer.adapted.adapters)
 
-    def score(rows):
+    def scored(rows):
         history.append({part: weights(trainer.adapted, part) for part in parts})
-        return {"upper": {"loss": next(losses)}}
+        return {"upper": ({"loss": next(losses)}, [])}
 
-    trainer.score = score
+    trainer.scored = scored
     trainer.train()
     assert trainer.state.best_global_step == 2
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-2"
