@@ -51,6 +51,7 @@ RUNS = {
     "fo": {"method": "fo", "per_device_train_batch_size": 2},
     "full": {"method": "fo", "adapter": "none", "per_device_train_batch_size": 2, "learning_rate": 1e-3},
     "two_stage": {"method": "two_stage", "two_stage_fraction": 0.8, "per_device_train_batch_size": 2},
+    "tasks": {"method": "bilevel", "task_sampling": "temperature", "per_device_train_batch_size": 1},
     "bfloat16": {"method": "bilevel", "dtype": "bfloat16", "zo_eps": 0.1, "per_device_train_batch_size": 1},
 }
 MOMENTS = ("writing_weights", "writing_optimizer", "before_seal", "before_rotation")
@@ -68,8 +69,11 @@ def runs(tmp_path_factory):
     """A folder with the runs NAME (never stopped) and NAME-MOMENT (killed and resumed), and a report on each."""
     folder = write_task(tmp_path_factory.mktemp("resume"))
     jobs = []
+    spec = yaml.safe_load((folder / "task.yaml").read_text())
+    (folder / "other.yaml").write_text(yaml.safe_dump({**spec, "name": "other", "prompt": "of {{ text }} it was"}))
     for name, keys in RUNS.items():
-        config = write_config(folder, name, **{**COMMON, **keys})
+        tasks = {"task": [str(folder / f"{task}.yaml") for task in ("task", "other")]} if name == "tasks" else {}
+        config = write_config(folder, name, **{**COMMON, **keys, **tasks})
         jobs += [(config, name, None, 0), (config, f"{name}-in_step", "in_step", 5)]
     config = write_config(folder, "limited", **{**COMMON, **RUNS["fo"]}, save_total_limit=1)
     jobs += [(config, f"fo-{moment}", moment, 4) for moment in MOMENTS]
@@ -122,7 +126,7 @@ def assert_same_run(first, second, summary=True):
     assert len(files) >= 2
     for file in files:
         assert_same(load_file(first / file), load_file(second / file), str(file))
-    for name in ("optimizer.pt", "scheduler.pt"):
+    for name in ("optimizer.pt", "scheduler.pt", *(file.name for file in (first / last).glob("tasks.pt"))):
         loaded = [torch.load(run / last / name, weights_only=True) for run in (first, second)]
         assert_same(*loaded, name)
     results = [json.loads((run / "results.json").read_text()) for run in (first, second)]
