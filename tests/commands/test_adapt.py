@@ -150,6 +150,19 @@ def test_rows_that_the_run_has_seen_are_refused_by_name(folder, tmp_path, capsys
     assert "of the test task 'again' is row" in capsys.readouterr().err
 
 
+def test_the_task_of_a_table_is_refused_by_its_file(folder, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text("text,label\n" + "".join(f"the dog number {i},{('no', 'yes')[i % 2]}\n" for i in range(60)))
+    keys = ["--max_steps", "1", "--lower_steps", "1", "--save_strategy", "no", "--per_device_train_batch_size", "2"]
+    given = ["--data", str(table), "--text", "text", "--label", "label", "--output_dir", str(tmp_path / "one")]
+    assert main(["train", "--model", str(folder / "model"), *given, *keys, "--report_to", "none", *QUIET]) == 0
+    task, output = str(tmp_path / "one" / "task.yaml"), str(tmp_path / "a")
+    asked = ["adapt", "--run", str(tmp_path / "one"), "--shots", "4", "--output", output, "--draws", "1", *QUIET]
+    assert main([*asked, "--task", task]) == 2
+    assert "has trained on the task" in capsys.readouterr().err
+    assert main([*asked, "--task", str(folder / "third.yaml"), "--max_steps", "1"]) == 0
+
+
 def test_the_interval_over_draws_is_student_s():
     values = [0.4, 0.5, 0.9, 0.7]
     found = spread([{"f1": value} for value in values])["f1"]

@@ -108,7 +108,7 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
     if not splits.test:
         raise ZofoError(f"task {task.name} has no test row: give more rows, or test_size")
     if asked.run:
-        _require_new(asked.run, task, splits.test)
+        _require_new(asked.run, asked.task, task, splits.test)
     with new_folder(output) as half, tempfile.TemporaryDirectory() as scratch:
         (half / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
         start = _start(asked, Path(scratch))
@@ -172,9 +172,9 @@ def _drawn(rows: Sequence[Record], shots: int, seed: int, number: int) -> list[R
     return [rows[int(index)] for index in chosen]
 
 
-def _require_new(run: StoredRun, task: Task, test: Sequence[Record]) -> None:
-    """Refuses a task that the run has trained on, or of which it has seen test rows."""
-    if task.name in run.tasks or run.is_of_task(task.name):
+def _require_new(run: StoredRun, place: str, task: Task, test: Sequence[Record]) -> None:
+    """Refuses a task that the run has trained on, or of which it has seen test rows; `place` is how it was given."""
+    if task.name in run.tasks or run.is_of_task(place):
         raise ZofoError(
             f"the run in {run.folder} has trained on the task {task.name}: name another one, or measure this one with "
             "zofo eval"
