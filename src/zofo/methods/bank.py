@@ -37,7 +37,7 @@ class AdapterBank:
         self._levels = tuple(levels)
         self.exchanges = bool(levels) and not shared and len(tasks) > 1
         self.current = tasks[0] if self.exchanges else _SHARED
-        start = self._taken()
+        start = self._taken() if self.exchanges else []
         self._kept: dict[str, Kept] = dict.fromkeys(tasks if self.exchanges else [_SHARED], start)
 
     def use(self, task: str) -> None:

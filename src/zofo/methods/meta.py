@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zofo.keys import FIRST_ORDER_KEYS, STEP_KEYS, Keys
+from zofo.keys import FIRST_ORDER_KEYS, SHARED, STEP_KEYS, Keys
 from zofo.methods.levels import FirstOrderLevel, first_order_optimizer
 from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
 from zofo.models.peft import UPPER
@@ -58,10 +58,6 @@ class _Meta(Method, ABC):
                     parameter.copy_(value)
                     parameter.grad = _sum(gradient, parameter.grad)
             self.inner.optimizer.state.clear()
-
-    def skip(self) -> None:
-        super().skip()
-        self.outer.zero_grad()
 
     def learning_rates(self) -> Mapping[str, float]:
         return {"upper_learning_rate": self.outer.param_groups[0]["lr"]}
@@ -116,7 +112,7 @@ class FirstOrderMAML(_Meta):
 
     @classmethod
     def splits(cls, keys: Keys) -> tuple[str, ...]:
-        return ("train",) if keys.lower_fraction == "shared" else ("lower", "upper")
+        return ("train",) if keys.lower_fraction == SHARED else ("lower", "upper")
 
     @classmethod
     def streams(cls, keys: Keys) -> dict[str, Stream]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
+from zofo.config import ZOFOConfig
 from zofo.errors import NonFiniteLossError
-from zofo.keys import Keys
 from zofo.methods.bank import AdapterBank
 from zofo.methods.method import Bundle, Logs, Method
 from zofo.scoring.generation import AnswerSpan
@@ -51,11 +51,10 @@ class RunTask:
         return {split: len(rows) for split, rows in self.train.items()}
 
 
-def draws_of(keys: Keys, tasks: Sequence[Mapping[str, int]]) -> Draws:
+def draws_of(keys: ZOFOConfig, tasks: Sequence[Mapping[str, int]]) -> Draws:
     """Which tasks each iteration reads, by the keys."""
     exponent = {"uniform": 0.0, "size": 1.0, "temperature": keys.task_exponent}[keys.task_sampling]
-    seed = keys.seed if keys.data_seed is None else keys.data_seed
-    return Draws(sizes_of(tasks), keys.tasks_per_step, exponent, seed)
+    return Draws(sizes_of(tasks), keys.tasks_per_step, exponent, keys.order_seed)
 
 
 class Joint:
