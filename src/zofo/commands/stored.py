@@ -134,11 +134,11 @@ class StoredRun:
 
 
 def _same_task(task: str, place: str) -> bool:
-    """Whether two words name the same task: the same file, or a copy, where both are files; else the same name."""
+    """Whether two words name the same task: the same name and, where both are files, the same content."""
     one, other = Path(task).expanduser(), Path(place)
-    if one.is_file() and other.is_file():
-        return one.read_bytes() == other.read_bytes()
-    return one.stem == other.stem
+    if one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes():
+        return False
+    return one.stem == other.stem  # files of equal content under two names read the rows that lie beside each
 
 
 def _keys(folder: Path) -> dict[str, Any] | None:
