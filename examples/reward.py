@@ -1,4 +1,4 @@
-"""A reward for `examples/reward.yaml`: the model says in its own words whether a review likes the film."""
+"""Two rewards: the model says in its own words whether a review likes the film, and it says so in one sentence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +24,16 @@ def verdict(completions: Sequence[str], sentiment: Sequence[Any], **columns: Any
     meant = [1 if float(value) > 0 else -1 for value in sentiment]
     said = [_side(text) for text in completions]
     return [0.5 * abs(side) + 0.5 * (side == right) for side, right in zip(said, meant, strict=True)]
+
+
+def one_sentence(completions: Sequence[str], **columns: Any) -> list[float]:
+    """1 where a sentence ends before the completion is cut off, else 0.
+
+    Examples:
+        >>> one_sentence([" great.", " a great film about a"])
+        [1.0, 0.0]
+    """
+    return [float(any(mark in text for mark in ".!?")) for text in completions]
 
 
 def _side(text: str) -> int:

@@ -115,9 +115,7 @@ COUPLING_KEYS = frozenset((
     "upper_learning_rate", "penalty", "penalty_schedule", "normalize_penalty", "lower_steps", "lower_pool",
     "lower_fraction",
 ))  # fmt: skip
-OBJECTIVE_KEYS = frozenset((
-    "objective", "reward", "reward_weights", "reward_timeout", "max_new_tokens", "zo_shaping", "zo_shaping_over",
-))  # fmt: skip
+OBJECTIVE_KEYS = frozenset(("objective", "zo_shaping", "zo_shaping_over"))
 STAGE_KEYS = frozenset(("two_stage_fraction", "two_stage_order"))
 LORA_KEYS = {  # as LoraConfig calls them
     "adapter_layers": "layers_to_transform", "lora_r": "r", "lora_alpha": "lora_alpha",
@@ -262,11 +260,13 @@ class Keys(TrainingArguments):
         f"{', '.join(get_args(ObjectiveName))}",
     )
     reward: list[str] | None = field(
-        None, "with objective reward: FILE.py:function or module:function, (prompts, completions, **columns) -> numbers"
+        None,
+        "FILE.py:function or module:function, (prompts, completions, **columns) -> numbers: evaluations measure it; "
+        "objective reward follows it",
     )
     reward_weights: list[float] | None = field(None, "of several rewards, in their order; 1 if not given")
     reward_timeout: Annotated[float, POSITIVE] = field(60.0, "seconds that a call of a reward may take")
-    max_new_tokens: Count | None = field(None, "with objective reward: tokens of a completion; 64 if not given")
+    max_new_tokens: Count | None = field(None, "with reward: tokens of a completion; 64 if not given")
     zo_shaping: ShapingName | None = field(
         None,
         "of the values of a population: none, zscore or centered_rank; zscore for objective reward if not given, else "

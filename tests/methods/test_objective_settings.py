@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+import torch
 
 from plain import make_rows, make_trainer
 from zofo import ZOFOConfig
@@ -26,11 +27,10 @@ WRONG = {
         "objective is accuracy, but method two_stage backpropagates, and that has no gradient: set method: zo",
     ),
     "no training": ({"method": "none", "objective": "reward"}, "objective is reward, but method none takes no zeroth"),
-    "a reward for a loss": (
-        {**ZO, "reward": ["statistics:mean"]},
-        "reward is ['statistics:mean'], but objective is loss: set objective: reward, or leave reward out",
+    "a reward beside a metric": (
+        {**ACCURACY, "reward": ["statistics:mean"]},
+        "reward is ['statistics:mean'], but objective is accuracy, and evaluations have one of them: set objective: re",
     ),
-    "tokens for a loss": ({**ZO, "max_new_tokens": 5}, "max_new_tokens is 5, but objective is loss: set objective"),
     "a name without a function": ({**REWARD, "reward": ["a.py"]}, "reward is 'a.py', but must be FILE.py:function"),
     "a file that is not there": ({**REWARD, "reward": ["no.py:f"]}, "reward is 'no.py:f', but there is no file no.py"),
     "weights of another number": (
@@ -169,7 +169,17 @@ TRAINERS = {
         PROMPTS,
         "objective is reward, but reward is not given: add reward: FILE.py",
     ),
-    "no objective": ({"reward_funcs": ones}, make_rows(12), "reward_funcs is given, but objective is loss: set objec"),
+    "functions beside a metric": (
+        {"objective": "accuracy", "reward_funcs": ones},
+        make_rows(12),
+        "reward_funcs is given, but objective is accuracy, and evaluations have one of them: set objective: reward",
+    ),
+    "tokens without a reward": (
+        {"max_new_tokens": 5},
+        make_rows(12),
+        "max_new_tokens is 5, but there is no reward: add reward, or leave max_new_tokens out",
+    ),
+    "weights without a reward": ({"reward_weights": [1.0]}, make_rows(12), "reward_weights is [1.0], but there is no"),
     "two kinds of rewards": (
         {"objective": "reward", "reward_funcs": ones, "reward": ["statistics:mean"]},
         PROMPTS,
@@ -222,6 +232,38 @@ def test_functions_are_weighed_in_their_order(tmp_path):
     assert trainer.evaluate()["eval_reward"] == 2.5
     with pytest.raises(ZofoError, match="reward_weights has 2 numbers for 1 rewards: give one for each"):
         make_trainer(tmp_path, PROMPTS, reward_funcs=[ones], **keys)
+
+
+def capitals(completions):
+    return [sum(letter.isupper() for letter in text) / 4 for text in completions]
+
+
+def test_a_reward_that_is_no_objective_is_measured_and_changes_nothing_else(tmp_path):
+    keys = {"max_steps": 3, "eval_steps": 3, "learning_rate": 1e-2, "method": "fo"}
+    found, weights = [], []
+    for more in ({}, {"reward_funcs": capitals, "max_new_tokens": 3}):
+        trainer = make_trainer(tmp_path, make_rows(12), eval_rows=make_rows(6), **keys, **more)
+        trainer.train()
+        found.append(trainer.state.log_history[-2])
+        weights.append({name: value.clone() for name, value in trainer.adapted.model.named_parameters()})
+    plain, rewarded = found
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert rewarded["eval_loss"] == plain["eval_loss"]
+    texts = [answer.text for answer in trainer.predict([{"prompt": row["prompt"]} for row in make_rows(6)])]
+    assert rewarded["eval_reward"] == pytest.approx(sum(capitals(texts)) / 6)
+    assert "eval_accuracy" in plain
+    assert "eval_accuracy" not in rewarded
+
+
+def test_rows_that_only_the_backbone_reads_need_no_answers(tmp_path):
+    keys = {"objective": "reward", "method": "bilevel", "adapter": "lora", "max_new_tokens": 2, "loss": "lm"}
+    trainer = make_trainer(
+        tmp_path, NO_OPTIONS, reward_funcs=ones, upper=PROMPTS, eval_rows=PROMPTS, max_steps=1, **keys
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] == 1
+    assert "eval_loss" not in trainer.evaluate()
 
 
 def test_rewards_of_which_none_applies_end_the_run(tmp_path):

@@ -21,7 +21,7 @@ _ITS_OWN = ("task", "seed", "max_steps", "num_train_epochs", "output_dir", "fina
 # What else all runs share; a method that changes one of these is another comparison.
 _SHARED = (
     *_ITS_OWN, "model", "data", "source", "text", "label", "template", "data_seed", "train_size", "dev_size",
-    "test_size", "overwrite_output_dir", "resume_from_checkpoint",
+    "test_size", "overwrite_output_dir", "resume_from_checkpoint", "reward", "reward_weights", "max_new_tokens",
 )  # fmt: skip
 
 Measure = Callable[[ZOFOConfig], float | None]

@@ -9,7 +9,6 @@ from zofo.tasks.metrics import MEANS, TEXT_METRICS
 from zofo.tasks.rewards import REWARD, require_name
 
 NEW_TOKENS = 64  # of a completion, if nobody says
-_OF_REWARDS = {"reward": None, "reward_weights": None, "reward_timeout": 60.0, "max_new_tokens": None}
 
 
 def settle_objective(keys: Keys, method: type[Method], given: Collection[str]) -> list[str]:
@@ -44,15 +43,12 @@ def _require_method(keys: Keys, method: type[Method]) -> None:
 
 
 def _require_rewards(keys: Keys) -> None:
-    """Refuses the keys of rewards without that objective, and names that can be none."""
-    if keys.objective != REWARD:
-        for key, default in _OF_REWARDS.items():
-            if vars(keys)[key] != default:
-                raise ZofoError(
-                    f"{key} is {vars(keys)[key]}, but objective is {keys.objective}: set objective: reward, or leave "
-                    f"{key} out"
-                )
-        return
+    """Refuses rewards beside another metric as the objective, and names that can be none."""
+    if keys.reward and keys.objective not in (LOSS, REWARD):
+        raise ZofoError(
+            f"reward is {keys.reward}, but objective is {keys.objective}, and evaluations have one of them: set "
+            "objective: reward, or loss, or leave reward out"
+        )
     for name in keys.reward or ():
         require_name(name)
     if keys.reward and keys.reward_weights is not None and len(keys.reward_weights) != len(keys.reward):

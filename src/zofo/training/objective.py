@@ -27,24 +27,30 @@ _LONGEST = 100  # characters of a prompt, or of a completion
 def run_rewards(args: ZOFOConfig, given: RewardFuncs | None = None) -> Rewards | None:
     """The reward functions of a run: those that are `given`, or those that the key `reward` names, whose files it runs.
 
+    Evaluations measure them in every run that has some; the objective says whether θ follows them.
+
     Raises:
         ZofoError: if the objective needs some and there are none, or they cannot be loaded.
     """
-    if args.objective != REWARD:
-        if given is not None:
-            raise ZofoError(
-                f"reward_funcs is given, but objective is {args.objective}: set objective: reward, or leave it out"
-            )
-        return None
     if isinstance(given, Rewards):
         return given
     if given is not None and args.reward:
         raise ZofoError(f"reward_funcs is given, and reward is {args.reward}: leave one of them out")
+    if given is not None and args.objective not in (LOSS, REWARD):
+        raise ZofoError(
+            f"reward_funcs is given, but objective is {args.objective}, and evaluations have one of them: set "
+            "objective: reward, or loss, or leave reward_funcs out"
+        )
     if given is not None:
         return _made([given] if callable(given) else given, args)
-    if not args.reward:
+    if args.reward:
+        return load_rewards(args.reward, args.reward_weights, args.reward_timeout)
+    if args.objective == REWARD:
         raise ZofoError("objective is reward, but reward is not given: add reward: FILE.py:function")
-    return load_rewards(args.reward, args.reward_weights, args.reward_timeout)
+    for key in ("reward_weights", "max_new_tokens"):
+        if vars(args)[key] is not None:
+            raise ZofoError(f"{key} is {vars(args)[key]}, but there is no reward: add reward, or leave {key} out")
+    return None
 
 
 def _made(functions: Sequence[Any], args: ZOFOConfig) -> Rewards:
@@ -59,13 +65,15 @@ def _made(functions: Sequence[Any], args: ZOFOConfig) -> Rewards:
     return made_rewards(found, args.reward_weights, args.reward_timeout)
 
 
-def objective_metrics(args: ZOFOConfig, metrics: Sequence[Metric], has_options: bool) -> tuple[Metric, ...]:
+def objective_metrics(
+    args: ZOFOConfig, metrics: Sequence[Metric], has_options: bool, rewarded: bool
+) -> tuple[Metric, ...]:
     """The metrics of evaluations, with the objective among them; a reward replaces all others.
 
     Raises:
         ZofoError: if the objective compares options and the metrics texts, or the other way round.
     """
-    if args.objective == REWARD:
+    if rewarded:
         return (REWARD,)
     if args.objective == LOSS or args.objective in metrics:
         return tuple(metrics)
@@ -79,9 +87,9 @@ def objective_metrics(args: ZOFOConfig, metrics: Sequence[Metric], has_options: 
     return (*metrics, args.objective)
 
 
-def answer_span(args: ZOFOConfig, span: AnswerSpan) -> AnswerSpan:
+def answer_span(args: ZOFOConfig, span: AnswerSpan, rewarded: bool) -> AnswerSpan:
     """How much generated text is an answer: for rewards, all of it."""
-    return AnswerSpan.whole(args.max_new_tokens or NEW_TOKENS) if args.objective == REWARD else span
+    return AnswerSpan.whole(args.max_new_tokens or NEW_TOKENS) if rewarded else span
 
 
 def require_rewardable(

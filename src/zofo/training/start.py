@@ -180,7 +180,7 @@ def require_progress(skipped: int, number: int, steps: int) -> None:
 
 
 def metrics_of_tasks(
-    args: ZOFOConfig, given: Metrics | Mapping[str, Metrics], rows: Mapping[str, TaskRows]
+    args: ZOFOConfig, given: Metrics | Mapping[str, Metrics], rows: Mapping[str, TaskRows], rewarded: bool
 ) -> dict[str, tuple[Metric, ...]]:
     """The metrics of each task: those that are given, for all or by task, else what fits its first row.
 
@@ -192,7 +192,7 @@ def metrics_of_tasks(
         own = given.get(name, ()) if isinstance(given, Mapping) else given
         default = ("accuracy" if next(iter(task.train.values()))[0].options else "exact_match",)
         metrics = cast(Any, (own,) if isinstance(own, str) or callable(own) else tuple(own) or default)
-        found[name] = objective_metrics(args, metrics, bool(next(iter(task.train.values()))[0].options))
+        found[name] = objective_metrics(args, metrics, bool(next(iter(task.train.values()))[0].options), rewarded)
     adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
     every = [[*map(_name_of_metric, metrics), "loss"] for metrics in found.values()]
     shared = [name for name in every[0] if all(name in names for names in every)]
@@ -303,12 +303,17 @@ def is_channel(args: ZOFOConfig) -> bool:
 
 
 def rows_of(args: ZOFOConfig, rows: Rows, name: str) -> list[Record]:
-    """Rows that are given, as records: with their answers, if the run needs these."""
+    """Rows that are given, as records: with their answers, if the run needs these.
+
+    Where θ follows a reward, adapters alone need answers: rows of the upper level and of evaluations have rewards.
+    """
     made = rewarded(rows, name) if args.objective == REWARD else records(rows, name)
-    if args.needs_answers and not all(record.answered for record in made):
+    needed = args.needs_answers and (args.objective != REWARD or name == "train_dataset")
+    if needed and not all(record.answered for record in made):
         raise ZofoError(
             f"a row of {name} has no completion, which method {args.method} needs for its adapters even where "
-            "objective is reward: give completions, or set method: zo"
+            "objective is reward: give completions; or these rows as upper_dataset, which θ alone reads; or set "
+            "method: zo"
         )
     return made
 

@@ -69,7 +69,8 @@ class ZOFOTrainer(EvaluatingTrainer):
         metrics: of evaluations, the first one decides; by default accuracy for rows with options, else exact_match. A
             function (predictions, references) -> number counts as well.
         callbacks: more transformers callbacks.
-        reward_funcs: with `args.objective` reward, functions as trl's trainers take them, in place of `args.reward`.
+        reward_funcs: functions as trl's trainers take them, in place of `args.reward`: measured in evaluations, and
+            followed with `args.objective` reward.
         others: refused, with what to write for arguments of other trainers.
 
     Raises:
@@ -109,7 +110,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         self._trained_rows = start.rows_of_before(model)
         if args.method_class.trains():
             self._trained_rows |= digests([row for part in parts for row in part])
-        scored_by = start.metrics_of_tasks(args, metrics, rows)
+        scored_by = start.metrics_of_tasks(args, metrics, rows, rewarded=self.rewards is not None)
         if args.method_class.backpropagates:
             require_optimizer(args)
         self.args = args
@@ -159,7 +160,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         """The rows of a task as examples, which must be enough for a batch and fit its metrics."""
         train = {split: self.examples(part) for split, part in rows.train.items()}
         every = [example for part in train.values() for example in part]
-        span = objective.answer_span(self.args, AnswerSpan.of(every, self._tokenizer))
+        span = objective.answer_span(self.args, AnswerSpan.of(every, self._tokenizer), self.rewards is not None)
         task = RunTask(train, self.examples(rows.dev), metrics, span)
         start.require_rows_for_a_batch(self.args, task.sizes, name)
         scored = [*every, *task.dev] if self.rewards else task.dev
