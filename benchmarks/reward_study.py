@@ -10,7 +10,7 @@ sentence that ends. 16 of 1,000 training rows have labels; the others are prompt
 - `zero-shot`: the model as it is.
 - `zo`: all weights by the reward of the 1,000 prompts.
 - `lora`: LoRA in all layers by the cross-entropy of the 16 labels; `lora-last-2`: in the last 2 of 30 layers.
-- `bilevel`: LoRA in the last 2 layers by these labels (s), all weights by the reward of the prompts (`penalty: infinite`).
+- `bilevel`: LoRA in the last 2 layers by these labels, all weights by the reward of the prompts (`penalty: infinite`).
 - `bilevel-penalty-1`: the same with two adapters and the penalty of the paper's experiments.
 - `grpo`: LoRA in all layers by the reward, trl's GRPO, with as many generated tokens as `zo`. It needs trl, which zofo
   does not: give a folder with it (`pip install --target DIR trl`) in PYTHONPATH.

@@ -158,13 +158,14 @@ def test_a_rival_is_keys_of_its_method_and_a_line_that_says_what_it_is(file):
     assert set(re.findall(r"^(\w+):", text, re.MULTILINE)) <= allowed
 
 
-def test_the_example_of_a_reward_is_read_and_found(monkeypatch):
+@pytest.mark.parametrize("name", ["reward", "reward-bilevel"])
+def test_the_examples_of_a_reward_are_read_and_found(monkeypatch, name):
     monkeypatch.chdir(ROOT)
-    config = parse_config(ROOT / "examples" / "reward.yaml", [])
+    config = parse_config(ROOT / "examples" / f"{name}.yaml", [])
     rewards = load_rewards(config.reward, config.reward_weights, config.reward_timeout)
     rows = [Record("It was", " a", row={"sentiment": value}) for value in ("3", "-2", "1")]
     rewards.require_columns(rows)
-    assert rewards.of(rows, [" great fun", " not bad", " here"]) == [1.0, 1.0, 0.0]
+    assert rewards.of(rows, [" great fun.", " not bad", " here"]) == [1.0, 0.5, 0.0]
 
 
 def test_a_resolved_config_reads_back_as_the_same(tmp_path):

@@ -262,13 +262,13 @@ def test_data_seeds_divide_the_rows_anew_and_each_division_is_judged_for_itself(
 def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, here):
     tasks = [named_task(tmp_path, name, [{"text": f"{name} {n}", "label": n % 2} for n in range(90)]) for name in "abc"]
     runs = {"zero": {"method": "none", "adapter": "none"}, "lora": {"method": "fo", "tasks_per_step": 2}}
-    asked = {"tasks": [tasks[2]], "shots": 4, "draws": 2}
+    asked = {"tasks": [tasks[2]], "shots": 4, "draws": 2, "start": {"lora": "mean"}, "keys": {"max_steps": 2}}
     file = plan_of(tmp_path, made, tasks=[tasks[:2]], runs=runs, baseline="zero", seeds=[0, 1], adapt=asked)
     (found,) = compared(file)["tasks"]
     assert found["name"] == "a+b"
     cells = [cell for cell in planned(file).cells() if cell.run == "lora"]
     assert all((cell.folder / "tasks" / name / "upper").is_dir() for cell in cells for name in "ab")
-    lora = next(method for method in found["methods"] if method["name"] == "lora")
+    zero, lora = found["methods"]
     results = [
         json.loads(next(cell.folder.parent.glob(f"{cell.folder.name}.adapted-*/c/results.json")).read_text())
         for cell in cells
@@ -279,6 +279,15 @@ def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, h
     assert (of_task["name"], of_task["mean"], of_task["worst"]) == ("c", pytest.approx(np.mean(values)), min(values))
     assert lora["adapted"]["mean"] == pytest.approx(np.mean(values))
     assert of_task["low"] <= of_task["mean"] <= of_task["high"]
+    assert {(one["start"], one["method"]) for one in results} == {("mean", "fo")}
+    gain = lora["adapted"]["gain"]
+    assert gain == of_task["gain"]
+    assert gain["difference"] == pytest.approx(np.mean(values) - zero["adapted"]["mean"])
+    assert gain["low"] <= gain["difference"] <= gain["high"]
+    assert zero["adapted"]["gain"] is None
+    (command,) = (" ".join(words) for file, words in cells[0].evaluations.items() if "adapted" in str(file))
+    assert "--start mean" in command
+    assert command.endswith("--max_steps 2 --disable_tqdm true")
     assert "Adapted to held-back tasks" in (file.parent / "out" / "report.html").read_text()
     before = list(here)
     compared(file)
@@ -422,6 +431,13 @@ BAD = {
         {"tasks": ["movie_reviews"], "adapt": {"tasks": ["movie_reviews"], "shots": 4}}, "which is also trained on"
     ),
     "adapted from no rows": ({"adapt": {"tasks": ["tweets"]}}, "adapt has no shots"),
+    "adapted from adapters of a run that is not there": (
+        {"adapt": {"tasks": ["tweets"], "shots": 4, "start": {"other": "mean"}}},
+        "adapt: start names 'other', but the runs are lora, mezo",
+    ),
+    "adapted by a key that is none": (
+        {"adapt": {"tasks": ["tweets"], "shots": 4, "keys": {"steps": 3}}}, "adapt: 'steps' is no key of adapting"
+    ),
     "forgetting what is trained on": (
         {"tasks": ["movie_reviews"], "forgetting": "movie_reviews"}, "which is also trained on"
     ),

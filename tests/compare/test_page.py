@@ -38,6 +38,7 @@ def method(name, difference=None, **changes):
             "worst": 0.55,
             "low": 0.58,
             "high": 0.64,
+            "gain": {"difference": 0.0371, "low": 0.0122, "high": 0.0633},
             "tasks": [
                 {
                     "name": "held",
@@ -48,6 +49,7 @@ def method(name, difference=None, **changes):
                     "worst": 0.55,
                     "low": None,
                     "high": None,
+                    "gain": None,
                 }
             ],
         },
@@ -176,8 +178,8 @@ def test_the_numbers_are_those_of_the_report(report):
         "1.5 GiB",
     ] in rows
     assert ["lora", "sst2", "91.2", "88.8", "-2.5 -3.1 to -1.8"] in rows  # forgetting
-    assert ["lora", "held", "41.2", "50.1", "61.3", "55.0"] in rows  # adapted to a held-back task, in one draw
-    assert ["lora", "mean", "41.0", "50.0", "61.3 58.0 to 64.0", "55.0"] in rows
+    assert ["lora", "held", "41.2", "50.1", "61.3", "55.0", ""] in rows  # adapted to a held-back task, in one draw
+    assert ["lora", "mean", "41.0", "50.0", "61.3 58.0 to 64.0", "55.0", "+3.7 +1.2 to +6.3"] in rows
     assert ["lora", "84.3", "72.1", "12.2"] in rows  # templates
     assert ["lora", "1.2", "0.00051", "0.00032", "–", "+1.2", "+23.4"] in rows  # diagnosis
     assert ["lora", "83.2", "85.5"] in rows  # seeds

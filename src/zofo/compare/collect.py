@@ -15,11 +15,11 @@ import torch
 import yaml
 
 from zofo.compare.budget import iteration_cost
+from zofo.compare.held_back import held_back
 from zofo.compare.plan import (
     Cell,
     Division,
     Plan,
-    adapted_file,
     before_file,
     failure,
     forgetting_file,
@@ -35,7 +35,6 @@ from zofo.compare.statistics import (
     mean_interval,
     paired_difference,
     row_values,
-    spread,
 )
 from zofo.compare.verdicts import Compared, holm, summary, verdict
 from zofo.compare.work import command
@@ -152,6 +151,7 @@ class _Task:
         self._failed = [cell for cell in cells if failure(plan, cell)]
         self._runs = {run: [_Run(c) for c in cells if c.run == run and c.is_done] for run in plan.runs}
         self._runs = {run: found for run, found in self._runs.items() if found}
+        self._held_back = held_back(plan, {run: [one.cell.folder for one in own] for run, own in self._runs.items()})
         self._judged: dict[str, dict[str, Any]] = {}
         self._compared: list[Compared] = []
         self._require_same_rows()
@@ -214,7 +214,7 @@ class _Task:
             "curve": found[0].curve(metric),
             "templates": self._templates(found),
             "forgetting": self._forgetting(found),
-            "adapted": self._adapted(found),
+            "adapted": self._held_back.get(run),
             "diagnosis": self._diagnosis(found),
             "search": self._search(run),
             "commands": [" ".join(command(one.cell)) for one in found],
@@ -240,29 +240,6 @@ class _Task:
             "after": float(np.mean(after)),
             "changes": [one - before for one in after],
         }
-
-    def _adapted(self, found: Sequence[_Run]) -> dict[str, Any] | None:
-        """The metric of each held-back task after adapting to it, over the draws of all seeds; and of their mean."""
-        asked = self._plan.adapting
-        if asked is None:
-            return None
-        tasks: list[dict[str, Any]] = []
-        draws: list[list[float]] = []
-        for task in asked.tasks:
-            files = [adapted_file(self._plan, one.cell.folder, task) for one in found]
-            results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-            metric = next(iter(results[0]["zero_shot"]))
-            values = [value for one in results for value in one["metrics"][metric]["of_draws"]]
-            draws.append(values)
-            before = {
-                "zero_shot": _mean([one["zero_shot"][metric] for one in results]),
-                "in_context": _mean([one["in_context"][metric]["mean"] for one in results]),
-            }
-            tasks.append({"name": Path(task).stem, "metric": metric, **before, **_spread(values)})
-        whole = _spread([sum(each) / len(each) for each in zip(*draws, strict=True)])
-        means = {key: _mean([task[key] for task in tasks]) for key in ("zero_shot", "in_context")}
-        lowest = min(task["worst"] for task in tasks)
-        return {"shots": asked.shots, "draws": asked.draws, "tasks": tasks, **means, **whole, "worst": lowest}
 
     def _diagnosis(self, found: Sequence[_Run]) -> dict[str, float | None] | None:
         """Of runs with `diagnose`, averaged over seeds: what their estimates were worth, and whose the gain is."""
@@ -323,13 +300,6 @@ class _Task:
                 f"the runs of {self._division.name} in {self._plan.output_dir} were scored on different rows: its "
                 "data has changed since; choose another output_dir"
             )
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, worst and interval of a metric over draws; no interval of one."""
-    found = spread([{"metric": value} for value in values])["metric"]
-    del found["of_draws"]
-    return found if len(values) > 1 else {**found, "low": None, "high": None}
 
 
 def _scored(file: Path) -> dict[str, Any]:

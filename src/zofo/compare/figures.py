@@ -72,6 +72,7 @@ class Figures:
 
     looks: dict[str, Look]
     differences: str
+    gains: str  # on held-back tasks
     pareto: list[tuple[str, str]]  # here and below: the name of a cost, and its figure
     curves: list[tuple[str, str]]
     costs: list[tuple[str, str]]
@@ -114,6 +115,7 @@ def _draw(task: Content, baseline: str, looks: dict[str, Look], place: str) -> F
     return Figures(
         looks={method["name"]: looks[method["name"]] for method in task["methods"]},
         differences=_differences(task, baseline, looks, f"{place}-differences"),
+        gains=_gains(task, baseline, looks, f"{place}-gains"),
         pareto=each((_MEMORY, _TIME, _FORWARD), "score", _pareto),
         curves=each((_FORWARD, _TIME), "loss", _curves),
         costs=each((_FORWARD, _TIME, _MEMORY), "bar", _bars),
@@ -122,23 +124,46 @@ def _draw(task: Content, baseline: str, looks: dict[str, Look], place: str) -> F
 
 def _differences(task: Content, baseline: str, looks: dict[str, Look], place: str) -> str:
     """A line for each method: its difference to the baseline, with the interval."""
-    found = [(m["name"], m["difference"]) for m in task["methods"] if m["difference"]]
-    found = [(name, difference) for name, difference in found if math.isfinite(_number(difference["difference"]))]
-    if not found:
+    found = [(m["name"], m["name"], m["difference"]) for m in task["methods"] if m["difference"]]
+    rows = [(method, name, one, bool(one["significant"])) for method, name, one in found]
+    title = f"{task['name']}: differences to {baseline}, with 95 % intervals"
+    return _intervals(rows, f"difference to {_label(baseline)} (points)", looks, title, place)
+
+
+def _gains(task: Content, baseline: str, looks: dict[str, Look], place: str) -> str:
+    """A line for each method and held-back task, and for their mean: what was gained over the baseline."""
+    rows: list[tuple[str, str, Content, bool]] = []
+    for method in task["methods"]:
+        adapted = method["adapted"] or {"tasks": []}
+        several = len(adapted["tasks"]) > 1
+        for one in [*adapted["tasks"], *([{**adapted, "name": "mean"}] if several else [])]:
+            if gain := one["gain"]:
+                sure = gain["low"] > 0 or gain["high"] < 0
+                rows.append((method["name"], f"{method['name']}, {one['name']}", gain, sure))
+    title = f"after adapting: gain over {baseline}, with 95 % intervals"
+    return _intervals(rows, f"gain over {_label(baseline)} (points)", looks, title, place)
+
+
+def _intervals(
+    rows: list[tuple[str, str, Content, bool]], axis: str, looks: dict[str, Look], title: str, place: str
+) -> str:
+    """A line for each row: of which method, its name, its difference with the interval, and whether it is filled."""
+    rows = [row for row in rows if math.isfinite(_number(row[2]["difference"]))]
+    if not rows:
         return ""
-    figure, axes = _figure(0.7 + 0.32 * len(found))
+    figure, axes = _figure(0.7 + 0.32 * len(rows))
     axes.axvline(0, color=_INK, linewidth=1)
-    for row, (name, difference) in enumerate(found):
-        look = looks[name]
+    for row, (method, _, difference, sure) in enumerate(rows):
+        look = looks[method]
         low, middle, high = (100 * _number(difference[key]) for key in ("low", "difference", "high"))
         axes.plot([low, high], [row, row], color=look.colour, linewidth=2, solid_capstyle="butt")
-        face = look.colour if difference["significant"] else _PAPER
+        face = look.colour if sure else _PAPER
         axes.plot(middle, row, look.marker, color=look.colour, markerfacecolor=face, markersize=7, markeredgewidth=1.5)
-    axes.set_yticks(range(len(found)), [_label(name) for name, _ in found])
-    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [_label(name) for _, name, _, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"difference to {_label(baseline)} (points)")
-    return _svg(figure, f"{task['name']}: differences to {baseline}, with 95 % intervals", place)
+    axes.set_xlabel(axis)
+    return _svg(figure, title, place)
 
 
 def _pareto(task: Content, cost: _Cost, looks: dict[str, Look], place: str) -> str:

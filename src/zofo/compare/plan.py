@@ -34,12 +34,16 @@ class Division:
 
 @dataclass(frozen=True)
 class Adapting:
-    """Held-back tasks that each run of the table is adapted to, from `shots` rows in `draws` draws."""
+    """Held-back tasks that each run of the table is adapted to, from `shots` rows in `draws` draws.
+
+    `start` says by method what adapters begin with, fresh if it does not say; `keys` are further ones of `zofo adapt`.
+    """
 
     tasks: tuple[str, ...]
     shots: int
     draws: int
-    start: str
+    start: dict[str, str]
+    keys: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,10 @@ class Plan:
             keys["final_split"] = "dev"
         name = f"{f'seed-{seed}' if trial is None else f'trial-{trial}'}-{_mark(keys)}"
         folder = self.output_dir / "runs" / division.name / run / name
-        after = {} if trial is not None else self._evaluations(folder, keys)
+        after = {} if trial is not None else self._evaluations(run, folder, keys)
         return Cell(run, division, seed, trial, settings, keys | {"output_dir": str(folder)}, folder, after)
 
-    def _evaluations(self, folder: Path, keys: dict[str, Any]) -> dict[Path, list[str]]:
+    def _evaluations(self, run: str, folder: Path, keys: dict[str, Any]) -> dict[Path, list[str]]:
         """What is evaluated after a run of the table: result -> the command of zofo that writes it."""
         found: dict[Path, list[str]] = {}
         if self.templates:
@@ -186,18 +190,18 @@ class Plan:
             model = str(folder / "backbone")
             found[forgetting_file(self, folder)] = self._eval(keys, "--model", model, *adapter, *options)
         for task in self.adapting.tasks if self.adapting else ():
-            found[adapted_file(self, folder, task)] = self._adapt(folder, task)
+            found[adapted_file(self, folder, task)] = self._adapt(run, folder, task)
         return found
 
     def _eval(self, keys: dict[str, Any], *options: str) -> list[str]:
         return ["eval", *options, "--batch_size", str(keys.get("per_device_eval_batch_size", 8))]
 
-    def _adapt(self, folder: Path, task: str) -> list[str]:
+    def _adapt(self, run: str, folder: Path, task: str) -> list[str]:
         asked = self.adapting
         assert asked is not None
-        rows = [key for key in _ADAPTED if key in self.base]
-        given = [word for key in rows for word in (f"--{key}", str(self.base[key]))]
-        draws = ["--shots", str(asked.shots), "--draws", str(asked.draws), "--start", asked.start]
+        keys = {**{key: self.base[key] for key in _ADAPTED if key in self.base}, **asked.keys}
+        given = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+        draws = ["--shots", str(asked.shots), "--draws", str(asked.draws), "--start", asked.start.get(run, "fresh")]
         return ["adapt", "--run", str(folder), "--task", task, *draws, *given, "--disable_tqdm", "true"]
 
     def _of_other_task(self, task: str) -> list[str]:

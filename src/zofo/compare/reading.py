@@ -7,7 +7,7 @@ from typing import Any, cast
 from zofo.compare.budget import Pace
 from zofo.compare.plan import Adapting, Division, Plan
 from zofo.compare.search import Settings, points
-from zofo.config import ZOFOConfig
+from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, did_you_mean
 from zofo.parse import read_yaml
 from zofo.tasks.lists import task_files
@@ -181,7 +181,7 @@ def _adapting(content: Mapping[str, Any], divisions: Sequence[Division]) -> Adap
     if "adapt" not in content:
         return None
     given = _dict(content, "adapt")
-    known = ("tasks", "shots", "draws", "start")
+    known = ("tasks", "shots", "draws", "start", "keys")
     for key in given:
         if key not in known:
             raise ZofoError(f"adapt has the key {key!r}: {did_you_mean(str(key), known, ', '.join(known))}")
@@ -192,7 +192,17 @@ def _adapting(content: Mapping[str, Any], divisions: Sequence[Division]) -> Adap
     if both := [task for task in tasks if Path(task).stem in _trained(divisions)]:
         raise ZofoError(f"adapt names {both[0]}, which is also trained on: name tasks that are not among the tasks")
     shots, draws = _whole("shots", given["shots"]), _whole("draws", given.get("draws", 5))
-    return Adapting(tasks, shots, draws, str(given.get("start", "fresh")))
+    start = given.get("start", "fresh")
+    runs = _dict(content, "runs")
+    by_run = cast("dict[Any, Any]", start) if isinstance(start, dict) else dict.fromkeys(runs, start)
+    each = {str(run): str(word) for run, word in by_run.items()}
+    if other := [run for run in each if run not in runs]:
+        raise ZofoError(f"adapt: start names {other[0]!r}, but the runs are {', '.join(runs)}")
+    keys = _dict(given, "keys") if "keys" in given else {}
+    for key in keys:
+        if key not in field_names() or key in _SHARED:
+            raise ZofoError(f"adapt: {key!r} is no key of adapting: give keys of zofo train that say how")
+    return Adapting(tasks, shots, draws, each, keys)
 
 
 def _mapping(file: Path, what: str, given: Any) -> dict[str, Any]:

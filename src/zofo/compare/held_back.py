@@ -1,0 +1,91 @@
+"""What the runs of a comparison are worth on held-back tasks, after they were adapted to these."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zofo.compare.plan import Adapting, Plan, adapted_file
+from zofo.compare.statistics import Array, paired_difference, spread
+
+_BEFORE = ("zero_shot", "in_context")
+
+
+def held_back(plan: Plan, folders: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, Any]]:
+    """By method: its scores on each held-back task and their means, and what they gain over those of the baseline.
+
+    Args:
+        plan: the comparison, with tasks to adapt to.
+        folders: of each method the folders of its runs, one for each seed.
+    """
+    asked = plan.adapting
+    if asked is None:
+        return {}
+    read = {run: [_results(plan, places, task) for task in asked.tasks] for run, places in folders.items()}
+    base = [_draws(results) for results in read.get(plan.baseline, ())]
+    return {run: _of_method(asked, found, [] if run == plan.baseline else base) for run, found in read.items()}
+
+
+def _results(plan: Plan, folders: Sequence[Path], task: str) -> list[dict[str, Any]]:
+    """What `zofo adapt` has written for each seed."""
+    return [json.loads(adapted_file(plan, folder, task).read_text(encoding="utf-8")) for folder in folders]
+
+
+def _of_method(asked: Adapting, found: Sequence[list[dict[str, Any]]], base: Sequence[Array]) -> dict[str, Any]:
+    each = [_draws(results) for results in found]
+    tasks: list[dict[str, Any]] = []
+    for number, (task, results) in enumerate(zip(asked.tasks, found, strict=True)):
+        metric = _metric(results)
+        before = {
+            "zero_shot": float(np.mean([one["zero_shot"][metric] for one in results])),
+            "in_context": float(np.mean([one["in_context"][metric]["mean"] for one in results])),
+        }
+        gain = _gain(each[number], base[number]) if base else None
+        tasks.append({"name": Path(task).stem, "metric": metric, **before, **_spread(each[number]), "gain": gain})
+    means = {key: float(np.mean([task[key] for task in tasks])) for key in _BEFORE}
+    worst = min(task["worst"] for task in tasks)
+    gain = _gain(_mean(each), _mean(base)) if base else None
+    return {
+        "shots": asked.shots,
+        "draws": asked.draws,
+        "tasks": tasks,
+        **means,
+        **_spread(_mean(each)),
+        "worst": worst,
+        "gain": gain,
+    }
+
+
+def _metric(results: Sequence[Mapping[str, Any]]) -> str:
+    return str(next(iter(results[0]["zero_shot"])))
+
+
+def _draws(results: Sequence[Mapping[str, Any]]) -> Array:
+    """(S, N): the metric after adapting, of each seed and draw."""
+    metric = _metric(results)
+    return np.array([one["metrics"][metric]["of_draws"] for one in results], dtype=np.float64)
+
+
+def _mean(each: Sequence[Array]) -> Array:
+    """The mean over tasks, of each seed and draw."""
+    return np.mean(np.stack(each), axis=0)
+
+
+def _gain(a: Array, b: Array) -> dict[str, float] | None:
+    """The difference of two methods on the same draws, which are its rows; no interval of one draw."""
+    if a.shape[1] < 2:
+        return None
+    seeds = max(len(a), len(b))
+    first, second = (np.repeat(one, seeds, 0) if len(one) == 1 else one for one in (a, b))
+    found = paired_difference(first, second, same_seeds=len(first) == len(second))
+    return {"difference": found.difference, "low": found.low, "high": found.high}
+
+
+def _spread(draws: Array) -> dict[str, Any]:
+    """Mean, worst and interval of a metric over the draws of all seeds; no interval of one."""
+    values = draws.ravel().tolist()
+    found = spread([{"metric": value} for value in values])["metric"]
+    del found["of_draws"]
+    return found if len(values) > 1 else {**found, "low": None, "high": None}
