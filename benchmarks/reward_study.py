@@ -8,12 +8,12 @@ sentence that ends. 16 of 1,000 training rows have labels; the others are prompt
 200 test rows for all. What is forgotten is measured on question types.
 
 - `zero-shot`: the model as it is.
-- `zo`: all weights by the reward of the 1,000 prompts.
+- `zo`: all weights by the reward of the 1,000 prompts; `zo-anchor`: the same with `zo_anchor: 0.02`.
 - `lora`: LoRA in all layers by the cross-entropy of the 16 labels; `lora-last-2`: in the last 2 of 30 layers.
 - `bilevel`: LoRA in the last 2 layers by these labels, all weights by the reward of the prompts (`penalty: infinite`).
 - `bilevel-penalty-1`: the same with two adapters and the penalty of the paper's experiments.
-- `grpo`: LoRA in all layers by the reward, trl's GRPO, with as many generated tokens as `zo`. It needs trl, which zofo
-  does not: give a folder with it (`pip install --target DIR trl`) in PYTHONPATH.
+- `grpo-RATE`: LoRA in all layers by the reward, trl's GRPO, with as many generated tokens as `zo`. It needs trl, which
+  zofo does not: give a folder with it (`pip install --no-deps --target DIR trl`) in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ LAST = {"adapter_layers": "last 2", "learning_rate": 1e-3}
 METHODS: dict[str, dict[str, Any]] = {
     "zero-shot": {"method": "none", "adapter": "none"},
     "zo": {"method": "zo", "adapter": "none", **ZO},
+    "zo-anchor": {"method": "zo", "adapter": "none", "zo_anchor": 0.02, **ZO},
     "lora": {"method": "fo", "learning_rate": 1e-3},
     "lora-last-2": {"method": "fo", **LAST},
     "bilevel": {"method": "bilevel", "penalty": "infinite", "lower_steps": 2, **LAST, **ZO},
     "bilevel-penalty-1": {"method": "bilevel", "lower_steps": 2, "upper_learning_rate": 3e-3, **LAST, **ZO},
 }
-GRPO, GRPO_RATE = "grpo", 3e-4
+GRPO = "grpo-"
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def main() -> None:
     if sys.argv[1] == "table":
         return write_table()
     name, seed = sys.argv[1], int(sys.argv[2])
-    found = run_grpo(seed) if name == GRPO else run(name, seed)
+    found = run_grpo(float(name.removeprefix(GRPO)), seed) if name.startswith(GRPO) else run(name, seed)
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"{name}-{seed}.json"
     file.write_text(json.dumps({"method": name, "seed": seed, "machine": machine(), **found}) + "\n")
@@ -132,7 +133,7 @@ def forgotten(trainer: ZOFOTrainer) -> dict[str, Any]:
     return {"other task": right, "loss there": evaluator.measure(examples, answers)["loss"]}
 
 
-def run_grpo(seed: int) -> dict[str, Any]:
+def run_grpo(rate: float, seed: int) -> dict[str, Any]:
     """LoRA by trl's GRPO: for each of ROWS prompts a group of as many completions as `zo` has members."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -145,7 +146,7 @@ def run_grpo(seed: int) -> dict[str, Any]:
     group = 2 * DIRECTIONS
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
-            output_dir=folder, learning_rate=GRPO_RATE, num_generations=group, per_device_train_batch_size=ROWS * group,
+            output_dir=folder, learning_rate=rate, num_generations=group, per_device_train_batch_size=ROWS * group,
             max_completion_length=TOKENS, max_steps=STEPS, reward_weights=BASE["reward_weights"], save_strategy="no",
             lr_scheduler_type="constant", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, seed=seed,
             logging_steps=10, gradient_checkpointing=False,
@@ -171,7 +172,8 @@ def write_table() -> None:
     """Reads all runs and writes the rows of the page."""
     found = [json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))]
     zero = next(one for one in found if one["method"] == "zero-shot")
-    for name in [*METHODS, GRPO]:
+    others = sorted({one["method"] for one in found} - METHODS.keys())
+    for name in [*METHODS, *others]:
         runs = [one for one in found if one["method"] == name]
         if runs:
             print(f"| {name} | {' | '.join(cells(runs, zero))} |")
