@@ -10,8 +10,8 @@ sentence that ends. 16 of 1,000 training rows have labels; the others are prompt
 - `zero-shot`: the model as it is.
 - `zo`: all weights by the reward of the 1,000 prompts; `zo-anchor`: the same with `zo_anchor: 0.02`.
 - `lora`: LoRA in all layers by the cross-entropy of the 16 labels; `lora-last-2`: in the last 2 of 30 layers.
-- `bilevel`: LoRA in the last 2 layers by these labels, all weights by the reward of the prompts (`penalty: infinite`).
-- `bilevel-penalty-1`: the same with two adapters and the penalty of the paper's experiments.
+- `bilevel`: LoRA in the last 2 layers by these labels, all weights by the reward of the prompts (`penalty: infinite`);
+  the adapter compares the two options (`loss: options`) and need not write them. `bilevel-lm`: it learns to write them.
 - `grpo-RATE`: LoRA in all layers by the reward, trl's GRPO, with as many generated tokens as `zo`. It needs trl, which
   zofo does not: give a folder with it (`pip install --no-deps --target DIR trl`) in PYTHONPATH.
 """
@@ -59,8 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "zo-anchor": {"method": "zo", "adapter": "none", "zo_anchor": 0.02, **ZO},
     "lora": {"method": "fo", "learning_rate": 1e-3},
     "lora-last-2": {"method": "fo", **LAST},
-    "bilevel": {"method": "bilevel", "penalty": "infinite", "lower_steps": 2, **LAST, **ZO},
-    "bilevel-penalty-1": {"method": "bilevel", "lower_steps": 2, "upper_learning_rate": 3e-3, **LAST, **ZO},
+    "bilevel": {"method": "bilevel", "penalty": "infinite", "lower_steps": 2, "loss": "options", **LAST, **ZO},
+    "bilevel-lm": {"method": "bilevel", "penalty": "infinite", "lower_steps": 2, **LAST, **ZO},
 }
 GRPO = "grpo-"
 
