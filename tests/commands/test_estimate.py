@@ -56,6 +56,20 @@ def test_weights_adapters_gradients_and_states_have_their_closed_forms(tmp_path,
     assert [key for key, row in rows.items() if row.chosen] == [("bilevel", "lora")]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_task_has_adapters_and_states_of_its_own_unless_they_are_shared(tmp_path, model_folder, shared):
+    tasks = [str(write_task(tmp_path / name).rename(tmp_path / name / f"{name}.yaml")) for name in "abc"]
+    keys = {"model": str(model_folder), "method": "bilevel", "shared_adapter": shared}
+    alone, several = (rows_of(tmp_path, task=task, **keys) for task in (tasks[0], tasks))
+    kept = 1 if shared else 4  # those in the model, and a copy for each of the three
+    for key in (("bilevel", "lora"), ("fo", "lora"), ("fo", "none")):
+        one, all_of_them = alone[key].memory, several[key].memory
+        copies = 1 if key == ("fo", "none") else kept
+        assert all_of_them.adapters == copies * one.adapters
+        assert all_of_them.optimizer == copies * one.optimizer
+        assert all_of_them.weights == one.weights
+
+
 @pytest.mark.parametrize(("method", "adapter"), [("fo", "lora"), ("zo", "none")])
 def test_activations_grow_with_the_batch_and_not_with_accumulation(tmp_path, model_folder, method, adapter):
     sizes = {}

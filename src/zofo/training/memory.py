@@ -178,7 +178,11 @@ def step_memory(config: ZOFOConfig, adapted: AdaptedModel, longest: Batch) -> Me
             f"a forward of this {adapted.base.config.model_type} model depends on the values of its weights "
             f"({error}), so its memory cannot be found without them: measure it with --max_steps 2"
         ) from error
-    return Memory(**tracker.at_peak())
+    found = Memory(**tracker.at_peak())
+    if method.adapter_levels and not config.shared_adapter and len(config.tasks) > 1 and config.device.type == "cpu":
+        kept = 1 + len(config.tasks)  # those in the model, and a copy for each task; with a GPU they rest on the CPU
+        found.adapters, found.optimizer = kept * found.adapters, kept * found.optimizer
+    return found
 
 
 def optimizer_states(method: Method, config: ZOFOConfig) -> int:
