@@ -268,7 +268,7 @@ def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, h
     assert found["name"] == "a+b"
     cells = [cell for cell in planned(file).cells() if cell.run == "lora"]
     assert all((cell.folder / "tasks" / name / "upper").is_dir() for cell in cells for name in "ab")
-    zero, lora = found["methods"]
+    lora, zero = sorted(found["methods"], key=lambda method: method["name"])
     results = [
         json.loads(next(cell.folder.parent.glob(f"{cell.folder.name}.adapted-*/c/results.json")).read_text())
         for cell in cells

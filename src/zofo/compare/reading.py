@@ -200,7 +200,7 @@ def _adapting(content: Mapping[str, Any], divisions: Sequence[Division]) -> Adap
         raise ZofoError(f"adapt: start names {other[0]!r}, but the runs are {', '.join(runs)}")
     keys = _dict(given, "keys") if "keys" in given else {}
     for key in keys:
-        if key not in field_names() or key in _SHARED:
+        if key not in field_names() or key in {*_SHARED} - {"max_steps", "num_train_epochs"}:
             raise ZofoError(f"adapt: {key!r} is no key of adapting: give keys of zofo train that say how")
     return Adapting(tasks, shots, draws, each, keys)
 
