@@ -9,7 +9,8 @@ sentence that ends. 16 of 1,000 training rows have labels; the others are prompt
 
 - `zero-shot`: the model as it is.
 - `zo`: all weights by the reward of the 1,000 prompts; `zo-anchor`: the same with `zo_anchor: 0.02`.
-- `lora`: LoRA in all layers by the cross-entropy of the 16 labels; `lora-last-2`: in the last 2 of 30 layers.
+- `lora`: LoRA in all layers by the cross-entropy of the 16 labels; `lora-last-2`: in the last 2 of 30 layers;
+  `lora-last-2-long`: the same for 200 steps in place of 40.
 - `bilevel`: LoRA in the last 2 layers by these labels, all weights by the reward of the prompts (`penalty: infinite`).
 Of these methods with an adapter, the checkpoint counts that has the highest reward on 48 dev rows, of one every five
 steps.
@@ -65,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "zo-anchor": {"method": "zo", "adapter": "none", "zo_anchor": 0.02, **ZO},
     "lora": {"method": "fo", **BEST},
     "lora-last-2": {"method": "fo", **LAST},
+    "lora-last-2-long": {"method": "fo", **LAST, "max_steps": 200},
     "bilevel": {"method": "bilevel", "penalty": "infinite", "lower_steps": 1, **LAST, **ZO},
 }
 GRPO = "grpo-"
