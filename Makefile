@@ -6,7 +6,7 @@ INTERPRETER := .venv/interpreter
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo compare-demo test test-full bench clean
+.PHONY: install demo compare-demo demo-meta test test-full bench clean
 
 install: $(READY)
 
@@ -24,6 +24,9 @@ $(READY): pyproject.toml
 
 demo compare-demo: install
 	$(BIN)/zofo compare --config comparisons/demo.yaml
+
+demo-meta: install
+	$(BIN)/zofo compare --config comparisons/demo-meta.yaml
 
 test: install
 	$(BIN)/ruff check .

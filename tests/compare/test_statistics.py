@@ -73,7 +73,6 @@ def test_the_interval_of_several_seeds_is_cochrans(random):
     found = paired_difference(*scores)
     assert found.high - found.difference == pytest.approx(quantile * math.sqrt(rows + seeds))
     assert found.seed_sd == pytest.approx(difference.mean(1).std(ddof=1))
-    assert (found.seed_low, found.seed_high) == (min(difference.mean(1)), max(difference.mean(1)))
     alone = mean_interval(scores[0])
     rows, seeds = scores[0].mean(0).var(ddof=1) / 200, scores[0].mean(1).var(ddof=1) / 3
     quantile = (rows * t.ppf(0.975, 199) + seeds * 4.302653) / (rows + seeds)
@@ -85,7 +84,6 @@ def test_unpaired_seeds_add_their_variances_in_any_order_and_number(random):
     found = paired_difference(a, b, same_seeds=False)
     assert found == paired_difference(a[::-1], b[[3, 0, 4, 2, 1]], same_seeds=False)
     assert found.seed_sd == pytest.approx(math.sqrt(a.mean(1).var(ddof=1) + b.mean(1).var(ddof=1)))
-    assert found.seed_low == pytest.approx(min(x - y for x in a.mean(1) for y in b.mean(1)))
     parts = [(a.mean(0) - b.mean(0)).var(ddof=1) / 100, a.mean(1).var(ddof=1) / 3, b.mean(1).var(ddof=1) / 5]
     reach = sum(v * t.ppf(0.975, df) for v, df in zip(parts, (99, 2, 4), strict=True)) / math.sqrt(sum(parts))
     assert found.high - found.difference == pytest.approx(reach)

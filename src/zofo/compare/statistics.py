@@ -55,8 +55,6 @@ class Difference:
     high: float
     p: float  # two-sided
     seed_sd: float | None  # of the differences of two runs; None if a method has one seed only
-    seed_low: float  # the smallest difference of two runs
-    seed_high: float
     detectable: float  # the smallest difference that is found in 80 % of cases, at 5 % two-sided
     rows: int
     clusters: int
@@ -126,7 +124,6 @@ def paired_difference(a: Array, b: Array, groups: Groups = None, *, same_seeds: 
     codes = _codes(groups, rows)
     clusters = int(codes.max()) + 1
     of_rows = a.mean(0) - b.mean(0)
-    of_runs = (a - b).mean(1) if same_seeds else a.mean(1)[:, None] - b.mean(1)
     of_seeds = _seed_part(a - b) if same_seeds else _seed_part(a) + _seed_part(b)
     parts = [_row_part(of_rows, codes), *of_seeds]
     difference, reach = float(of_rows.mean()), _reach(parts, LEVEL / 2)
@@ -136,8 +133,6 @@ def paired_difference(a: Array, b: Array, groups: Groups = None, *, same_seeds: 
         high=difference + reach,
         p=max(_p_of_interval(difference, parts), _sign_flip_p(np.bincount(codes, of_rows).astype(np.float64))),
         seed_sd=None if seeds == 1 else math.sqrt(sum(v * (freedom + 1) for v, freedom in of_seeds)),
-        seed_low=float(of_runs.min()),
-        seed_high=float(of_runs.max()),
         detectable=max(_detectable(parts), ENOUGH_ROWS / rows) if clusters >= ENOUGH_CLUSTERS else math.inf,
         rows=rows,
         clusters=clusters,
