@@ -134,9 +134,11 @@ def _gains(task: Content, baseline: str, looks: dict[str, Look], place: str) -> 
     """A line for each method and held-back task, and for their mean: what was gained over the baseline."""
     rows: list[tuple[str, str, Content, bool]] = []
     for method in task["methods"]:
-        adapted = method["adapted"] or {"tasks": []}
-        several = len(adapted["tasks"]) > 1
-        for one in [*adapted["tasks"], *([{**adapted, "name": "mean"}] if several else [])]:
+        adapted: Content = method["adapted"] or {"tasks": []}
+        each: list[Content] = [*adapted["tasks"]]
+        if len(each) > 1:
+            each.append({**adapted, "name": "mean"})
+        for one in each:
             if gain := one["gain"]:
                 sure = gain["low"] > 0 or gain["high"] < 0
                 rows.append((method["name"], f"{method['name']}, {one['name']}", gain, sure))
