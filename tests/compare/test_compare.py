@@ -285,6 +285,7 @@ def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, h
     assert gain["difference"] == pytest.approx(np.mean(values) - zero["adapted"]["mean"])
     assert gain["low"] <= gain["difference"] <= gain["high"]
     assert zero["adapted"]["gain"] is None
+    assert [line.split(":")[0] for line in found["gains"]] == ["lora, adapted to c from 4 rows"]
     (command,) = (" ".join(words) for file, words in cells[0].evaluations.items() if "adapted" in str(file))
     assert "--start mean" in command
     assert command.endswith("--max_steps 2 --disable_tqdm true")

@@ -33,6 +33,8 @@ def compare(file: Path, say: Say, dry_run: bool = False) -> None:
     (folder / "report.html").write_text(page(content), encoding="utf-8")
     for task in content["tasks"]:
         say(task["sentence"])
+        for line in task["gains"]:
+            say(line)
     say(f"report: {folder / 'report.html'}")
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from zofo.compare.budget import iteration_cost
-from zofo.compare.held_back import held_back
+from zofo.compare.held_back import gains, held_back
 from zofo.compare.plan import (
     Cell,
     Division,
@@ -174,6 +174,7 @@ class _Task:
             for cell in cells
             if failure(self._plan, cell)
         ]
+        methods = [self._method(run, found) for run, found in self._runs.items()]
         return {
             "name": name,
             "metric": self._metric(first) if first else "",
@@ -183,7 +184,8 @@ class _Task:
             "template": int(self._plan.base.get("template", 0)),
             "sentence": summary(self._compared, base) + self._left_out(),
             "verdicts": [verdict(one.found, one.p, one.method, base, name) for one in self._compared],
-            "methods": [self._method(run, found) for run, found in self._runs.items()],
+            "gains": gains(methods, base),
+            "methods": methods,
             "failed": [
                 {
                     "name": cell.run if cell.trial is None else f"{cell.run}, trial {cell.trial}",

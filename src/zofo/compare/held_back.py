@@ -28,6 +28,29 @@ def held_back(plan: Plan, folders: Mapping[str, Sequence[Path]]) -> dict[str, di
     return {run: _of_method(asked, found, [] if run == plan.baseline else base) for run, found in read.items()}
 
 
+def gains(methods: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
+    """A line for each method of a report's task: its mean gain over the baseline after adapting.
+
+    Examples:
+        >>> gain = {"difference": 0.1234, "low": -0.01, "high": 0.25}
+        >>> adapted = {"shots": 8, "tasks": [{"name": "tweets"}], "gain": gain}
+        >>> gains([{"name": "meta", "adapted": adapted}, {"name": "original", "adapted": None}], "original")
+        ['meta, adapted to tweets from 8 rows: +12.3 points over original (95 % interval -1.0 to +25.0).']
+    """
+    lines: list[str] = []
+    for method in methods:
+        found = method["adapted"]
+        if found and found["gain"]:
+            names = [task["name"] for task in found["tasks"]]
+            tasks = names[0] if len(names) == 1 else f"{len(names)} held-back tasks"
+            points, low, high = (f"{100 * found['gain'][key]:+.1f}" for key in ("difference", "low", "high"))
+            lines.append(
+                f"{method['name']}, adapted to {tasks} from {found['shots']} rows: {points} points over {baseline} "
+                f"(95 % interval {low} to {high})."
+            )
+    return lines
+
+
 def _results(plan: Plan, folders: Sequence[Path], task: str) -> list[dict[str, Any]]:
     """What `zofo adapt` has written for each seed."""
     return [json.loads(adapted_file(plan, folder, task).read_text(encoding="utf-8")) for folder in folders]
