@@ -20,7 +20,7 @@ from zofo.zo.rules import RULES, RuleName
 FOR_EVERY_METHOD = (
     "method", "model", "task", "source", "template", "data", "text", "label", "chat_template", "system_prompt",
     "adapter", "train_size", "dev_size", "test_size", "final_split", "zero_shot", "dtype", "loss",
-    "max_length", "overwrite_output_dir",
+    "max_length", "overwrite_output_dir", "reward", "reward_weights", "reward_timeout", "max_new_tokens",
 )  # fmt: skip
 
 
