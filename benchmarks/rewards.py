@@ -5,7 +5,8 @@
 SmolLM2-135M in float32, four directions and their antithetic pairs: 8 members, each of which writes 8 tokens after 4
 prompts of 48 tokens, for a reward that costs nothing. Directions of rank 1 in one forward, the same one member at a
 time, and directions of full rank; beside them, in the same process and each in turn, plain generation by θ of as many
-rows in one batch. Medians of the ratios within rounds, to that generation. Writes `benchmarks/results/rewards-*.json`.
+rows in one batch. Medians of the ratios within rounds, to that generation. Then the peak of tensor storages in each,
+the weights among them. Writes `benchmarks/results/rewards-*.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from timing import MODEL, batches, interleaved, trainer, write
 from zofo.models.load import load_model
 from zofo.scoring.generation import AnswerSpan, generate
+from zofo.training.memory import MemoryTracker
 
 DIRECTIONS, ROWS, TOKENS = 4, 4, 8
 LOW_RANK = {"zo_distribution": "low_rank"}
@@ -52,8 +54,10 @@ def main() -> None:
     base = times["generation by θ"]
     found = {name: float(statistics.median(values / base)) for name, values in times.items()}
     seconds = {name: float(statistics.median(values)) for name, values in times.items()}
-    print(found, seconds, sep="\n")
-    write("rewards", {"members": 2 * DIRECTIONS, "rows": ROWS, "tokens": TOKENS, "ratios": found, "seconds": seconds})
+    peaks = {name: peak(model, run) / 2**20 for name, run in candidates.items()}
+    print(found, seconds, peaks, sep="\n")
+    figures = {"ratios": found, "seconds": seconds, "peak_mib": peaks}
+    write("rewards", {"members": 2 * DIRECTIONS, "rows": ROWS, "tokens": TOKENS, **figures})
 
 
 def measured(made: Any) -> Callable[[], None]:
@@ -67,6 +71,15 @@ def plain(made: Any) -> Callable[[], object]:
     examples = batches(made)["zo"][0]["examples"] * (2 * DIRECTIONS)
     span = AnswerSpan.whole(TOKENS)
     return lambda: generate(made.method.scorer, made.processing_class, examples, span, len(examples))
+
+
+def peak(model: Any, run: Callable[[], object]) -> int:
+    """Bytes of storages that are alive together."""
+    tracker = MemoryTracker()
+    tracker.mark("weights", [*model.parameters(), *model.buffers()])
+    with tracker:
+        run()
+    return tracker.peak
 
 
 if __name__ == "__main__":
