@@ -12,9 +12,9 @@ sentence that ends. 16 of 1,000 training rows have labels; the others are prompt
 - `lora`: LoRA in all layers by the cross-entropy of the 16 labels; `lora-last-2`: in the last 2 of 30 layers;
   `lora-last-2-long`: the same for 200 steps in place of 40.
 - `bilevel`: LoRA in the last 2 layers by these labels, all weights by the reward of the prompts (`penalty: infinite`).
-Of these methods with an adapter, the checkpoint counts that has the highest reward on 48 dev rows, of one every five
-steps.
-
+  Of LoRA and `bilevel` the checkpoint counts that has the highest reward on 48 dev rows, of one every
+  five steps; of all others the last one.
+- `bilevel-two-lower-steps`: T = 2; `bilevel-options`: T = 2, and the adapter compares the two options.
 - `grpo-RATE`: LoRA in all layers by the reward, trl's GRPO, with as many generated tokens as `zo`. It needs trl, which
   zofo does not: give a folder with it (`pip install --no-deps --target DIR trl`) in PYTHONPATH.
 """
@@ -55,11 +55,13 @@ BASE: dict[str, Any] = {
 ZO: dict[str, Any] = {
     "objective": "reward", "num_perturbations": DIRECTIONS, "zo_distribution": "low_rank", "zo_learning_rate": 5e-6,
 }  # fmt: skip
+LAST_2 = {"adapter_layers": "last 2", "learning_rate": 1e-3}
 BEST = {
     "load_best_model_at_end": True, "metric_for_best_model": "reward", "save_strategy": "steps", "save_steps": 5,
     "eval_steps": 5, "save_total_limit": 1, "learning_rate": 1e-3,
 }  # fmt: skip
-LAST = {"adapter_layers": "last 2", **BEST}
+LAST = {**LAST_2, **BEST}
+INFINITE = {"method": "bilevel", "penalty": "infinite", **ZO}
 METHODS: dict[str, dict[str, Any]] = {
     "zero-shot": {"method": "none", "adapter": "none"},
     "zo": {"method": "zo", "adapter": "none", **ZO},
@@ -67,7 +69,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "fo", **BEST},
     "lora-last-2": {"method": "fo", **LAST},
     "lora-last-2-long": {"method": "fo", **LAST, "max_steps": 200},
-    "bilevel": {"method": "bilevel", "penalty": "infinite", "lower_steps": 1, **LAST, **ZO},
+    "bilevel": {**INFINITE, "lower_steps": 1, **LAST},
+    "bilevel-two-lower-steps": {**INFINITE, "lower_steps": 2, **LAST_2},
+    "bilevel-options": {**INFINITE, "lower_steps": 2, "loss": "options", **LAST_2},
 }
 GRPO = "grpo-"
 

@@ -177,6 +177,33 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--output", type=Path, help="also write the result to this JSON file")
     estimate.add_argument("--memory_only", action="store_true", help="do not load the weights, and measure no time")
 
+    _add_eval(parsers)
+    rivals = _verb(parsers, "compare", verbs.compare, "many methods under the same budget, and a report", _COMPARE)
+    rivals.add_argument("--config", type=Path, required=True, help="the YAML file of the comparison")
+    rivals.add_argument("--dry_run", action="store_true", help="only say what would be run")
+
+    answer = _verb(parsers, "predict", verbs.predict, "what a model answers to new rows", _PREDICT, True)
+    _add_model(answer)
+    answer.add_argument("--task", help="name from `zofo tasks`, or task file; otherwise that of the run")
+    answer.add_argument("--data", required=True, help="rows, with or without labels: CSV, JSON lines, Parquet, ...")
+    answer.add_argument("--output", type=Path, help="new file: .csv, .jsonl or .parquet; otherwise JSON lines are said")
+    answer.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
+
+    merge = _verb(parsers, "merge", verbs.merge, "write backbone and adapter as one plain Hugging Face folder", _MERGE)
+    merge.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
+    merge.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
+    merge.add_argument("--task", help="of a run over several tasks: whose adapter")
+    merge.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
+    merge.add_argument("--dtype", choices=dtypes, help="of the result; default: the backbone's")
+
+    _add_adapt(parsers)
+    tasks = _verb(parsers, "tasks", verbs.tasks, "what can be trained on out of the box", _TASKS)
+    tasks.add_argument("name", nargs="?", help="of a task, or a task file")
+    tasks.add_argument("--source", help="the task's rows: a folder of train.* and validation.*, or a file")
+    return parser
+
+
+def _add_eval(parsers: Any) -> None:
     score = _verb(
         parsers, "eval", verbs.evaluate, "score a model, with or without an adapter, on a task", _EVAL, takes_keys=True
     )
@@ -203,24 +230,8 @@ def _parser() -> argparse.ArgumentParser:
         "premise (pmi, calibrated), or of the prompt behind the option (channel)",
     )
 
-    rivals = _verb(parsers, "compare", verbs.compare, "many methods under the same budget, and a report", _COMPARE)
-    rivals.add_argument("--config", type=Path, required=True, help="the YAML file of the comparison")
-    rivals.add_argument("--dry_run", action="store_true", help="only say what would be run")
 
-    answer = _verb(parsers, "predict", verbs.predict, "what a model answers to new rows", _PREDICT, True)
-    _add_model(answer)
-    answer.add_argument("--task", help="name from `zofo tasks`, or task file; otherwise that of the run")
-    answer.add_argument("--data", required=True, help="rows, with or without labels: CSV, JSON lines, Parquet, ...")
-    answer.add_argument("--output", type=Path, help="new file: .csv, .jsonl or .parquet; otherwise JSON lines are said")
-    answer.add_argument("--batch_size", type=_positive, default=16, help="rows per forward (default 16)")
-
-    merge = _verb(parsers, "merge", verbs.merge, "write backbone and adapter as one plain Hugging Face folder", _MERGE)
-    merge.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
-    merge.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
-    merge.add_argument("--task", help="of a run over several tasks: whose adapter")
-    merge.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
-    merge.add_argument("--dtype", choices=dtypes, help="of the result; default: the backbone's")
-
+def _add_adapt(parsers: Any) -> None:
     adapt = _verb(
         parsers, "adapt", verbs.adapt, "a new task from a few examples, after training on others", _ADAPT, True
     )
@@ -237,11 +248,6 @@ def _parser() -> argparse.ArgumentParser:
         "--start", default="fresh", help="of the adapter: fresh (otherwise), mean of the run's tasks, or one of these"
     )
     adapt.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
-
-    tasks = _verb(parsers, "tasks", verbs.tasks, "what can be trained on out of the box", _TASKS)
-    tasks.add_argument("name", nargs="?", help="of a task, or a task file")
-    tasks.add_argument("--source", help="the task's rows: a folder of train.* and validation.*, or a file")
-    return parser
 
 
 def _verb(

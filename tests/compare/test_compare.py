@@ -436,6 +436,9 @@ BAD = {
         {"adapt": {"tasks": ["tweets"], "shots": 4, "start": {"other": "mean"}}},
         "adapt: start names 'other', but the runs are lora, mezo",
     ),
+    "adapted by a list": (
+        {"adapt": {"tasks": ["tweets"], "shots": 4, "keys": {"lora_target_modules": ["q_proj"]}}}, "must be one value"
+    ),
     "adapted by a key that is none": (
         {"adapt": {"tasks": ["tweets"], "shots": 4, "keys": {"steps": 3}}}, "adapt: 'steps' is no key of adapting"
     ),

@@ -179,6 +179,11 @@ TRAINERS = {
         make_rows(12),
         "max_new_tokens is 5, but there is no reward: add reward, or leave max_new_tokens out",
     ),
+    "a time without a reward": (
+        {"reward_timeout": 5.0},
+        make_rows(12),
+        "reward_timeout is 5.0, but there is no rew",
+    ),
     "weights without a reward": ({"reward_weights": [1.0]}, make_rows(12), "reward_weights is [1.0], but there is no"),
     "two kinds of rewards": (
         {"objective": "reward", "reward_funcs": ones, "reward": ["statistics:mean"]},

@@ -32,8 +32,8 @@ from zofo.compare.statistics import (
     Array,
     Difference,
     Groups,
+    difference_of_methods,
     mean_interval,
-    paired_difference,
     row_values,
 )
 from zofo.compare.verdicts import Compared, holm, summary, verdict
@@ -274,13 +274,7 @@ class _Task:
         found: dict[str, Difference] = {}
         for run in self._runs:
             if run != base:
-                a = self._scores(run)
-                if len(a) == len(b) == len(self._plan.seeds) or 1 in (len(a), len(b)):
-                    seeds = max(len(a), len(b))
-                    first, second = (one.repeat(seeds, 0) if len(one) == 1 else one for one in (a, b))
-                    found[run] = paired_difference(first, second, groups)
-                else:
-                    found[run] = paired_difference(a, b, groups, same_seeds=False)
+                found[run] = difference_of_methods(self._scores(run), b, len(self._plan.seeds), groups)
         return found
 
     def _scores(self, run: str) -> Array:

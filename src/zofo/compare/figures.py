@@ -124,8 +124,8 @@ def _draw(task: Content, baseline: str, looks: dict[str, Look], place: str) -> F
 
 def _differences(task: Content, baseline: str, looks: dict[str, Look], place: str) -> str:
     """A line for each method: its difference to the baseline, with the interval."""
-    found = [(m["name"], m["name"], m["difference"]) for m in task["methods"] if m["difference"]]
-    rows = [(method, name, one, bool(one["significant"])) for method, name, one in found]
+    found = [(str(m["name"]), m["difference"]) for m in task["methods"] if m["difference"]]
+    rows = [(name, name, difference, bool(difference["significant"])) for name, difference in found]
     title = f"{task['name']}: differences to {baseline}, with 95 % intervals"
     return _intervals(rows, f"difference to {_label(baseline)} (points)", looks, title, place)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from zofo.compare.plan import Adapting, Plan, adapted_file
-from zofo.compare.statistics import Array, paired_difference, spread
+from zofo.compare.statistics import Array, difference_of_methods, spread
 
 _BEFORE = ("zero_shot", "in_context")
 
@@ -25,7 +25,8 @@ def held_back(plan: Plan, folders: Mapping[str, Sequence[Path]]) -> dict[str, di
         return {}
     read = {run: [_results(plan, places, task) for task in asked.tasks] for run, places in folders.items()}
     base = [_draws(results) for results in read.get(plan.baseline, ())]
-    return {run: _of_method(asked, found, [] if run == plan.baseline else base) for run, found in read.items()}
+    seeds = len(plan.seeds)
+    return {run: _of_method(asked, found, [] if run == plan.baseline else base, seeds) for run, found in read.items()}
 
 
 def gains(methods: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
@@ -56,7 +57,9 @@ def _results(plan: Plan, folders: Sequence[Path], task: str) -> list[dict[str, A
     return [json.loads(adapted_file(plan, folder, task).read_text(encoding="utf-8")) for folder in folders]
 
 
-def _of_method(asked: Adapting, found: Sequence[list[dict[str, Any]]], base: Sequence[Array]) -> dict[str, Any]:
+def _of_method(
+    asked: Adapting, found: Sequence[list[dict[str, Any]]], base: Sequence[Array], seeds: int
+) -> dict[str, Any]:
     each = [_draws(results) for results in found]
     tasks: list[dict[str, Any]] = []
     for number, (task, results) in enumerate(zip(asked.tasks, found, strict=True)):
@@ -65,11 +68,11 @@ def _of_method(asked: Adapting, found: Sequence[list[dict[str, Any]]], base: Seq
             "zero_shot": float(np.mean([one["zero_shot"][metric] for one in results])),
             "in_context": float(np.mean([one["in_context"][metric]["mean"] for one in results])),
         }
-        gain = _gain(each[number], base[number]) if base else None
+        gain = _gain(each[number], base[number], seeds) if base else None
         tasks.append({"name": Path(task).stem, "metric": metric, **before, **_spread(each[number]), "gain": gain})
     means = {key: float(np.mean([task[key] for task in tasks])) for key in _BEFORE}
     worst = min(task["worst"] for task in tasks)
-    gain = _gain(_mean(each), _mean(base)) if base else None
+    gain = _gain(_mean(each), _mean(base), seeds) if base else None
     return {
         "shots": asked.shots,
         "draws": asked.draws,
@@ -96,13 +99,11 @@ def _mean(each: Sequence[Array]) -> Array:
     return np.mean(np.stack(each), axis=0)
 
 
-def _gain(a: Array, b: Array) -> dict[str, float] | None:
-    """The difference of two methods on the same draws, which are its rows; no interval of one draw."""
+def _gain(a: Array, b: Array, seeds: int) -> dict[str, float] | None:
+    """The difference of two methods on the same draws, which are its rows; none of one draw, as it has no interval."""
     if a.shape[1] < 2:
         return None
-    seeds = max(len(a), len(b))
-    first, second = (np.repeat(one, seeds, 0) if len(one) == 1 else one for one in (a, b))
-    found = paired_difference(first, second, same_seeds=len(first) == len(second))
+    found = difference_of_methods(a, b, seeds)
     return {"difference": found.difference, "low": found.low, "high": found.high}
 
 

@@ -16,8 +16,9 @@ from zofo.tasks.task import load_task
 _NEEDED = ("output_dir", "base", "runs", "tasks", "seeds", "budget", "baseline")
 KEYS = (*_NEEDED, "title", "search", "trials", "tuning", "jobs", "data_seeds", "forgetting", "templates", "adapt")
 _BUDGETS = ("steps", "forward_equivalents", "seconds")
+_LENGTH = ("max_steps", "num_train_epochs")
 # What the comparison says itself of every run.
-_ITS_OWN = ("task", "seed", "max_steps", "num_train_epochs", "output_dir", "final_split", "zero_shot")
+_ITS_OWN = ("task", "seed", *_LENGTH, "output_dir", "final_split", "zero_shot")
 # What else all runs share; a method that changes one of these is another comparison.
 _SHARED = (
     *_ITS_OWN, "model", "data", "source", "text", "label", "template", "data_seed", "train_size", "dev_size",
@@ -192,17 +193,27 @@ def _adapting(content: Mapping[str, Any], divisions: Sequence[Division]) -> Adap
     if both := [task for task in tasks if Path(task).stem in _trained(divisions)]:
         raise ZofoError(f"adapt names {both[0]}, which is also trained on: name tasks that are not among the tasks")
     shots, draws = _whole("shots", given["shots"]), _whole("draws", given.get("draws", 5))
-    start = given.get("start", "fresh")
-    runs = _dict(content, "runs")
+    return Adapting(tasks, shots, draws, _starts(content, given), _keys_of_adapting(given))
+
+
+def _starts(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """What adapters begin with, by run; `start` is a word for all runs, or one for each."""
+    start, runs = given.get("start", "fresh"), _dict(content, "runs")
     by_run = cast("dict[Any, Any]", start) if isinstance(start, dict) else dict.fromkeys(runs, start)
-    each = {str(run): str(word) for run, word in by_run.items()}
-    if other := [run for run in each if run not in runs]:
+    if other := [run for run in by_run if run not in runs]:
         raise ZofoError(f"adapt: start names {other[0]!r}, but the runs are {', '.join(runs)}")
+    return {str(run): str(word) for run, word in by_run.items()}
+
+
+def _keys_of_adapting(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The further keys of `zofo adapt`: how it trains, for how long, but not on which rows."""
     keys = _dict(given, "keys") if "keys" in given else {}
-    for key in keys:
-        if key not in field_names() or key in {*_SHARED} - {"max_steps", "num_train_epochs"}:
+    for key, value in keys.items():
+        if key not in field_names() or (key in _SHARED and key not in _LENGTH):
             raise ZofoError(f"adapt: {key!r} is no key of adapting: give keys of zofo train that say how")
-    return Adapting(tasks, shots, draws, each, keys)
+        if not isinstance(value, str | int | float):
+            raise ZofoError(f"adapt: {key} is {value!r}, but must be one value")
+    return keys
 
 
 def _mapping(file: Path, what: str, given: Any) -> dict[str, Any]:

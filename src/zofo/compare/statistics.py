@@ -140,6 +140,29 @@ def paired_difference(a: Array, b: Array, groups: Groups = None, *, same_seeds: 
     )
 
 
+def difference_of_methods(a: Array, b: Array, seeds: int, groups: Groups = None) -> Difference:
+    """`paired_difference` of two methods that were to have `seeds` runs each, of which some may be missing.
+
+    One run of a method that no seed changes counts for every seed. Runs are paired by their seeds only if none is
+    missing: it is not known which ones are.
+
+    Args:
+        a: scores of the first method for each of its runs and test row, float64 (S, R).
+        b: scores of the second method, (S', R).
+        seeds: how many runs both were to have.
+        groups: the source of each row, where rows share one.
+
+    Examples:
+        >>> difference_of_methods(np.array([[1.0, 1, 0], [1, 0, 0]]), np.zeros((1, 3)), 2).difference
+        0.5
+    """
+    if not len(a) == len(b) == seeds and 1 not in (len(a), len(b)):
+        return paired_difference(a, b, groups, same_seeds=False)
+    most = max(len(a), len(b))
+    first, second = (one.repeat(most, 0) if len(one) == 1 else one for one in (a, b))
+    return paired_difference(first, second, groups)
+
+
 def row_values(statistic: Callable[[NDArray[np.intp]], float], rows: int) -> Array:
     """A value for each row, of which a metric such as F1 is the mean: its jackknife pseudo-values, recentred.
 

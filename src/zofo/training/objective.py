@@ -1,7 +1,7 @@
 """What the objective of a run needs beside its keys: reward functions, metrics, and who measures it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -20,6 +20,7 @@ from zofo.tasks.metrics import OPTION_METRICS, Metric, compares_options
 from zofo.tasks.rewards import REWARD, Reward, Rewards, load_rewards, made_rewards
 
 RewardFuncs = Rewards | Sequence[Reward] | Reward
+_OF_REWARDS = ("reward_weights", "reward_timeout", "max_new_tokens")
 _SHOWN = 3  # completions at each evaluation
 _LONGEST = 100  # characters of a prompt, or of a completion
 
@@ -47,9 +48,9 @@ def run_rewards(args: ZOFOConfig, given: RewardFuncs | None = None) -> Rewards |
         return load_rewards(args.reward, args.reward_weights, args.reward_timeout)
     if args.objective == REWARD:
         raise ZofoError("objective is reward, but reward is not given: add reward: FILE.py:function")
-    for key in ("reward_weights", "max_new_tokens"):
-        if vars(args)[key] is not None:
-            raise ZofoError(f"{key} is {vars(args)[key]}, but there is no reward: add reward, or leave {key} out")
+    for own in fields(args):
+        if own.name in _OF_REWARDS and (value := vars(args)[own.name]) != own.default:
+            raise ZofoError(f"{own.name} is {value}, but there is no reward: add reward, or leave {own.name} out")
     return None
 
 

@@ -283,7 +283,7 @@ def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> d
     """The training rows by the splits of the method."""
     if train is None:
         raise ZofoError("train_dataset is not given: give rows with prompt, completion and perhaps options")
-    first = rows_of(args, train, "train_dataset")
+    first = rows_of(args, train, "train_dataset", learned=args.needs_answers)
     second = [] if upper is None else rows_of(args, upper, "upper_dataset")
     both = [*first, *second]
     if not first:
@@ -302,14 +302,14 @@ def is_channel(args: ZOFOConfig) -> bool:
     return args.method_class.trains() and args.train_prompt == CHANNEL
 
 
-def rows_of(args: ZOFOConfig, rows: Rows, name: str) -> list[Record]:
+def rows_of(args: ZOFOConfig, rows: Rows, name: str, learned: bool = False) -> list[Record]:
     """Rows that are given, as records: with their answers, if the run needs these.
 
-    Where θ follows a reward, adapters alone need answers: rows of the upper level and of evaluations have rewards.
+    Where θ follows a reward, only answers that are `learned` by adapters are needed: rows of the upper level and of
+    evaluations have rewards.
     """
     made = rewarded(rows, name) if args.objective == REWARD else records(rows, name)
-    needed = args.needs_answers and (args.objective != REWARD or name == "train_dataset")
-    if needed and not all(record.answered for record in made):
+    if learned and not all(record.answered for record in made):
         raise ZofoError(
             f"a row of {name} has no completion, which method {args.method} needs for its adapters even where "
             "objective is reward: give completions; or these rows as upper_dataset, which θ alone reads; or set "
