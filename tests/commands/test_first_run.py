@@ -42,9 +42,8 @@ def said(capsys, **keys):
 def test_one_line_says_what_a_run_will_take(capsys, tmp_path, made, keys, end):
     lines = said(capsys, **made, **{**CHECKPOINTS, **keys}, output_dir=tmp_path / "run")
     (plan,) = [line for line in lines if line.startswith("bilevel: ")]
-    words = (
-        rf"bilevel: {keys.get('max_steps', 2)} iterations, about \d+ s without evaluations, [\d.,]+ [MG]iB at the peak; "
-    )
+    steps = keys.get("max_steps", 2)
+    words = rf"bilevel: {steps} iterations, about \d+ s without evaluations, [\d.,]+ [MG]iB at the peak; "
     assert re.fullmatch(words + re.escape(end.format(run=tmp_path / "run")), plan)
     assert lines.index(plan) < next(i for i, line in enumerate(lines) if line.startswith("zero-shot on"))
 
