@@ -80,7 +80,8 @@ def write_final(
     with writing(Path(str(config.output_dir))):
         text = json.dumps(strict(results), indent=2, allow_nan=False)
         (new / "results.json").write_text(text + "\n", encoding="utf-8")
-        plot_curves(trainer.state.log_history, title, new / "curves.png", [*tests] if several else [])
+        history, names = trainer.state.log_history, [*tests] if several else []
+        plot_curves(history, title, new / "curves.png", names, config.objective)
         (new / "README.md").write_text(card, encoding="utf-8")
         seal(new, {})
     return results
