@@ -27,7 +27,7 @@ from zofo.scoring.scorer import Scorer
 from zofo.scoring.tokens import Example
 from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import chat_identity
-from zofo.tasks.records import Rows, digest
+from zofo.tasks.records import Record, Rows, digest
 from zofo.training import objective, start
 from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
 from zofo.training.callbacks import Cost, LossBar, own_callbacks
@@ -101,15 +101,8 @@ class ZOFOTrainer(EvaluatingTrainer):
         self.rewards = objective.run_rewards(args, reward_funcs)
         set_seed(args.seed)
         self.adapted, processing_class, kind = start.starting_model(model, args, processing_class, peft_config)
-        model = self.adapted.base
-        chat = {"chat_template_digest": chat_identity(processing_class)} if args.chat_template else {}
-        self.identity = {**args.identity(), "peft_config": kind, **chat}
         rows = start.rows_of_tasks(args, train_dataset, upper_dataset, eval_dataset)
-        parts = [part for task in rows.values() for part in task.train.values()]
-        self.identity["rows"] = [digest(part) for part in parts]
-        self._trained_rows = start.rows_of_before(model)
-        if args.method_class.trains():
-            self._trained_rows |= digests([row for part in parts for row in part])
+        self._identify(args, processing_class, kind, [part for task in rows.values() for part in task.train.values()])
         scored_by = start.metrics_of_tasks(args, metrics, rows, rewarded=self.rewards is not None)
         if args.method_class.backpropagates:
             require_optimizer(args)
@@ -122,7 +115,8 @@ class ZOFOTrainer(EvaluatingTrainer):
         self._task = next(iter(self.tasks.values()))
         evaluated = [example for task in self.tasks.values() for example in task.dev]
         args.settle_evaluations(len(evaluated))
-        use_cache = model.config.use_cache
+        config = self.adapted.base.config
+        use_cache = config.use_cache
         with start.setting_up(args):
             super().__init__(
                 model=self.adapted.model,
@@ -132,21 +126,12 @@ class ZOFOTrainer(EvaluatingTrainer):
                 processing_class=processing_class,
                 callbacks=[*own_callbacks(self.cost, self.adapted.base, args), *(callbacks or [])],
             )
-        model.config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
+        config.use_cache = use_cache  # the trainer switches it off for good, in what is saved too
         if self.pop_callback(ProgressCallback):
             self.add_callback(LossBar())
         self._interrupt = Interrupt()
         self.add_callback(self._interrupt)
-        if args.method_class.zeroth_order:
-            start.warm_up(self.adapted)
-        self._layout = probe(self.adapted, processing_class)
-        scorer = Scorer(self.adapted, self.cost, self._layout)
-        black_box = objective.black_box(args, self._evaluator(), scorer)
-        self.method = args.method_class(self.adapted, scorer, args, black_box)
-        if args.method_class.zeroth_order:
-            batch: Any = random_batch(self.adapted, processing_class, self.method.scorer.layout)
-            self.method.require_forwards(cast(Any, self._prepare_inputs(batch)))
-        self._joint = Joint(self.method, [*self.tasks], draws_of(args, self._sizes))
+        self._make_method(args, processing_class)
         self._diagnosis = self._diagnose() if args.diagnose and args.method_class.trains() else None
         self._micro: list[list[Bundle]] = []
         self._logs: dict[str, list[float]] = defaultdict(list)
@@ -155,6 +140,33 @@ class ZOFOTrainer(EvaluatingTrainer):
         self._resumable: Path | None = None  # the checkpoint that was found to be whole
         self._whole = None
         self.notes: dict[str, Any] = {}
+
+    def _identify(
+        self,
+        args: ZOFOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: str | None,
+        parts: Sequence[Sequence[Record]],
+    ) -> None:
+        """What a checkpoint must have in common with this run, and the rows that its model has seen, in the end."""
+        chat = {"chat_template_digest": chat_identity(tokenizer)} if args.chat_template else {}
+        self.identity = {**args.identity(), "peft_config": kind, **chat, "rows": [digest(part) for part in parts]}
+        self._trained_rows = start.rows_of_before(self.adapted.base)
+        if args.method_class.trains():
+            self._trained_rows |= digests([row for part in parts for row in part])
+
+    def _make_method(self, args: ZOFOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The method, with who measures its objective, after one try of its forwards."""
+        if args.method_class.zeroth_order:
+            start.warm_up(self.adapted)
+        self._layout = probe(self.adapted, tokenizer)
+        scorer = Scorer(self.adapted, self.cost, self._layout)
+        black_box = objective.black_box(args, self._evaluator(), scorer)
+        self.method = args.method_class(self.adapted, scorer, args, black_box)
+        if args.method_class.zeroth_order:
+            batch: Any = random_batch(self.adapted, tokenizer, self.method.scorer.layout)
+            self.method.require_forwards(cast(Any, self._prepare_inputs(batch)))
+        self._joint = Joint(self.method, [*self.tasks], draws_of(args, self._sizes))
 
     def _run_task(self, name: str, rows: TaskRows, metrics: tuple[Metric, ...]) -> RunTask:
         """The rows of a task as examples, which must be enough for a batch and fit its metrics."""
