@@ -102,6 +102,18 @@ def test_the_mean_start_is_the_mean_of_the_tasks_adapters(folder, tmp_path):
         torch.testing.assert_close(one[name], read[1][name], rtol=1e-6, atol=1e-9)
 
 
+def test_before_training_the_trained_start_counts_and_a_fresh_one_does_not(folder, tmp_path):
+    """One step with a learning rate of nearly 0 leaves the start, so all three scores are of one model."""
+    keys = ("--draws", "1", "--max_steps", "1", "--learning_rate", "1e-30")
+    found = {}
+    for start in ("fresh", "second"):
+        assert adapt(folder, tmp_path / start, "--start", start, *keys) == 0
+        found[start] = json.loads((tmp_path / start / "results.json").read_text())
+        assert found[start]["zero_shot"]["loss"] == pytest.approx(found[start]["metrics"]["loss"]["mean"], abs=1e-6)
+    for part in (lambda results: results["zero_shot"]["loss"], lambda results: results["in_context"]["loss"]["mean"]):
+        assert abs(part(found["fresh"]) - part(found["second"])) > 1e-5
+
+
 def test_any_model_is_the_baseline_and_without_adapter_all_weights_learn(folder, tmp_path):
     assert adapt(folder, tmp_path / "lora", "--draws", "2", run=False) == 0
     assert adapt(folder, tmp_path / "full", "--draws", "2", "--adapter", "none", "--max_steps", "3", run=False) == 0

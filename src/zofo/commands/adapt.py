@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from zofo.models.adapters import positions_of
 from zofo.models.load import load_model
 from zofo.models.peft import UPPER
 from zofo.parse import read_yaml
+from zofo.scoring.tokens import Example
 from zofo.spelling import ANY_TASK_KEYS
 from zofo.tasks.leakage import require_apart
 from zofo.tasks.records import Record
@@ -87,7 +88,8 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
     """Scores a model without examples, behind K of them, and with an adapter that K of them have trained.
 
     For N draws of K training rows: mean, worst, and the 95 % interval of the mean over the draws. The test rows are
-    the same in all draws. Writes `results.json`, the configuration and the adapter of each draw.
+    the same in all draws. Before training, an adapter that starts from trained values counts; a fresh one does not.
+    Writes `results.json`, the configuration and the adapter of each draw.
 
     Returns:
         What `results.json` holds.
@@ -154,16 +156,22 @@ def _draw(
     trainer.require_scorable(examples)
     trainer.require_trainable()
     records, used = posing.behind(test, len(shown))
-    scores = zero_shot or trainer.score_backbone(examples)
-    in_context = trainer.score_backbone(trainer.examples(records))
+    score = _score_of_upper(trainer) if config.adapter_init else trainer.score_backbone
+    scores = zero_shot or score(examples)
+    in_context = score(trainer.examples(records))
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    adapted = trainer.score(examples)[UPPER]
+    adapted = _score_of_upper(trainer)(examples)
     if trainer.adapted.adapters:
         trainer.adapted.save_adapters(place, backbone=str(Path(model).resolve()) if Path(model).exists() else model)
         (place / "README.md").unlink()  # peft's, which says nothing
     return _Draw(scores, in_context, adapted, sum(used) / len(used), seconds)
+
+
+def _score_of_upper(trainer: ZOFOTrainer) -> Callable[[Sequence[Example]], dict[str, float]]:
+    """The scores of rows with the adapter as it is."""
+    return lambda rows: trainer.score(rows)[UPPER]
 
 
 def _drawn(rows: Sequence[Record], shots: int, seed: int, number: int) -> list[Record]:
