@@ -262,7 +262,8 @@ def test_data_seeds_divide_the_rows_anew_and_each_division_is_judged_for_itself(
 def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, here):
     tasks = [named_task(tmp_path, name, [{"text": f"{name} {n}", "label": n % 2} for n in range(90)]) for name in "abc"]
     runs = {"zero": {"method": "none", "adapter": "none"}, "lora": {"method": "fo", "tasks_per_step": 2}}
-    asked = {"tasks": [tasks[2]], "shots": 4, "draws": 2, "start": {"lora": "mean"}, "keys": {"max_steps": 2}}
+    keys = {"adapter": "lora", "lora_r": 2, "max_steps": 2}
+    asked = {"tasks": [tasks[2]], "shots": 4, "draws": 2, "start": {"lora": "mean"}, "keys": keys}
     file = plan_of(tmp_path, made, tasks=[tasks[:2]], runs=runs, baseline="zero", seeds=[0, 1], adapt=asked)
     (found,) = compared(file)["tasks"]
     assert found["name"] == "a+b"
@@ -286,9 +287,16 @@ def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, h
     assert gain["low"] <= gain["difference"] <= gain["high"]
     assert zero["adapted"]["gain"] is None
     assert [line.split(":")[0] for line in found["gains"]] == ["lora, adapted to c from 4 rows"]
-    (command,) = (" ".join(words) for file, words in cells[0].evaluations.items() if "adapted" in str(file))
-    assert "--start mean" in command
-    assert command.endswith("--max_steps 2 --disable_tqdm true")
+    first = {cell.run: cell for cell in planned(file).cells()}
+    command = {
+        run: " ".join(next(words for file, words in cell.evaluations.items() if "adapted" in str(file)))
+        for run, cell in first.items()
+    }
+    assert "--start mean" in command["lora"]
+    assert "--adapter" not in command["lora"]
+    assert command["lora"].endswith("--max_steps 2 --disable_tqdm true")
+    assert "--start fresh" in command["zero"]
+    assert command["zero"].endswith("--adapter lora --lora_r 2 --max_steps 2 --disable_tqdm true")
     assert "Adapted to held-back tasks" in (file.parent / "out" / "report.html").read_text()
     before = list(here)
     compared(file)

@@ -12,7 +12,7 @@ from zofo.compare.budget import Pace, steps_within
 from zofo.compare.search import Settings
 from zofo.config import ZOFOConfig, parse_config
 from zofo.errors import ZofoError
-from zofo.keys import CHANNEL
+from zofo.keys import ADAPTER_KEYS, CHANNEL
 from zofo.spelling import ANY_TASK_KEYS
 
 _ADAPTED = ("dev_size", "test_size", "data_seed", "per_device_eval_batch_size", "use_cpu")
@@ -199,9 +199,11 @@ class Plan:
     def _adapt(self, run: str, folder: Path, task: str) -> list[str]:
         asked = self.adapting
         assert asked is not None
-        keys = {**{key: self.base[key] for key in _ADAPTED if key in self.base}, **asked.keys}
+        start = asked.start.get(run, "fresh")
+        chosen = {k: v for k, v in asked.keys.items() if start == "fresh" or k not in ADAPTER_KEYS}  # else it has them
+        keys = {**{key: self.base[key] for key in _ADAPTED if key in self.base}, **chosen}
         given = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-        draws = ["--shots", str(asked.shots), "--draws", str(asked.draws), "--start", asked.start.get(run, "fresh")]
+        draws = ["--shots", str(asked.shots), "--draws", str(asked.draws), "--start", start]
         return ["adapt", "--run", str(folder), "--task", task, *draws, *given, "--disable_tqdm", "true"]
 
     def _of_other_task(self, task: str) -> list[str]:
