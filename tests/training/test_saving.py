@@ -300,6 +300,13 @@ def test_the_curves_are_a_picture(folder, trainers):
     assert not (folder / "none" / "curves.png").exists()
 
 
+def test_a_norm_of_gradients_is_logged_only_where_there_are_some(trainers):
+    for name, trainer in trainers.items():
+        norms = [log.get("grad_norm") for log in trainer.state.log_history if "loss" in log]
+        assert all(norm is None if name == "zo" else norm > 0 for norm in norms), name
+        assert bool(norms) == (name != "none")
+
+
 def test_the_model_card_tells_base_model_method_and_metrics(folder, trainers):
     for name in RUNS:
         card, found = (folder / name / "README.md").read_text(), results(folder / name)

@@ -288,6 +288,8 @@ class ZOFOTrainer(EvaluatingTrainer):
                 logs["skipped_steps"] = self._skipped
             if not self._logs:
                 del logs["loss"]  # all of them were skipped, and 0 would be no loss
+            if logs.get("grad_norm") == 0:
+                del logs["grad_norm"]  # Trainer looks for gradients when the method's step has freed them
             logs.update({key: sum(values) / len(values) for key, values in self._logs.items()})
             self._logs.clear()
             self._skipped = 0
