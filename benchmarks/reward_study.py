@@ -3,9 +3,10 @@
     python benchmarks/reward_study.py METHOD SEED      one run, to benchmarks/results/reward-study/METHOD-SEED.json
     python benchmarks/reward_study.py table            the table of docs/results/rewards.md
 
-SmolLM2-135M in float32 on movie reviews: completions of five tokens, half of the reward for the right side, half for a
-sentence that ends. 16 of 1,000 training rows have labels; the others are prompts that only the reward sees. The same
-200 test rows for all. What is forgotten is measured on question types.
+SmolLM2-135M in float32 on movie reviews: completions of five tokens. Half of the reward is for a verdict, the whole
+half for the right side and a quarter of the reward for the wrong one; the other half for a sentence that ends. 16 of
+1,000 training rows have labels; the others are prompts that only the reward sees. The same 200 test rows for all. What
+is forgotten is measured on question types.
 
 - `zero-shot`: the model as it is.
 - `zo`: all weights by the reward of the 1,000 prompts; `zo-anchor`: the same with `zo_anchor: 0.02`.
@@ -190,15 +191,24 @@ def write_table() -> None:
             print(f"| {name} | {' | '.join(cells(runs, zero))} |")
 
 
+def interval(mean: Any) -> str:
+    """A mean with its interval."""
+    return f"{mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f})"
+
+
 def cells(runs: list[dict[str, Any]], zero: dict[str, Any]) -> list[str]:
     """The cells of a method's row."""
-    means = [mean_interval(np.array([run["test"][part] for run in runs])) for part in runs[0]["test"]]
-    texts = [f"{mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f})" for mean in means]
+    rewards, sentences = (
+        mean_interval(np.array([run["test"][part] for run in runs])) for part in ("reward", "one sentence")
+    )
+    judged = [np.array(run["test"]["verdict"]) for run in runs]
+    right = ", ".join(f"{(one == 1).sum() / (one > 0).sum():.2f}" for one in judged)
     other = np.array([run["other task"] for run in runs])
     change = paired_difference(other, np.array([zero["other task"]] * len(runs)), same_seeds=False)
     costs = [run["cost"] for run in runs]
     return [
-        str(len(runs)), *texts, f"{np.mean([run['loss'] for run in runs]):.2f}",
+        str(len(runs)), interval(rewards), f"{np.mean([one > 0 for one in judged]):.2f}", right, interval(sentences),
+        f"{np.mean([run['loss'] for run in runs]):.2f}",
         f"{change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f})",
         f"{np.mean([run['loss there'] for run in runs]):.2f}",
         f"{np.mean([cost['wall_seconds'] for cost in costs]):.0f}",
