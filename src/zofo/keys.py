@@ -121,7 +121,7 @@ LORA_KEYS = {  # as LoraConfig calls them
     "adapter_layers": "layers_to_transform", "lora_r": "r", "lora_alpha": "lora_alpha",
     "lora_target_modules": "target_modules",
 }  # fmt: skip
-ADAPTER_KEYS = ("adapter", *LORA_KEYS)
+OF_ADAPTER = ("adapter", *LORA_KEYS)
 FULL_KEYS = frozenset(("optimizer_in_backward",))
 CONTEXT_KEYS = frozenset(("shots",))
 

@@ -22,7 +22,7 @@ from zofo.compare.statistics import spread
 from zofo.config import ZOFOConfig, parse_config
 from zofo.console import Say
 from zofo.errors import ZofoError
-from zofo.keys import ADAPTER_KEYS
+from zofo.keys import OF_ADAPTER
 from zofo.models.adapters import positions_of
 from zofo.models.load import load_model
 from zofo.models.peft import UPPER
@@ -37,7 +37,7 @@ from zofo.training.rows import Posing, run_splits
 from zofo.training.trainer import ZOFOTrainer
 
 FRESH, MEAN = "fresh", "mean"
-_OF_RUN = (*ADAPTER_KEYS, "train_prompt", *ANY_TASK_KEYS)
+_OF_RUN = (*OF_ADAPTER, "train_prompt", *ANY_TASK_KEYS)
 _USUAL: dict[str, Any] = {
     "max_steps": 20,
     "learning_rate": 1e-3,
@@ -77,7 +77,7 @@ def adapt_config(asked: Asked, file: Path | None, arguments: Sequence[str], outp
     usual = {**_USUAL, "per_device_train_batch_size": min(_BATCH, asked.shots)}
     if "num_train_epochs" in named:
         del usual["max_steps"]
-    for key in ADAPTER_KEYS if asked.start != FRESH or "adapter_init" in named else ():
+    for key in OF_ADAPTER if asked.start != FRESH or "adapter_init" in named else ():
         kept.pop(key, None)  # the trained adapter says it
     fixed = {"task": asked.task, "model": asked.model, "output_dir": str(output)}
     return parse_config({"method": "fo", **usual, **kept, **given, **fixed}, arguments)

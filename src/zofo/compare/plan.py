@@ -12,7 +12,7 @@ from zofo.compare.budget import Pace, steps_within
 from zofo.compare.search import Settings
 from zofo.config import ZOFOConfig, parse_config
 from zofo.errors import ZofoError
-from zofo.keys import ADAPTER_KEYS, CHANNEL
+from zofo.keys import CHANNEL, OF_ADAPTER
 from zofo.spelling import ANY_TASK_KEYS
 
 _ADAPTED = ("dev_size", "test_size", "data_seed", "per_device_eval_batch_size", "use_cpu")
@@ -200,7 +200,7 @@ class Plan:
         asked = self.adapting
         assert asked is not None
         start = asked.start.get(run, "fresh")
-        chosen = {k: v for k, v in asked.keys.items() if start == "fresh" or k not in ADAPTER_KEYS}  # else it has them
+        chosen = {k: v for k, v in asked.keys.items() if start == "fresh" or k not in OF_ADAPTER}  # else it has them
         keys = {**{key: self.base[key] for key in _ADAPTED if key in self.base}, **chosen}
         given = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
         draws = ["--shots", str(asked.shots), "--draws", str(asked.draws), "--start", start]
