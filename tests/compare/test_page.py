@@ -196,6 +196,16 @@ def test_of_several_held_back_tasks_the_mean_is_shown_as_well(report):
     assert "lora, adapted to held from 16 rows: +3.7 points over mezo" in "".join(shown.text)
 
 
+def test_long_names_that_begin_alike_differ_in_the_figure(report):
+    adapted = report["tasks"][0]["methods"][0]["adapted"]
+    gain = {"difference": 0.03, "low": 0.01, "high": 0.06}
+    names = ("tweet_eval-irony", "tweet_eval-sentiment")
+    adapted["tasks"] = [{**adapted["tasks"][0], "name": name, "gain": gain} for name in names]
+    labels = re.search(r"<svg [^>]*after adapting.*?</svg>", page(report), re.DOTALL)[0]
+    assert "_eval-irony<" in labels
+    assert "-sentiment<" in labels
+
+
 def test_everything_that_the_report_says_is_on_the_page(report):
     report["tasks"][0].update(clusters=120, failed=[{"name": "ia3", "seed": 1, "message": "loss is not finite"}])
     text = " ".join("".join(Reader(page(report)).text).split())

@@ -251,9 +251,9 @@ def _number(value: float | None) -> float:
 
 
 def _label(name: str) -> str:
-    """A name on one line, of characters that XML can hold."""
+    """A name on one line, of characters that XML can hold; shortened in its middle, as names may begin or end alike."""
     plain = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
-    return plain if len(plain) <= 24 else plain[:23] + "…"
+    return plain if len(plain) <= 24 else f"{plain[:10]}…{plain[-13:]}"
 
 
 def _svg(figure: Figure, title: str, place: str) -> str:
