@@ -18,6 +18,7 @@ from zofo.commands.eval import given_keys
 from zofo.commands.merge import new_folder
 from zofo.commands.results import strict
 from zofo.commands.stored import StoredRun
+from zofo.compare.plan import FRESH
 from zofo.compare.statistics import spread
 from zofo.config import ZOFOConfig, parse_config
 from zofo.console import Say
@@ -34,10 +35,12 @@ from zofo.tasks.records import Record
 from zofo.tasks.task import Task, load_task
 from zofo.training.checkpoint import writing
 from zofo.training.rows import Posing, run_splits
+from zofo.training.trained_rows import trained_rows_of, was_trained_on
 from zofo.training.trainer import ZOFOTrainer
 
-FRESH, MEAN = "fresh", "mean"
+MEAN = "mean"
 _OF_RUN = (*OF_ADAPTER, "train_prompt", *ANY_TASK_KEYS)
+_NOT_HERE = ("data", "text", "label", "final_split", "train_shots")
 _USUAL: dict[str, Any] = {
     "max_steps": 20,
     "learning_rate": 1e-3,
@@ -70,15 +73,22 @@ class Asked:
 
 
 def adapt_config(asked: Asked, file: Path | None, arguments: Sequence[str], output: Path) -> ZOFOConfig:
-    """The keys of a draw's run: those of the run that is adapted, as far as they count, under those that are given."""
+    """The keys of a draw's run: those of the run that is adapted, as far as they count, under those that are given.
+
+    A run without adapters says nothing of the one that is trained here: it is LoRA, if nothing else is given.
+    """
     given: dict[str, Any] = read_yaml(file, str(file)) if file else {}
     named = {*given, *given_keys(arguments)}
+    for key in _NOT_HERE:
+        if key in named:
+            raise ZofoError(f"zofo adapt has no {key}: leave it out (other rows of the task: source)")
     kept = {key: asked.run.keys.get(key) for key in _OF_RUN} if asked.run else {}
+    alone = kept.get("adapter") == "none"
     usual = {**_USUAL, "per_device_train_batch_size": min(_BATCH, asked.shots)}
     if "num_train_epochs" in named:
         del usual["max_steps"]
-    for key in OF_ADAPTER if asked.start != FRESH or "adapter_init" in named else ():
-        kept.pop(key, None)  # the trained adapter says it
+    for key in OF_ADAPTER if alone or asked.start != FRESH or "adapter_init" in named else ():
+        kept.pop(key, None)  # the trained adapter says it, or there is none
     fixed = {"task": asked.task, "model": asked.model, "output_dir": str(output)}
     return parse_config({"method": "fo", **usual, **kept, **given, **fixed}, arguments)
 
@@ -98,7 +108,7 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
     """
     if not config.method_class.trains() or config.method_class.zeroth_order:
         raise ZofoError(f"method is {config.method}, but a few examples are learned by backpropagation: set method: fo")
-    task = load_task(asked.task)
+    task = load_task(asked.task, config.source)
     splits = run_splits(task, config)
     splits = splits.reworded(lambda rows: task.reworded(rows, config.template))
     if asked.shots > len(splits.train):
@@ -110,6 +120,7 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
         raise ZofoError(f"task {task.name} has no test row: give more rows, or test_size")
     if asked.run:
         _require_new(asked.run, asked.task, task, splits.test)
+    _require_unseen(asked.model, task, splits.test)
     with new_folder(output) as half, tempfile.TemporaryDirectory() as scratch:
         (half / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
         start = _start(asked, Path(scratch))
@@ -190,9 +201,21 @@ def _require_new(run: StoredRun, place: str, task: Task, test: Sequence[Record])
     trained: dict[str, list[Record]] = {}
     for name, place in run.tasks.items():
         own = load_task(place, stored.source)
+        if own.name == task.name:  # the folder of a run's only task may be called otherwise
+            raise ZofoError(f"the run in {run.folder} has trained on the task {own.name}: name another one")
         rows = run_splits(own, replace(stored, task=place)).train
         trained[name] = own.reworded(rows, stored.template)
     require_apart(trained, {task.name: test})
+
+
+def _require_unseen(model: str, task: Task, test: Sequence[Record]) -> None:
+    """Refuses test rows that the model says it was trained on, in whatever run before."""
+    known = trained_rows_of(model) or frozenset()
+    if seen := [row for row in test if was_trained_on(row, known)]:
+        raise ZofoError(
+            f"{len(seen)} of {len(test)} test rows of the task {task.name} are among the rows that {model} was trained "
+            f"on, such as {seen[0].prompt[:60]!r}: name another task, or give other rows by source"
+        )
 
 
 def _start(asked: Asked, scratch: Path) -> dict[str, Any]:

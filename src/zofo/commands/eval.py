@@ -125,7 +125,7 @@ def evaluate_model(
     results: dict[str, Any] = {}
     for rows in sets:
         own = run is not None and run.is_of_task(str(rows.config.task))
-        span = run.span if run and own else ONE_LINE
+        span = run.span(str(rows.config.task)) if run and own else ONE_LINE
         scores: list[dict[str, float]] = []
         for template in rows.templates:
             scored, found = rows.score(loaded, template, span, say)

@@ -13,7 +13,7 @@ from zofo.errors import ZofoError
 from zofo.models.export import save_model, save_tokenizer
 from zofo.models.load import DType, load_tokenizer, load_weights, stored_dtype
 from zofo.models.peft import UPPER, is_prompt, merged, note_of_move
-from zofo.training.checkpoint import writing
+from zofo.training.checkpoint import half_of, writing
 from zofo.training.folder import TASKS, reading
 from zofo.training.trained_rows import trained_rows_of, write_trained_rows
 
@@ -81,7 +81,7 @@ def new_folder(output: Path) -> Generator[Path]:
     """A folder beside `output`, of this command alone: becomes it when the block ends, and is gone if it raises."""
     if output.exists():
         raise ZofoError(f"{output} exists already and is not overwritten: give a new folder")
-    half = output.with_name(output.name + ".half")
+    half = half_of(output)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -48,7 +48,7 @@ def predict(
     (name,) = config.tasks
     task = load_task(name)
     run = StoredRun.of(model, adapter)
-    span = run.span if run and run.is_of_task(name) else ONE_LINE
+    span = run.span(name) if run and run.is_of_task(name) else ONE_LINE
     records = task.questions(rows, config.template, span.example)
     loaded = Loaded.of(model, adapter, config.dtype)
     if config.chat_template:

@@ -32,14 +32,15 @@ class StoredRun:
     def of(cls, *parts: str | None) -> Self | None:
         """The run that one of these folders is a part of, such as its backbone; None if none is."""
         places = [Path(part).expanduser().resolve() for part in parts if part]
+        found: Self | None = None
         for place in [place for place in places if place.is_dir()]:
             of_task = place.parent.parent.name == TASKS
             folder = place.parent.parent.parent if of_task else place.parent
             folder = folder.parent if folder.name.startswith("checkpoint-") else folder
             keys = _keys(folder)
-            if keys is not None:
-                return cls(folder, keys, place.parent.name if of_task else None)
-        return None
+            if keys is not None and (found is None or (of_task and found.folder == folder)):
+                found = cls(folder, keys, place.parent.name if of_task else None)
+        return found
 
     @classmethod
     def at(cls, folder: Path) -> Self:
@@ -112,12 +113,11 @@ class StoredRun:
             f"--model {self.folder / 'backbone'}, or an adapter of its own by zofo adapt"
         )
 
-    @property
-    def span(self) -> AnswerSpan:
-        """How long the answers are that the run was trained to generate."""
+    def span(self, task: str) -> AnswerSpan:
+        """How long the answers are that the run was trained to generate for one of its tasks."""
         found: Any = self._results().get("answer_span")
         try:
-            return AnswerSpan(**(found if self.name is None else found[self.name]))
+            return AnswerSpan(**(found[self._named(task)] if len(self.tasks) > 1 else found))
         except (KeyError, TypeError):  # of an older version, or not ended
             return ONE_LINE
 

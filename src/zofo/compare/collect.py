@@ -26,6 +26,7 @@ from zofo.compare.plan import (
     mean_score,
     score_of,
     templates_file,
+    varies,
 )
 from zofo.compare.statistics import (
     LEVEL,
@@ -41,6 +42,7 @@ from zofo.compare.work import command
 from zofo.config import parse_config
 from zofo.errors import ZofoError
 from zofo.tasks.metrics import score
+from zofo.tasks.rewards import REWARD
 
 _VERSIONS = ("zofo", "torch", "transformers", "peft")
 _COLUMNS = ("task", "run", "seed", "score", "loss", "steps", "forward_equivalents", "seconds", "peak_bytes", "folder")
@@ -87,9 +89,8 @@ def as_csv(plan: Plan) -> str:
         if cell.trial is None and cell.is_done:
             run = _Run(cell)
             cost = run.cost
-            lines.writerow(
-                [cell.division.name, cell.run, cell.seed, *map(abs, score_of(cell)), *cost.values(), cell.folder]
-            )
+            score, minus_loss = score_of(cell)
+            lines.writerow([cell.division.name, cell.run, cell.seed, score, -minus_loss, *cost.values(), cell.folder])
     return text.getvalue()
 
 
@@ -107,12 +108,26 @@ class _Run:
 
     @cached_property
     def scores(self) -> Array:
-        """A value of each test row, whose mean is the metric; of metrics that have none, whether the row is right."""
+        """A value of each test row, whose mean is the metric; of metrics that have none, whether the row is right.
+
+        Of several tasks, the metric is the mean of the tasks' own ones, so that a row of a small task counts for more.
+        """
+        of_task: dict[str, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            of_task.setdefault(row.get("task", ""), []).append(number)
+        values = np.empty(len(self.rows), dtype=np.float64)
+        for numbers in of_task.values():
+            share = len(self.rows) / (len(of_task) * len(numbers))
+            values[numbers] = share * self._values([self.rows[number] for number in numbers])
+        return values
+
+    def _values(self, rows: Sequence[Mapping[str, Any]]) -> Array:
+        """Of the rows of one task."""
         if self.metric != "macro_f1":
-            return np.array([row["score"] for row in self.rows], dtype=np.float64)
-        predictions, right = [row["prediction"] for row in self.rows], [row["right"] for row in self.rows]
+            return np.array([row["score"] for row in rows], dtype=np.float64)
+        predictions, right = [row["prediction"] for row in rows], [row["right"] for row in rows]
         return row_values(
-            lambda rows: score("macro_f1", [predictions[r] for r in rows], [right[r] for r in rows]), len(self.rows)
+            lambda kept: score("macro_f1", [predictions[r] for r in kept], [right[r] for r in kept]), len(rows)
         )
 
     @property
@@ -151,7 +166,9 @@ class _Task:
         self._failed = [cell for cell in cells if failure(plan, cell)]
         self._runs = {run: [_Run(c) for c in cells if c.run == run and c.is_done] for run in plan.runs}
         self._runs = {run: found for run, found in self._runs.items() if found}
-        self._held_back = held_back(plan, {run: [one.cell.folder for one in own] for run, own in self._runs.items()})
+        self._fixed = {run for run, found in self._runs.items() if not varies(found[0].config)}
+        folders = {run: [one.cell.folder for one in own] for run, own in self._runs.items()}
+        self._held_back = held_back(plan, folders, self._fixed)
         self._judged: dict[str, dict[str, Any]] = {}
         self._compared: list[Compared] = []
         self._require_same_rows()
@@ -205,7 +222,7 @@ class _Task:
     def _method(self, run: str, found: Sequence[_Run]) -> dict[str, Any]:
         costs = [one.cost for one in found]
         metric = self._metric(found[0])
-        mean = mean_interval(self._scores(run), self._groups(found[0]))
+        mean = mean_interval(self._scores(run), self._groups(found[0]), bounded=found[0].metric != REWARD)
         return {
             "name": run,
             **vars(mean),
@@ -278,7 +295,8 @@ class _Task:
         return found
 
     def _scores(self, run: str) -> Array:
-        return np.array([one.scores for one in self._runs[run]], dtype=np.float64)
+        scores = np.array([one.scores for one in self._runs[run]], dtype=np.float64)
+        return scores.repeat(len(self._plan.seeds), 0) if run in self._fixed else scores
 
     def _metric(self, run: _Run) -> str:
         """The task's metric if it is the mean of the rows' values; else the share of right rows stands for it."""
@@ -286,8 +304,11 @@ class _Task:
         return metric if abs(float(np.mean(run.scores)) - value) < 1e-6 else f"right rows (the metric is {metric})"
 
     def _groups(self, run: _Run | None) -> Groups:
-        groups = [row["group"] for row in run.rows] if run else []
-        return groups if any(groups) else None
+        """The source of each row: a row without one is its own, and those of different tasks are different."""
+        rows = run.rows if run else []
+        if not any(row["group"] for row in rows):
+            return None
+        return [str((row.get("task"), row["group"] or number)) for number, row in enumerate(rows)]
 
     def _require_same_rows(self) -> None:
         rows = {tuple(row["row"] for row in one.rows) for found in self._runs.values() for one in found}

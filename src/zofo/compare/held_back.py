@@ -1,32 +1,40 @@
 """What the runs of a comparison are worth on held-back tasks, after they were adapted to these."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zofo.compare.plan import Adapting, Plan, adapted_file
-from zofo.compare.statistics import Array, difference_of_methods, spread
+from zofo.compare.statistics import Array, difference_of_methods, mean_interval
 
 _BEFORE = ("zero_shot", "in_context")
 
 
-def held_back(plan: Plan, folders: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, Any]]:
+def held_back(plan: Plan, folders: Mapping[str, Sequence[Path]], fixed: Collection[str]) -> dict[str, dict[str, Any]]:
     """By method: its scores on each held-back task and their means, and what they gain over those of the baseline.
 
     Args:
         plan: the comparison, with tasks to adapt to.
         folders: of each method the folders of its runs, one for each seed.
+        fixed: the methods that no seed changes, of which one run stands for all seeds.
     """
     asked = plan.adapting
     if asked is None:
         return {}
     read = {run: [_results(plan, places, task) for task in asked.tasks] for run, places in folders.items()}
-    base = [_draws(results) for results in read.get(plan.baseline, ())]
     seeds = len(plan.seeds)
-    return {run: _of_method(asked, found, [] if run == plan.baseline else base, seeds) for run, found in read.items()}
+    draws = {
+        run: [_draws(results).repeat(seeds if run in fixed else 1, 0) for results in found]
+        for run, found in read.items()
+    }
+    base = draws.get(plan.baseline, [])
+    return {
+        run: _of_method(asked, found, draws[run], [] if run == plan.baseline else base, seeds)
+        for run, found in read.items()
+    }
 
 
 def gains(methods: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
@@ -58,9 +66,8 @@ def _results(plan: Plan, folders: Sequence[Path], task: str) -> list[dict[str, A
 
 
 def _of_method(
-    asked: Adapting, found: Sequence[list[dict[str, Any]]], base: Sequence[Array], seeds: int
+    asked: Adapting, found: Sequence[list[dict[str, Any]]], each: Sequence[Array], base: Sequence[Array], seeds: int
 ) -> dict[str, Any]:
-    each = [_draws(results) for results in found]
     tasks: list[dict[str, Any]] = []
     for number, (task, results) in enumerate(zip(asked.tasks, found, strict=True)):
         metric = _metric(results)
@@ -108,8 +115,9 @@ def _gain(a: Array, b: Array, seeds: int) -> dict[str, float] | None:
 
 
 def _spread(draws: Array) -> dict[str, Any]:
-    """Mean, worst and interval of a metric over the draws of all seeds; no interval of one."""
-    values = draws.ravel().tolist()
-    found = spread([{"metric": value} for value in values])["metric"]
-    del found["of_draws"]
-    return found if len(values) > 1 else {**found, "low": None, "high": None}
+    """Mean, worst and interval of a metric; all seeds have the same draws, which are its rows; no interval of one."""
+    worst = float(draws.min())
+    if draws.shape[1] < 2:
+        return {"mean": float(draws.mean()), "worst": worst, "low": None, "high": None}
+    found = mean_interval(draws, bounded=False)
+    return {"mean": found.mean, "worst": worst, "low": found.low, "high": found.high}

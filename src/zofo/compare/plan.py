@@ -15,6 +15,7 @@ from zofo.errors import ZofoError
 from zofo.keys import CHANNEL, OF_ADAPTER
 from zofo.spelling import ANY_TASK_KEYS
 
+FRESH = "fresh"
 _ADAPTED = ("dev_size", "test_size", "data_seed", "per_device_eval_batch_size", "use_cpu")
 
 
@@ -163,7 +164,7 @@ class Plan:
         if settings is None:
             return []
         config = self.config(run, division, settings)
-        seeds = self.seeds if config.method_class.trains() or config.shots else self.seeds[:1]  # else all are equal
+        seeds = self.seeds if varies(config) else self.seeds[:1]
         return [self._cell(run, division, seed, None, settings) for seed in seeds]
 
     def _cell(self, run: str, division: Division, seed: int, trial: int | None, settings: Settings) -> Cell:
@@ -199,12 +200,18 @@ class Plan:
     def _adapt(self, run: str, folder: Path, task: str) -> list[str]:
         asked = self.adapting
         assert asked is not None
-        start = asked.start.get(run, "fresh")
-        chosen = {k: v for k, v in asked.keys.items() if start == "fresh" or k not in OF_ADAPTER}  # else it has them
-        keys = {**{key: self.base[key] for key in _ADAPTED if key in self.base}, **chosen}
+        start = asked.start.get(run, FRESH)
+        keys = {**self.adapting_keys, **asked.keys}
+        keys = {k: v for k, v in keys.items() if start == FRESH or k not in OF_ADAPTER}  # a trained one has its own
         given = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
         draws = ["--shots", str(asked.shots), "--draws", str(asked.draws), "--start", start]
         return ["adapt", "--run", str(folder), "--task", task, *draws, *given, "--disable_tqdm", "true"]
+
+    @property
+    def adapting_keys(self) -> dict[str, Any]:
+        """What of the base counts for adapting: a fresh adapter is the same for all runs."""
+        taken = _ADAPTED if self.base.get("adapter") == "none" else (*_ADAPTED, *OF_ADAPTER)
+        return {key: self.base[key] for key in taken if key in self.base}
 
     def _of_other_task(self, task: str) -> list[str]:
         given = [(f"--{key}", str(self.base[key])) for key in ANY_TASK_KEYS if key in self.base]
@@ -215,6 +222,11 @@ class Plan:
         """Names the results on the other task, so that those of an earlier plan, with another task, do not count."""
         asked = [self.base["model"], *self._of_other_task(str(self.forgetting))]
         return _mark(asked)
+
+
+def varies(config: ZOFOConfig) -> bool:
+    """Whether a seed changes a run; else one run stands for all seeds."""
+    return config.method_class.trains() or config.shots > 0
 
 
 def templates_file(folder: Path) -> Path:
@@ -234,7 +246,7 @@ def before_file(plan: Plan) -> Path:
 
 def adapted_file(plan: Plan, folder: Path, task: str) -> Path:
     """Where the scores of a run on a held-back task are, after it was adapted to that."""
-    mark = _mark([str(plan.adapting), [plan.base.get(key) for key in _ADAPTED]])
+    mark = _mark([str(plan.adapting), plan.adapting_keys])
     return folder.with_suffix(f".adapted-{mark}") / Path(task).stem / "results.json"
 
 

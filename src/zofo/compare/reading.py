@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from zofo.compare.budget import Pace
-from zofo.compare.plan import Adapting, Division, Plan
+from zofo.compare.plan import FRESH, Adapting, Division, Plan
 from zofo.compare.search import Settings, points
 from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, did_you_mean
@@ -101,6 +101,9 @@ def _check(plan: Plan) -> None:
     for key in _ITS_OWN:
         if key in plan.base:
             raise ZofoError(f"base holds {key}, which a comparison sets itself: leave it out")
+    for key in ("templates", "forgetting"):
+        if vars(plan)[key] and any(len(division.tasks) > 1 for division in plan.divisions):
+            raise ZofoError(f"{key} is given, but runs over several tasks have no such scores: leave it out")
     for run, keys in plan.runs.items():
         tried = {key for settings in plan.search.get(run, ()) for key in settings}
         for key in (*keys, *tried):
@@ -113,6 +116,9 @@ def _check(plan: Plan) -> None:
         for key in tried:
             if any(key in notice for notice in config.notices()):
                 raise ZofoError(f"search: {key} has no effect on the run {run}: leave it out")
+        start = plan.adapting.start.get(run, FRESH) if plan.adapting else FRESH
+        if start != FRESH and not config.method_class.trains():
+            raise ZofoError(f"adapt: start is {start}, but the run {run} trains no adapter: name the runs that do")
 
 
 def _divisions(content: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Division, ...]:
@@ -133,8 +139,13 @@ def _tasks(content: Mapping[str, Any], key: str) -> list[tuple[str, ...]]:
     entries = [entry if isinstance(entry, list) else [entry] for entry in _list(content, key)]
     tasks = [tuple(task_files([str(task) for task in cast("list[Any]", entry)])) for entry in entries]
     _require_different(key, [_name(entry) for entry in tasks])
-    for task in (task for entry in tasks for task in entry):
-        load_task(task)
+    for entry in tasks:
+        metrics = [load_task(task).metrics for task in entry]
+        if not set[str](metrics[0]).intersection(*metrics):
+            raise ZofoError(
+                f"{key} has {', '.join(entry)} in one run, but no metric is of all of them: make them entries of "
+                "their own"
+            )
     return tasks
 
 
@@ -198,7 +209,7 @@ def _adapting(content: Mapping[str, Any], divisions: Sequence[Division]) -> Adap
 
 def _starts(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
     """What adapters begin with, by run; `start` is a word for all runs, or one for each."""
-    start, runs = given.get("start", "fresh"), _dict(content, "runs")
+    start, runs = given.get("start", FRESH), _dict(content, "runs")
     by_run = cast("dict[Any, Any]", start) if isinstance(start, dict) else dict.fromkeys(runs, start)
     if other := [run for run in by_run if run not in runs]:
         raise ZofoError(f"adapt: start names {other[0]!r}, but the runs are {', '.join(runs)}")

@@ -68,13 +68,14 @@ class _Part(NamedTuple):
     freedom: int
 
 
-def mean_interval(scores: Array, groups: Groups = None) -> Mean:
-    """The mean over seeds and rows with its 95 % interval, which is at least 3 / R wide on each side.
+def mean_interval(scores: Array, groups: Groups = None, *, bounded: bool = True) -> Mean:
+    """The mean over seeds and rows with its 95 % interval.
 
     Args:
-        scores: of each run and test row, in [0, 1], float64 (S, R). With one seed, the interval holds for this trained
-            model only.
+        scores: of each run and test row, float64 (S, R). With one seed, the interval holds for this trained model only.
         groups: the source of each row, where rows share one.
+        bounded: whether they are of a metric in [0, 1]; then the interval stays there, and is at least 3 / R wide on
+            each side.
 
     Raises:
         ZofoError: with fewer than two rows or two groups.
@@ -89,6 +90,8 @@ def mean_interval(scores: Array, groups: Groups = None) -> Mean:
     """
     mean, rows = float(scores.mean()), scores.shape[1]
     reach = _reach([_row_part(scores.mean(0), _codes(groups, rows)), *_seed_part(scores)], LEVEL / 2)
+    if not bounded:
+        return Mean(mean, mean - reach, mean + reach)
     reach = max(reach, 3 / rows)
     return Mean(mean, max(mean - reach, 0.0), min(mean + reach, 1.0))
 
@@ -143,8 +146,8 @@ def paired_difference(a: Array, b: Array, groups: Groups = None, *, same_seeds: 
 def difference_of_methods(a: Array, b: Array, seeds: int, groups: Groups = None) -> Difference:
     """`paired_difference` of two methods that were to have `seeds` runs each, of which some may be missing.
 
-    One run of a method that no seed changes counts for every seed. Runs are paired by their seeds only if none is
-    missing: it is not known which ones are.
+    Runs are paired by their seeds only if none is missing: it is not known which ones are. The one run of a method that
+    no seed changes counts for every seed: it is given as often.
 
     Args:
         a: scores of the first method for each of its runs and test row, float64 (S, R).
@@ -153,14 +156,10 @@ def difference_of_methods(a: Array, b: Array, seeds: int, groups: Groups = None)
         groups: the source of each row, where rows share one.
 
     Examples:
-        >>> difference_of_methods(np.array([[1.0, 1, 0], [1, 0, 0]]), np.zeros((1, 3)), 2).difference
+        >>> difference_of_methods(np.array([[1.0, 1, 0], [1, 0, 0]]), np.zeros((2, 3)), 2).difference
         0.5
     """
-    if not len(a) == len(b) == seeds and 1 not in (len(a), len(b)):
-        return paired_difference(a, b, groups, same_seeds=False)
-    most = max(len(a), len(b))
-    first, second = (one.repeat(most, 0) if len(one) == 1 else one for one in (a, b))
-    return paired_difference(first, second, groups)
+    return paired_difference(a, b, groups, same_seeds=len(a) == len(b) == seeds)
 
 
 def row_values(statistic: Callable[[NDArray[np.intp]], float], rows: int) -> Array:

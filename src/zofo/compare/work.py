@@ -19,7 +19,7 @@ from zofo.compare.plan import Cell, Plan, failure, failure_file
 from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.report.words import duration
-from zofo.training.checkpoint import last_sealed
+from zofo.training.checkpoint import half_of, last_sealed
 
 MARK = "comparison.yaml"
 _WAIT = 1.0  # seconds between two looks at what other processes have left
@@ -35,7 +35,7 @@ def claim(plan: Plan) -> list[str]:
     cells = plan.cells()
     done = [cell for cell in cells if cell.is_done]
     ended = [*folder.glob("runs/*/*/*/results.json")]
-    if before != plan.text and ended and not done:
+    if before != plan.text and ended and not any(cell.has_ended for cell in cells):
         raise ZofoError(
             f"{folder} holds another comparison: none of its {len(ended)} runs is one of this plan; choose another "
             "output_dir"
@@ -114,6 +114,8 @@ def _evaluated(cell: Cell) -> str | None:
         with FileLock(output.with_suffix(".lock")):  # what comes before all training is of all runs
             if file.is_file():
                 continue
+            if words[0] == "adapt":
+                shutil.rmtree(half_of(output), ignore_errors=True)  # what a killed one has left
             if failed := _failure_of([*words, "--output", str(output)], output.with_suffix(".log")):
                 return failed
     return None

@@ -84,6 +84,11 @@ def share(whole: Path, folder: Path, part: str) -> bool:
     return True
 
 
+def half_of(folder: Path) -> Path:
+    """Where a folder is written before it is whole."""
+    return folder.with_name(folder.name + ".half")
+
+
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
     """Turns what the libraries raise when a disk is full or forbidden into one line."""
