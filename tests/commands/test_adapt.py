@@ -134,10 +134,52 @@ def test_the_keys_of_a_file_count_below_those_of_the_command_line(folder, tmp_pa
     assert stored["per_device_train_batch_size"] == 5
 
 
+def test_a_run_without_adapters_is_adapted_by_lora_and_not_by_all_of_its_weights(folder, tmp_path):
+    config = write_config(folder, "plain", method="none", adapter="none", task=str(folder / "second.yaml"))
+    assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "run")]) == 0
+    task = ["--task", str(folder / "third.yaml"), "--shots", "4", "--draws", "1", "--max_steps", "1", *QUIET]
+    assert main(["adapt", "--run", str(tmp_path / "run"), *task, "--output", str(tmp_path / "a")]) == 0
+    assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["adapter"] == "lora"
+    assert (
+        main(["adapt", "--run", str(tmp_path / "run"), *task, "--output", str(tmp_path / "b"), "--adapter", "none"])
+        == 0
+    )
+    assert (tmp_path / "a" / "draw-0" / "upper").is_dir()
+    assert not (tmp_path / "b" / "draw-0").exists()
+
+
+def test_the_rows_of_source_take_the_place_of_the_task_s_own(folder, tmp_path):
+    rows = [{"text": f"the other {i}", "label": i % 2} for i in range(20)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("--draws", "1", "--max_steps", "1", "--source", str(folder / "rows.jsonl"), "--test_size", "4")
+    assert adapt(folder, tmp_path / "a", *words, run=False) == 0
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["zero_shot"]["rows"] == 4
+    assert adapt(folder, tmp_path / "b", *words[:-2], "--test_size", "21", run=False) == 2  # of 20
+
+
+def test_rows_that_a_model_was_trained_on_in_any_run_are_refused(folder, tmp_path, capsys):
+    words = ["--task", str(folder / "second.yaml"), "--shots", "4", "--data_seed", "5", *QUIET]
+    model = ["--model", str(folder / "run" / "backbone")]
+    assert main(["adapt", *model, *words, "--output", str(tmp_path / "a")]) == 2
+    assert "are among the rows that" in capsys.readouterr().err
+
+
+def test_a_task_that_is_called_as_the_run_s_own_is_refused_whatever_its_file(folder, tmp_path, capsys):
+    config = write_config(folder, "single", task=str(folder / "task.yaml"), max_steps=1, save_strategy="no")
+    assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "run")]) == 0
+    spec = yaml.safe_load((folder / "third.yaml").read_text())
+    (folder / "elsewhere.yaml").write_text(yaml.safe_dump({**spec, "name": "tiny"}))
+    words = ["--task", str(folder / "elsewhere.yaml"), "--shots", "4", "--output", str(tmp_path / "a"), *QUIET]
+    assert main(["adapt", "--run", str(tmp_path / "run"), *words]) == 2
+    assert "has trained on the task tiny" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "task", "said"),
     [
         ((), "second", "has trained on the task second"),
+        (("--text", "text"), "third.yaml", "zofo adapt has no text"),
+        (("--train_shots", "2"), "third.yaml", "zofo adapt has no train_shots"),
         ((), "task.yaml", "has trained on the task tiny"),
         (("--shots", "100"), "third.yaml", "shots is 100, but task third has"),
         (("--start", "fourth"), "third.yaml", "has no task 'fourth', but tiny, second"),

@@ -286,6 +286,9 @@ def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, h
     assert gain["difference"] == pytest.approx(np.mean(values) - zero["adapted"]["mean"])
     assert gain["low"] <= gain["difference"] <= gain["high"]
     assert zero["adapted"]["gain"] is None
+    own = json.loads(next((tmp_path / "out").glob("runs/*/zero/*.adapted-*/c/results.json")).read_text())["metrics"]
+    interval = own["accuracy"]["low"], own["accuracy"]["high"]  # no seed changes it: two seeds are not two runs
+    assert (zero["adapted"]["low"], zero["adapted"]["high"]) == pytest.approx(interval)
     assert [line.split(":")[0] for line in found["gains"]] == ["lora, adapted to c from 4 rows"]
     first = {cell.run: cell for cell in planned(file).cells()}
     command = {
@@ -301,6 +304,51 @@ def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, h
     before = list(here)
     compared(file)
     assert here == before
+    (place,) = (tmp_path / "out").glob("runs/*/zero/*.adapted-*/c")
+    place.rename(place.with_name("c.half"))  # as if killed while it adapted
+    again = compared(file)["tasks"][0]
+    assert len(here) == len(before) + 1
+    assert [one["adapted"]["mean"] for one in again["methods"]] == [one["adapted"]["mean"] for one in found["methods"]]
+
+
+def test_a_fresh_adapter_is_the_same_for_all_runs(tmp_path, made, here):
+    """A run without adapters, too, is adapted by that of the base, and not by all of its weights."""
+    held = named_task(tmp_path, "days")
+    runs = {"zero": {"method": "none"}, "full": {"method": "fo", "adapter": "none"}, "lora": {"method": "fo"}}
+    file = plan_of(
+        tmp_path, made, runs=runs, baseline="zero", seeds=[0], adapt={"tasks": [held], "shots": 4, "draws": 1}
+    )
+    plan = yaml.safe_load(file.read_text())
+    plan["base"] |= {"adapter_layers": "last 1", "lora_r": 2}
+    plan["adapt"]["keys"] = {"max_steps": 1}
+    file.write_text(yaml.safe_dump(plan))
+    compared(file)
+    stored = [
+        yaml.safe_load(one.read_text()) for one in (tmp_path / "out").glob("runs/*/*/*.adapted-*/days/config.yaml")
+    ]
+    assert len(stored) == 3
+    assert {(one["adapter"], one["adapter_layers"], one["lora_r"]) for one in stored} == {("lora", "last 1", 2)}
+
+
+def test_scores_over_several_tasks_are_the_mean_of_the_tasks_and_their_groups_are_apart(tmp_path, made, here):
+    """Macro F1 of each task; one task has groups, which are called as rows of no group are not."""
+    days = [
+        {"text": f"day {n} was {OPTIONS[n % 3 == 0]}", "label": int(n % 3 == 0), "of": f"{n // 7}"} for n in range(80)
+    ]
+    grouped = named_task(tmp_path, "days", days, metric="macro_f1", group="{{ of }}")
+    nights = [{"text": f"night {n}", "label": n % 2} for n in range(90)]
+    alone = named_task(tmp_path, "nights", nights, metric="macro_f1")
+    file = plan_of(tmp_path, made, tasks=[[grouped, alone]], seeds=[0])
+    (found,) = compared(file)["tasks"]
+    cells = {cell.run: cell for cell in planned(file).cells()}
+    rows = rows_of(cells["lora"])
+    sizes = [sum(row["task"] == name for row in rows) for name in ("days", "nights")]
+    assert sizes[0] != sizes[1]
+    assert found["metric"] == "macro_f1"
+    for method in found["methods"]:
+        results = json.loads((cells[method["name"]].folder / "results.json").read_text())
+        assert method["mean"] == pytest.approx(results["metrics"]["upper"]["macro_f1"])
+    assert found["clusters"] == len({row["group"] for row in rows if row["group"]}) + sizes[1]
 
 
 def test_what_a_run_forgets_and_how_templates_spread_are_those_of_zofo_eval(tmp_path, made, here, capsys):
@@ -453,6 +501,17 @@ BAD = {
     "forgetting what is trained on": (
         {"tasks": ["movie_reviews"], "forgetting": "movie_reviews"}, "which is also trained on"
     ),
+    "adapters that a run without training has not": (
+        {"runs": {**RUNS, "zero": {"method": "none"}}, "adapt": {"tasks": ["tweets"], "shots": 4, "start": "mean"}},
+        "adapt: start is mean, but the run zero trains no adapter",
+    ),
+    "templates of several tasks": (
+        {"tasks": [["tweets", "sms_spam"]], "templates": True}, "templates is given, but runs"
+    ),
+    "forgetting of several tasks": (
+        {"tasks": [["tweets", "sms_spam"]], "forgetting": "movie_reviews"}, "forgetting is given, but runs"
+    ),
+    "tasks without a common metric": ({"tasks": [["tweets", "squad"]]}, "no metric is of all of them"),
     "templates of a word": ({"templates": "all"}, "templates is 'all', but must be true or false"),
 }  # fmt: skip
 

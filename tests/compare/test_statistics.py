@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap, norm, permutation_test, t, ttest_1samp
 
-from zofo.compare.statistics import mean_interval, paired_difference, row_values
+from zofo.compare.statistics import difference_of_methods, mean_interval, paired_difference, row_values
 from zofo.errors import ZofoError
 from zofo.tasks.metrics import score
 
@@ -161,6 +161,22 @@ def test_rows_of_one_source_show_no_variance(groups, rows):
         mean_interval(np.ones((2, rows)), groups)
     with pytest.raises(ZofoError, match="one source"):
         paired_difference(np.ones((2, rows)), np.zeros((2, rows)), groups)
+
+
+def test_scores_without_bounds_have_an_interval_around_their_mean(random):
+    scores = random.normal(-2.5, 0.5, (1, 40))
+    found = mean_interval(scores, bounded=False)
+    interval = t.interval(0.95, 39, scores.mean(), scores.std(ddof=1) / math.sqrt(40))
+    assert (found.low, found.high) == pytest.approx(interval)
+
+
+def test_one_run_that_is_left_of_several_says_nothing_of_seeds(random):
+    a, b = draw(random, 3, 100, seed_sd=0.1)
+    found = difference_of_methods(a[:1], b, 3)
+    assert (found.seeds, found.seed_sd) == (1, None)
+    parts = [(a[0] - b.mean(0)).var(ddof=1) / 100, b.mean(1).var(ddof=1) / 3]
+    reach = sum(v * t.ppf(0.975, df) for v, df in zip(parts, (99, 2), strict=True)) / math.sqrt(sum(parts))
+    assert found.high - found.difference == pytest.approx(reach)
 
 
 def test_a_perfect_score_is_not_certain():
