@@ -150,8 +150,8 @@ def test_a_run_without_adapters_is_adapted_by_lora_and_not_by_all_of_its_weights
 
 def test_the_rows_of_source_take_the_place_of_the_task_s_own(folder, tmp_path):
     rows = [{"text": f"the other {i}", "label": i % 2} for i in range(20)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = ("--draws", "1", "--max_steps", "1", "--source", str(folder / "rows.jsonl"), "--test_size", "4")
+    (folder / "given.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("--draws", "1", "--max_steps", "1", "--source", str(folder / "given.jsonl"), "--test_size", "4")
     assert adapt(folder, tmp_path / "a", *words, run=False) == 0
     assert json.loads((tmp_path / "a" / "results.json").read_text())["zero_shot"]["rows"] == 4
     assert adapt(folder, tmp_path / "b", *words[:-2], "--test_size", "21", run=False) == 2  # of 20

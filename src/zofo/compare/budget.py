@@ -68,6 +68,8 @@ class Pace:
             ZofoError: if it does not pay for one, or the run does not fit into memory.
         """
         keys = {key: value for key, value in config.resolved().items() if not key.endswith("learning_rate")}
+        if not isinstance(config.zo_learning_rate, float) or not config.zo_learning_rate:
+            keys["rate"] = config.zo_learning_rate  # `auto` measures curvatures, and 0 measures nothing near θ
         mark = hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()[:16]
         each = self._known.get(mark) or self._kept(mark, config)
         self._known[mark] = each
