@@ -307,11 +307,3 @@ def test_a_blank_key_is_not_guessed(tmp_path, key):
     file.write_text(f"{key}:\ndata_seed:\n")
     with pytest.raises(ZofoError, match=f"{key} is blank: "):
         parse_config(file, [])
-
-
-@pytest.mark.parametrize("method", ["reptile", "bilevel"])
-@pytest.mark.parametrize("rate", [None, 0.1, 1.0])
-def test_a_stored_run_has_the_outer_rate_that_it_had(method, rate):
-    made = config(method=method, task="tweets", model="m", learning_rate=0.1, upper_learning_rate=rate)
-    stored = {key: value for key, value in made.resolved().items() if key != "output_dir"}
-    assert parse_config({**stored, "output_dir": "run"}, []).upper_learning_rate == made.upper_learning_rate

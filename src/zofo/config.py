@@ -246,8 +246,7 @@ class ZOFOConfig(Keys):
     def resolved(self) -> dict[str, Any]:
         """Every key that differs from its default, or is one of zofo's own: what reading it back needs."""
         kept: dict[str, Any] = {}
-        if_not_given = self.method_class.upper_rate or self.learning_rate
-        followed = () if self.upper_learning_rate != if_not_given else ("upper_learning_rate",)
+        followed = () if self.upper_learning_rate != self.learning_rate else ("upper_learning_rate",)
         for own in dataclasses.fields(self):
             value = vars(self)[own.name]
             value = value.value if isinstance(value, Enum) else value
