@@ -1,6 +1,7 @@
 """`zofo adapt`: a new task from a few examples, on the backbone of a run or on any other."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from plain import write_config, write_task
 from zofo.cli import main
+from zofo.commands.stored import StoredRun
 from zofo.compare.statistics import spread
 
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
@@ -222,3 +224,14 @@ def test_the_interval_over_draws_is_student_s():
     found = spread([{"f1": value} for value in values])["f1"]
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
     assert (found["low"], found["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_answers_of_several_tasks_are_as_long_as_their_own(folder, tmp_path):
+    """Also where the run is known by its backbone, which belongs to all of them."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    place = tmp_path / "run" / "results.json"
+    spans = {"tiny": {"breaks": 0, "tokens": 5}, "second": {"breaks": 3, "tokens": 90}}
+    place.write_text(json.dumps({**json.loads(place.read_text()), "answer_span": spans}))
+    found = StoredRun.of(str(tmp_path / "run" / "backbone"), str(tmp_path / "run" / "tasks" / "second" / "upper"))
+    assert found.name == "second"
+    assert [(span.breaks, span.tokens) for span in map(found.span, ("tiny", "second"))] == [(0, 5), (3, 90)]

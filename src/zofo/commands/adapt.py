@@ -192,18 +192,16 @@ def _drawn(rows: Sequence[Record], shots: int, seed: int, number: int) -> list[R
 
 def _require_new(run: StoredRun, place: str, task: Task, test: Sequence[Record]) -> None:
     """Refuses a task that the run has trained on, or of which it has seen test rows; `place` is how it was given."""
-    if task.name in run.tasks or run.is_of_task(place):
+    stored = parse_config({key: value for key, value in run.keys.items() if key != "model"}, [])
+    owns = {name: (own, load_task(own, stored.source)) for name, own in run.tasks.items()}
+    if run.is_of_task(place) or task.name in {own.name for _, own in owns.values()}:
         raise ZofoError(
             f"the run in {run.folder} has trained on the task {task.name}: name another one, or measure this one with "
             "zofo eval"
         )
-    stored = parse_config({key: value for key, value in run.keys.items() if key != "model"}, [])
     trained: dict[str, list[Record]] = {}
-    for name, place in run.tasks.items():
-        own = load_task(place, stored.source)
-        if own.name == task.name:  # the folder of a run's only task may be called otherwise
-            raise ZofoError(f"the run in {run.folder} has trained on the task {own.name}: name another one")
-        rows = run_splits(own, replace(stored, task=place)).train
+    for name, (given, own) in owns.items():
+        rows = run_splits(own, replace(stored, task=given)).train
         trained[name] = own.reworded(rows, stored.template)
     require_apart(trained, {task.name: test})
 

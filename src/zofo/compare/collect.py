@@ -89,8 +89,8 @@ def as_csv(plan: Plan) -> str:
         if cell.trial is None and cell.is_done:
             run = _Run(cell)
             cost = run.cost
-            score, minus_loss = score_of(cell)
-            lines.writerow([cell.division.name, cell.run, cell.seed, score, -minus_loss, *cost.values(), cell.folder])
+            value, minus_loss = score_of(cell)
+            lines.writerow([cell.division.name, cell.run, cell.seed, value, -minus_loss, *cost.values(), cell.folder])
     return text.getvalue()
 
 
