@@ -22,7 +22,7 @@ from typing import Any
 
 from timing import MODEL, RESULTS, write
 from zofo.commands.estimate import estimate
-from zofo.config import parse_config
+from zofo.config_parser import parse_config
 
 LENGTHS = (48, 256)
 CONFIGS = Path("configs/compare")

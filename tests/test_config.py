@@ -8,7 +8,8 @@ import pytest
 
 import zofo.keys
 from zofo import ZOFOConfig
-from zofo.config import own_keys, parse_config
+from zofo.config import own_keys
+from zofo.config_parser import parse_config
 from zofo.errors import ZofoError
 from zofo.noise import Distribution
 from zofo.noise.eager import SHAPES
@@ -148,6 +149,14 @@ def test_the_command_line_wins_over_a_stored_configuration(tmp_path, stored, giv
     assert found.upper_learning_rate == 1e-4
     apart = config(method="bilevel", learning_rate=1e-2, upper_learning_rate=3e-2).resolved()
     assert apart["upper_learning_rate"] == 3e-2
+
+
+@pytest.mark.parametrize("method", ["bilevel", "reptile", "fomaml"])
+@pytest.mark.parametrize("upper", [None, 1e-3, 1.0, 0.5])
+def test_a_rate_that_follows_another_is_stored_where_it_was_given(method, upper):
+    first = config(method=method, learning_rate=1e-3, **({} if upper is None else {"upper_learning_rate": upper}))
+    assert first.upper_learning_rate == upper or upper is None
+    assert parse_config(first.resolved(), []).upper_learning_rate == first.upper_learning_rate
 
 
 def test_a_secret_is_neither_taken_nor_told():

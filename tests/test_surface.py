@@ -11,7 +11,7 @@ import pytest
 
 import zofo
 from zofo.cli import main
-from zofo.config import parse_config
+from zofo.config_parser import parse_config
 from zofo.keys import LORA_KEYS
 from zofo.tasks.records import Record
 from zofo.tasks.rewards import load_rewards

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from plain import make_trainer, write_config, write_task
 from tiny import token_batch
 from zofo.cli import main
-from zofo.config import parse_config
+from zofo.config_parser import parse_config
 from zofo.models.load import load_model
 from zofo.models.peft import UPPER, merged
 from zofo.models.source import stored_tensors

@@ -9,7 +9,7 @@ from plain import Watch, make_trainer, moved, same, trained, weights
 from tiny import save_tiny_model
 from zofo import ZOFOConfig, ZofoError
 from zofo.commands.estimate import estimate
-from zofo.config import parse_config
+from zofo.config_parser import parse_config
 from zofo.scoring import scorer
 
 FULL = {"method": "fo", "adapter": "none", "learning_rate": 1e-3, "max_steps": 5}

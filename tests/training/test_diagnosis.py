@@ -17,7 +17,7 @@ from shell import QUICK, arguments
 from tiny import save_tiny_model
 from zofo import direction, noise
 from zofo.cli import main
-from zofo.config import parse_config
+from zofo.config_parser import parse_config
 from zofo.zo.alignment import expected_cosine
 
 DROPOUT = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, target_modules=["q_proj", "v_proj"])

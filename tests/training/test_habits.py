@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 from plain import make_rows, make_trainer
 from tiny import tiny_model, tiny_tokenizer
 from zofo import ZOFOConfig, ZOFOTrainer, habits
-from zofo.config import field_names, parse_config
+from zofo.config import field_names
+from zofo.config_parser import parse_config
 from zofo.errors import ZofoError
 from zofo.scoring.evaluation import require_scorable
 from zofo.tasks.prompts import as_chat

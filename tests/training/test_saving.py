@@ -18,7 +18,7 @@ from plain import make_trainer, moved, same, weights, write_config, write_task
 from zofo import ZOFOTrainer
 from zofo.cli import main
 from zofo.commands import train as commands
-from zofo.config import parse_config
+from zofo.config_parser import parse_config
 from zofo.report.card import base_licence
 
 KEYS = {
@@ -373,7 +373,11 @@ def test_a_card_of_the_user_s_own_is_kept(trainers, tmp_path):
 def test_schedules_that_end_at_a_rate_work_with_every_method(tmp_path, name, keys):
     trainer = make_trainer(tmp_path, logging_steps=1, save_strategy="no", **RUNS[name], **keys)
     trainer.train()
-    rates = [entry["zo_learning_rate"] for entry in trainer.state.log_history if "zo_learning_rate" in entry]
+    logs = [entry for entry in trainer.state.log_history if "zo_learning_rate" in entry]
+    rates = [entry["zo_learning_rate"] for entry in logs]
+    assert rates[0] == trainer.args.zo_learning_rate, "that of the first step, and not of the one to come"
+    if name == "bilevel":
+        assert [entry["upper_learning_rate"] for entry in logs] == [entry["learning_rate"] for entry in logs]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < rates[0]
 

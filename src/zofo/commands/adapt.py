@@ -20,7 +20,8 @@ from zofo.commands.results import strict
 from zofo.commands.stored import StoredRun
 from zofo.compare.plan import FRESH
 from zofo.compare.statistics import spread
-from zofo.config import ZOFOConfig, parse_config
+from zofo.config import ZOFOConfig
+from zofo.config_parser import parse_config
 from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.keys import OF_ADAPTER

@@ -10,7 +10,8 @@ from zofo.compare.page import page
 from zofo.compare.plan import Plan
 from zofo.compare.reading import read_plan
 from zofo.compare.work import claim, work
-from zofo.config import ZOFOConfig, parse_config
+from zofo.config import ZOFOConfig
+from zofo.config_parser import parse_config
 from zofo.console import Say
 from zofo.report.words import duration
 

@@ -10,7 +10,8 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from zofo.commands.stored import Loaded, StoredRun
-from zofo.config import ZOFOConfig, parse_config
+from zofo.config import ZOFOConfig
+from zofo.config_parser import parse_config
 from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.models.peft import note_of_move

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zofo.commands.eval import Manner, given_keys
-from zofo.config import parse_config
+from zofo.config_parser import parse_config
 from zofo.errors import ZofoError
 from zofo.models.adapters import AdaptedModel
 from zofo.models.load import load_model, on_device

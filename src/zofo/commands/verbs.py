@@ -12,7 +12,7 @@ from zofo.errors import ZofoError
 def train(options: argparse.Namespace, keys: list[str]) -> None:
     """One run, and where it is."""
     from zofo.commands.train import train
-    from zofo.config import parse_config
+    from zofo.config_parser import parse_config
 
     config = parse_config(options.config, keys)
     _quiet_libraries()
@@ -27,7 +27,7 @@ def train(options: argparse.Namespace, keys: list[str]) -> None:
 def estimate(options: argparse.Namespace, keys: list[str]) -> None:
     """Memory and time of the methods, as they are found."""
     from zofo.commands import estimate
-    from zofo.config import parse_config
+    from zofo.config_parser import parse_config
 
     config = parse_config(options.config, keys)
     _quiet_libraries()

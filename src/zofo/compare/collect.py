@@ -39,7 +39,7 @@ from zofo.compare.statistics import (
 )
 from zofo.compare.verdicts import Compared, holm, summary, verdict
 from zofo.compare.work import command
-from zofo.config import parse_config
+from zofo.config_parser import parse_config
 from zofo.errors import ZofoError
 from zofo.tasks.metrics import score
 from zofo.tasks.rewards import REWARD

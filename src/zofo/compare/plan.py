@@ -10,7 +10,8 @@ from typing import Any
 
 from zofo.compare.budget import Pace, steps_within
 from zofo.compare.search import Settings
-from zofo.config import ZOFOConfig, parse_config
+from zofo.config import ZOFOConfig
+from zofo.config_parser import parse_config
 from zofo.errors import ZofoError
 from zofo.keys import CHANNEL, OF_ADAPTER
 from zofo.spelling import ANY_TASK_KEYS

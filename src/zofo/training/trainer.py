@@ -135,6 +135,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         self._diagnosis = self._diagnose() if args.diagnose and args.method_class.trains() else None
         self._micro: list[list[Bundle]] = []
         self._logs: dict[str, list[float]] = defaultdict(list)
+        self._rates: dict[str, float] = {}  # of the last step, before the scheduler changed them
         self._skipped = self._skipped_in_a_row = 0
         self._own_checkpoints = set()
         self._resumable: Path | None = None  # the checkpoint that was found to be whole
@@ -273,6 +274,7 @@ class ZOFOTrainer(EvaluatingTrainer):
             start.require_progress(self._skipped_in_a_row, number, self.state.max_steps)
             return nothing
         self._skipped_in_a_row = 0
+        self._rates = dict(self.method.learning_rates())
         for key, value in logs.items():
             self._logs[key].append(value)
         return nothing + logs["loss"]
@@ -293,7 +295,7 @@ class ZOFOTrainer(EvaluatingTrainer):
             logs.update({key: sum(values) / len(values) for key, values in self._logs.items()})
             self._logs.clear()
             self._skipped = 0
-            logs.update(self.method.learning_rates())
+            logs.update(self._rates)
             logs.update(self.method.signal_to_noise())
         super().log(logs, start_time)
 

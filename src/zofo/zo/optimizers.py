@@ -87,14 +87,18 @@ class ZerothOrderOptimizer(Optimizer):
 
     @property
     def rate(self) -> float:
-        """The learning rate: what the last step used, where the rule finds it; else the one that is given."""
-        return self._group["rule_state"].get("rate", self._group["lr"])
+        """The learning rate: what the proposal uses, or the last step, where the rule finds it; else the given one."""
+        return self._state.get("rate", self._group["lr"])
 
     @property
     def trust(self) -> float | None:
         """In [0, 1], how much of the learning rate the signal is worth; None where the rate is given."""
-        state = self._group["rule_state"] if self.estimate is None else self._proposed[1]
-        return state.get("trust")
+        return self._state.get("trust")
+
+    @property
+    def _state(self) -> Mapping[str, Any]:
+        """Of the rule, as it is after the proposal, if there is one."""
+        return self._group["rule_state"] if self.estimate is None else self._proposed[1]
 
     @property
     def limits(self) -> dict[str, float]:
