@@ -57,6 +57,33 @@ def is_adapter(name):
     return "lora_" in name
 
 
+def test_a_generated_objective_reads_as_much_of_an_answer_as_the_own_task_has(tmp_path):
+    """With the estimate of the task's own run, on rows whose batches do not show how long its answers may be."""
+    long = "\nand the story of a film"
+    rows = {
+        name: [
+            {"prompt": row["prompt"], "completion": " a" + long * (longest and i < 2)}
+            for i, row in enumerate(make_rows(12, first=20 * longest))
+        ]
+        for longest, name in enumerate("ab")
+    }
+    keys = {"method": "zo", "adapter": "none", "objective": "token_f1", "loss": "lm", "max_steps": 1}
+    alone = {name: make_trainer(tmp_path / name, part, **keys) for name, part in rows.items()}
+    seen = []
+    trainer = several(tmp_path / "both", rows, tasks_per_step=2, **keys)
+    unrewarded = type(trainer.method.black_box.evaluator).unrewarded
+
+    def noted(self, examples, *args):
+        seen.append(self.span)
+        return unrewarded(self, examples, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer.method.black_box.evaluator), "unrewarded", noted)
+        trainer.train()
+    assert alone["a"].span.breaks < alone["b"].span.breaks
+    assert set(seen) == {one.span for one in alone.values()}
+
+
 @pytest.mark.parametrize(("keys", "per_step"), [(METHODS[0], 1), *((keys, 2) for keys in METHODS)])
 def test_a_run_over_tasks_goes_on_where_it_was_bit_for_bit(tmp_path, keys, per_step):
     keys = {**keys, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "tasks_per_step": per_step}

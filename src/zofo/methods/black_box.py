@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from zofo.keys import LOSS, Keys
 from zofo.methods.levels import ZerothOrderLevel
 from zofo.scoring.batch import Batch
 from zofo.scoring.evaluation import Answer, Evaluator, mean_reward
+from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.scorer import Scorer
 from zofo.scoring.tokens import Example
 from zofo.tasks.metrics import MEANS, TEXT_METRICS, row_scores, score
@@ -45,6 +46,10 @@ class BlackBox:
     def has_gradient(self) -> bool:
         """Whether backpropagation knows the objective."""
         return self.keys.objective == LOSS
+
+    def use(self, span: AnswerSpan) -> None:
+        """From now on answers are as long as those of a task, one of several."""
+        self.evaluator = replace(self.evaluator, span=span)
 
     def measure(
         self, level: ZerothOrderLevel, step: int, points: Sequence[Point], adapter: str, batches: Sequence[Batch]

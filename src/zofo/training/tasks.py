@@ -64,11 +64,12 @@ class Joint:
     mean of the tasks' gradients.
     """
 
-    def __init__(self, method: Method, tasks: Sequence[str], draws: Draws) -> None:
+    def __init__(self, method: Method, tasks: Mapping[str, RunTask], draws: Draws) -> None:
         self._method = method
+        self._tasks = dict(tasks)
         self._names = list(tasks)
         self.draws = draws
-        self.bank = AdapterBank(method.adapter_levels, tasks, method.keys.shared_adapter)
+        self.bank = AdapterBank(method.adapter_levels, self._names, method.keys.shared_adapter)
 
     def step(self, number: int, progress: float, micro: Sequence[Sequence[Bundle]]) -> Logs:
         """Prepares iteration `number`, as `Method.step` does; `micro` has the bundles of its tasks by micro-step.
@@ -85,6 +86,8 @@ class Joint:
                 if place:
                     self.bank.step()
                 self.bank.use(task)
+                if self._method.black_box:
+                    self._method.black_box.use(self._tasks[task].span)
                 found.append(self._method.step(number, progress, [bundles[place] for bundles in micro]))
         except NonFiniteLossError:
             self._method.skip()

@@ -167,7 +167,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         if args.method_class.zeroth_order:
             batch: Any = random_batch(self.adapted, tokenizer, self.method.scorer.layout)
             self.method.require_forwards(cast(Any, self._prepare_inputs(batch)))
-        self._joint = Joint(self.method, [*self.tasks], draws_of(args, self._sizes))
+        self._joint = Joint(self.method, self.tasks, draws_of(args, self._sizes))
 
     def _run_task(self, name: str, rows: TaskRows, metrics: tuple[Metric, ...]) -> RunTask:
         """The rows of a task as examples, which must be enough for a batch and fit its metrics."""
