@@ -84,9 +84,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _USUAL = {
     "method": "bilevel", "adapter": "lora", "model": "llama", "task": "options", "zo_learning_rate": 1e-3,
-    "learning_rate": 1e-2, "lower_steps": 2, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 3,
-    "per_device_eval_batch_size": 4, "dev_size": 8, "test_size": 12, "logging_steps": 1, "report_to": "none",
-    "use_cpu": True, "disable_tqdm": True,
+    "learning_rate": 1e-2, "penalty": 1.0, "lower_steps": 2, "max_steps": 4, "save_steps": 2, "dev_size": 8,
+    "per_device_train_batch_size": 3, "per_device_eval_batch_size": 4, "test_size": 12, "logging_steps": 1,
+    "report_to": "none", "use_cpu": True, "disable_tqdm": True,
 }  # fmt: skip
 _WORDS = ("film", "story", "phone", "evening")
 _TASKS: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ from tiny import save_tiny_model
 STEPS = 3
 KEYS = {
     "task": "movie_reviews", "train_size": 400, "dev_size": 10, "test_size": 16, "per_device_eval_batch_size": 4,
-    "lower_steps": 1, "max_steps": STEPS, "zo_learning_rate": 1e-6, "save_strategy": "no", "disable_tqdm": "true",
-    "use_cpu": "true", "overwrite_output_dir": "true",
+    "penalty": 1, "lower_steps": 1, "max_steps": STEPS, "zo_learning_rate": 1e-6, "save_strategy": "no",
+    "disable_tqdm": "true", "use_cpu": "true", "overwrite_output_dir": "true",
 }  # fmt: skip
 _WIDE = {"hidden_size": 512, "num_hidden_layers": 10, "num_attention_heads": 8, "max_position_embeddings": 256}
 METHODS = [("fo", "lora"), ("zo", "none"), ("bilevel", "lora")]

@@ -25,17 +25,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "zo": {"method": "zo", "adapter": "none"},
     "zo, low rank": {"method": "zo", "adapter": "none", **LOW},
     "fo, last 2 layers": {"method": "fo", **LAST},
-    "bilevel, last 2 layers": {"method": "bilevel", "lower_steps": 1, **LAST},
-    "bilevel, last 2 layers, low rank": {"method": "bilevel", "lower_steps": 1, **LAST, **LOW},
+    "bilevel, last 2 layers": {"method": "bilevel", "penalty": 1.0, "lower_steps": 1, **LAST},
+    "bilevel, last 2 layers, low rank": {"method": "bilevel", "penalty": 1.0, "lower_steps": 1, **LAST, **LOW},
     "fo, last 2 layers, checkpointing": {"method": "fo", **LAST, "gradient_checkpointing": True},
     "bilevel, last 2 layers, checkpointing": {
         "method": "bilevel",
+        "penalty": 1.0,
         "lower_steps": 1,
         **LAST,
         "gradient_checkpointing": True,
     },
     "fo, all layers": {"method": "fo", "adapter": "lora"},
-    "bilevel, all layers": {"method": "bilevel", "lower_steps": 1, "adapter": "lora"},
+    "bilevel, all layers": {"method": "bilevel", "penalty": 1.0, "lower_steps": 1, "adapter": "lora"},
 }
 
 

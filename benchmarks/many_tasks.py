@@ -61,7 +61,7 @@ def one(count: int) -> None:
         args = ZOFOConfig(
             output_dir=folder, max_steps=3 if count == 1 else 3 * count, lower_steps=2, per_device_train_batch_size=2,
             save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no",
-            zo_learning_rate=1e-6,
+            zo_learning_rate=1e-6, penalty=1.0,
         )  # fmt: skip
         trainer = ZOFOTrainer(model, args, tasks, processing_class=tokenizer)
         trainer.train()

@@ -131,7 +131,7 @@ def take(model: str, task: str, method: str, rate: float | str, seed: int, folde
     loaded, tokenizer = load_model(folder)
     rows = split_records(load_task(task).records(), train_size=600, dev_size=8, test_size=160, seed=0)
     watch = Watch()
-    bilevel = {"adapter": "lora", "lower_steps": 1, "learning_rate": 1e-3, "upper_learning_rate": 1e-3}
+    bilevel = {"adapter": "lora", "penalty": 1.0, "lower_steps": 1, "learning_rate": 1e-3, "upper_learning_rate": 1e-3}
     args = ZOFOConfig(
         **{
             "output_dir": "runs/step-size",

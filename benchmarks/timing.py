@@ -105,6 +105,7 @@ def trainer(
         "max_length": tokens + 1,
         "learning_rate": 1e-6,
         "zo_learning_rate": 1e-9,
+        "penalty": 1.0,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

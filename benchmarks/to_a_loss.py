@@ -25,7 +25,7 @@ from zofo.tasks.task import load_task
 STEPS = 1000
 SEEDS = range(3)
 MEZO = {"method": "zo", "adapter": "none", "per_device_train_batch_size": 8}
-BILEVEL = {"method": "bilevel", "adapter": "lora", "per_device_train_batch_size": 4, "lower_steps": 3}
+BILEVEL = {"method": "bilevel", "adapter": "lora", "per_device_train_batch_size": 4, "lower_steps": 3, "penalty": 1.0}
 LORA = {"method": "fo", "adapter": "lora", "per_device_train_batch_size": 8}
 
 

@@ -33,10 +33,12 @@ def make_rows(count, first=0, options=ONE_TOKEN):
 def make_trainer(
     folder, train=None, upper=None, family="llama", model=None, peft=None, eval_rows=None, tokenizer=None, **keys
 ):
-    """A trainer of a tiny model on 12 lower and 10 upper rows; `keys` go to its configuration."""
+    """A trainer of a tiny model, of `bilevel` as published if `keys`, of its configuration, do not say otherwise."""
     callbacks, reward_funcs = keys.pop("callbacks", None), keys.pop("reward_funcs", None)
+    published = {"penalty": 1.0} if keys.get("method", "bilevel") == "bilevel" else {}
     args = ZOFOConfig(
         **{
+            **published,
             "output_dir": str(folder),
             "max_steps": 3,
             "per_device_train_batch_size": 2,
@@ -65,10 +67,13 @@ def make_trainer(
     )
 
 
-def micro_steps(trainer):
-    """The batches of each micro-step of an epoch, for a trainer of one task."""
-    for (bundle,) in trainer.get_train_dataloader():
-        yield bundle
+def micro_steps(trainer, epochs=1):
+    """The batches of each micro-step of so many epochs, for a trainer of one task."""
+    loader = trainer.get_train_dataloader()
+    for epoch in range(epochs):
+        loader.batch_sampler.set_epoch(epoch)
+        for (bundle,) in loader:
+            yield bundle
 
 
 def weights(adapted, part):
@@ -229,7 +234,7 @@ def plain_bilevel(trainer, iterations, penalty_of=lambda number: 0.0):
         return plain_loss(adapted.model, batch)
 
     adapted.model.eval()
-    for number, bundle in zip(range(iterations), micro_steps(trainer), strict=False):
+    for number, bundle in zip(range(iterations), micro_steps(trainer, epochs=2), strict=False):
         for batch in bundle["lower"]:
             loss("lower", batch).backward()
             torch.nn.utils.clip_grad_norm_(s, args.max_grad_norm)

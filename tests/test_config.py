@@ -100,7 +100,7 @@ def test_no_training_has_no_adapter():
     ("keys", "shared"),
     [
         ({"method": "two_stage"}, False),
-        ({"method": "bilevel", "penalty_schedule": "linear"}, False),
+        ({"method": "bilevel", "penalty": 1.0, "penalty_schedule": "linear"}, False),
         ({"method": "zo", "lr_scheduler_type": "linear"}, False),
         ({"method": "zo", "lr_scheduler_type": "inverse_sqrt"}, True),
         ({"method": "zo", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, False),
@@ -147,14 +147,15 @@ def test_the_command_line_wins_over_a_stored_configuration(tmp_path, stored, giv
     found = parse_config(tmp_path / "config.yaml", ["--gradient_checkpointing", given, "--learning_rate", "1e-4"])
     assert found.activation_checkpointing == (given == "true")
     assert found.upper_learning_rate == 1e-4
-    apart = config(method="bilevel", learning_rate=1e-2, upper_learning_rate=3e-2).resolved()
+    apart = config(method="bilevel", penalty=1.0, learning_rate=1e-2, upper_learning_rate=3e-2).resolved()
     assert apart["upper_learning_rate"] == 3e-2
 
 
 @pytest.mark.parametrize("method", ["bilevel", "reptile", "fomaml"])
 @pytest.mark.parametrize("upper", [None, 1e-3, 1.0, 0.5])
 def test_a_rate_that_follows_another_is_stored_where_it_was_given(method, upper):
-    first = config(method=method, learning_rate=1e-3, **({} if upper is None else {"upper_learning_rate": upper}))
+    keys = {"penalty": 1.0} if method == "bilevel" else {}
+    first = config(method=method, learning_rate=1e-3, **keys, **({"upper_learning_rate": upper} if upper else {}))
     assert first.upper_learning_rate == upper or upper is None
     assert parse_config(first.resolved(), []).upper_learning_rate == first.upper_learning_rate
 
@@ -263,7 +264,7 @@ def test_an_item_of_a_list_sets_no_other_key(tmp_path):
     file.write_text('zo_parameters: [attention, "--seed", "3"]\nzo_exclude: ["--penalty", 7]\noutput_dir: run')
     found = parse_config(file, [])
     assert (found.zo_parameters, found.zo_exclude) == (["attention", "--seed", "3"], ["--penalty", "7"])
-    assert (found.seed, found.penalty) == (42, 1.0)
+    assert (found.seed, found.penalty) == (42, "infinite")
 
 
 def test_numbers_inside_of_mappings_are_numbers(tmp_path):

@@ -14,4 +14,6 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     model = save_tiny_model(tmp_path / "model", "qwen3")
     monkeypatch.chdir(tmp_path)
     exec(code.replace("Qwen/Qwen3-0.6B", str(model)), {})
-    assert {"backbone", "upper", "lower"} <= {folder.name for folder in (tmp_path / "run").iterdir()}
+    found = {folder.name for folder in (tmp_path / "run").iterdir()}
+    assert {"backbone", "upper"} <= found
+    assert "lower" not in found

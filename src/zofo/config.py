@@ -217,6 +217,7 @@ class ZOFOConfig(Keys):
         settings.require_train_prompt(self)
         if "lower_pool" in self.method_class.keys_used:
             settings.require_pool(self)
+            settings.require_finite_penalty(self)
         settings.require_something_trained(self)
         settings.require_whole_model(self, self.method_class, self._given)
         settings.require_evaluations(self)
@@ -225,7 +226,8 @@ class ZOFOConfig(Keys):
         """The same run by another method, without the keys that do not count for it."""
         if (method, adapter) != (self.method, self.adapter):
             plain = {"zo_sparsity": 0.0, "zo_weight_decay": 0.0, "zo_anchor": 0.0, "optimizer_in_backward": False}
-            more = {**dict.fromkeys(_CHOOSING[:3]), **plain, **more}
+            of_another = {"upper_learning_rate": None, "penalty_schedule": "constant", "normalize_penalty": True}
+            more = {**dict.fromkeys(_CHOOSING[:3]), **plain, **of_another, **more}
         if not METHODS[method].freezes and self.zo_learning_rate == 0:
             more = {"zo_learning_rate": None, **more}
         if not METHODS[method].keys_used >= OBJECTIVE_KEYS:

@@ -277,7 +277,9 @@ class Keys(TrainingArguments):
         "all", "with zo_shaping: all: the mean over the rows is shaped; prompt: each row is, and then the mean taken"
     )
     penalty: float | str | None = field(
-        1.0, "λ, how strongly the upper level is held to the lower level's optimum; infinite: p is s, one adapter"
+        INFINITE,
+        "λ, how strongly the upper level is held to the lower level's optimum, 1 for Bilevel ZOFO as published; "
+        "infinite: its limit, where p is s, one adapter",
     )
     penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
     normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")

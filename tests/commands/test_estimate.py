@@ -36,7 +36,8 @@ def test_weights_adapters_gradients_and_states_have_their_closed_forms(tmp_path,
     count = sum(p.numel() for p in model.parameters())
     tensors = len(list(model.parameters()))
     buffers = sum(b.nbytes for b in model.buffers())
-    rows = rows_of(tmp_path, model=str(model_folder), dtype=dtype, max_length=2, per_device_train_batch_size=1)
+    keys = {"dtype": dtype, "max_length": 2, "per_device_train_batch_size": 1, "penalty": 1.0}
+    rows = rows_of(tmp_path, model=str(model_folder), **keys)
     full, lora, mezo, bilevel = (
         rows[key] for key in (("fo", "none"), ("fo", "lora"), ("zo", "none"), ("bilevel", "lora"))
     )
@@ -94,6 +95,7 @@ def test_the_methods_of_a_run_get_a_row_of_their_own(tmp_path, model_folder, met
 def test_the_time_is_composed_as_documented(tmp_path):
     times = Work(backwards=1.0, updates=10.0, forwards=100.0, zo_updates=1000.0)
     keys = {"gradient_accumulation_steps": 3, "lower_steps": 4, "num_perturbations": 2, "two_stage_fraction": 0.25}
+    keys = {**keys, "penalty": 1.0}
     config = ZOFOConfig(output_dir=str(tmp_path), use_cpu=True, zo_learning_rate=1e-6, **keys)
     automatic = dataclasses.replace(config, zo_learning_rate="auto")
 
@@ -121,7 +123,7 @@ def test_the_work_of_a_population_is_its_passes_over_a_batch(tmp_path):
 
 @pytest.mark.parametrize("method", ["zo", "bilevel"])
 def test_a_population_takes_the_memory_of_all_rows_that_share_a_forward(tmp_path, model_folder, method):
-    keys = {"model": str(model_folder), "num_perturbations": 4, "zo_distribution": "low_rank"}
+    keys = {"model": str(model_folder), "num_perturbations": 4, "zo_distribution": "low_rank", "penalty": 1.0}
     adapter = "none" if method == "zo" else "lora"
 
     def activations(**more):

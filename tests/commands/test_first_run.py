@@ -13,7 +13,7 @@ from zofo.commands import train as commands
 from zofo.tasks.metrics import score
 from zofo.training.trainer import ZOFOTrainer
 
-CHECKPOINTS = {**QUICK, "method": "bilevel", "save_strategy": "steps"}
+CHECKPOINTS = {**QUICK, "method": "bilevel", "penalty": 1.0, "save_strategy": "steps"}
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ RUNS = {
     "longer options": ({}, {}),
     "virtual tokens": ({"adapter": "prefix"}, {}),
     "no adapter": ({"method": "zo", "adapter": "none", "zo_learning_rate": 1e-2}, {}),
-    "bilevel": ({"method": "bilevel"}, {}),
+    "bilevel": ({"method": "bilevel", "penalty": 1.0}, {}),
     "a suffix": ({}, {"suffix": " to me."}),
     "the suffix alone": ({}, {"suffix": " to me.", "score": "suffix"}),
     "options without a space": (

@@ -25,7 +25,7 @@ from zofo.cli import main
 from zofo.training.checkpoint import last_sealed
 from zofo.zo.optimizers import JointOptimizer
 
-BILEVEL = {**QUICK, "method": "bilevel", "save_strategy": "steps", "save_steps": 1}
+BILEVEL = {**QUICK, "method": "bilevel", "penalty": 1.0, "save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.fixture(scope="session")
@@ -353,10 +353,13 @@ def poison(folder, value):
 NON_FINITE = {
     "fo": ({"method": "fo"}, "step 0: the training loss", "learning_rate"),
     "zo": ({"method": "zo", "adapter": "none"}, "step 0: the loss near θ", "zo_learning_rate or zo_eps"),
-    "bilevel": ({"method": "bilevel"}, "step 0: G(θ, s) of lower step 0", "learning_rate"),
-    "bilevel without lower steps": ({"method": "bilevel", "lower_steps": 0}, "F(θ, p)", "upper_learning_rate"),
+    "bilevel": ({"method": "bilevel", "penalty": 1.0}, "step 0: G(θ, s) of lower step 0", "learning_rate"),
+    "bilevel without lower steps": (
+        {"method": "bilevel", "penalty": 1.0, "lower_steps": 0}, "F(θ, p)", "upper_learning_rate",
+    ),
+    "the limit of bilevel": ({"method": "bilevel"}, "step 0: G(θ, s) of lower step 0", "learning_rate"),
     "two stages": ({"method": "two_stage"}, "step 0: the training loss", "learning_rate"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "term", "mend"), NON_FINITE.values(), ids=NON_FINITE)

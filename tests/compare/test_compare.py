@@ -204,7 +204,8 @@ def test_what_a_backward_costs(made):
     assert cost(method="fo", adapter="none") == 1 + 2
     assert cost(method="fo", adapter="prompt") == 1 + 1
     assert cost(method="zo", adapter="none", num_perturbations=4) == 8
-    assert cost(method="bilevel") == (3 + 1 + 1) * 2 + 2 * 3
+    assert cost(method="bilevel", penalty=1.0) == (3 + 1 + 1) * 2 + 2 * 3
+    assert cost(method="bilevel") == 3 * 2 + 2
     config = ZOFOConfig(output_dir="run", use_cpu=True, model=str(made["model"]), method="fo")
     assert steps_within(config, 100) == 100 // 16
 

@@ -256,6 +256,7 @@ def test_the_variances_are_those_of_plain_losses_with_s_as_trained_as_at_the_sta
 
 
 SMALL = {
+    "penalty": 1.0,
     "max_steps": 4, "per_device_train_batch_size": 4, "train_size": 20, "dev_size": 6, "test_size": 10,
     "learning_rate": 3e-2, "lower_steps": 2, "logging_steps": 1, "eval_steps": 2, "zo_learning_rate": 1e-2,
     "save_strategy": "no", "adapter": "lora",

@@ -39,7 +39,8 @@ COMMON = {
 }
 # an epoch has 3 steps in bilevel and 5 in the others: step 5, and checkpoint 4 before it, lie in the middle of one
 RUNS = {
-    "bilevel": {"method": "bilevel", "num_perturbations": 2, "per_device_train_batch_size": 1},
+    "bilevel": {"method": "bilevel", "penalty": 1.0, "num_perturbations": 2, "per_device_train_batch_size": 1},
+    "infinite": {"method": "bilevel", "num_perturbations": 2, "per_device_train_batch_size": 1},
     "zo": {"method": "zo", "adapter": "none", "num_perturbations": 2, "per_device_train_batch_size": 2},
     "auto": {
         "method": "zo",
@@ -51,8 +52,19 @@ RUNS = {
     "fo": {"method": "fo", "per_device_train_batch_size": 2},
     "full": {"method": "fo", "adapter": "none", "per_device_train_batch_size": 2, "learning_rate": 1e-3},
     "two_stage": {"method": "two_stage", "two_stage_fraction": 0.8, "per_device_train_batch_size": 2},
-    "tasks": {"method": "bilevel", "task_sampling": "temperature", "per_device_train_batch_size": 1},
-    "bfloat16": {"method": "bilevel", "dtype": "bfloat16", "zo_eps": 0.1, "per_device_train_batch_size": 1},
+    "tasks": {
+        "method": "bilevel",
+        "penalty": 1.0,
+        "task_sampling": "temperature",
+        "per_device_train_batch_size": 1,
+    },
+    "bfloat16": {
+        "method": "bilevel",
+        "penalty": 1.0,
+        "dtype": "bfloat16",
+        "zo_eps": 0.1,
+        "per_device_train_batch_size": 1,
+    },
 }
 MOMENTS = ("writing_weights", "writing_optimizer", "before_seal", "before_rotation")
 AT_THE_END = ("in_final_save", "between_renames")

@@ -36,10 +36,10 @@ KEYS = {
     "adapter": "lora",
 }
 RUNS = {
-    "bilevel": {},
+    "bilevel": {"penalty": 1.0},
     "fo": {"method": "fo"},
     "zo": {"method": "zo", "adapter": "none"},
-    "prompt": {"adapter": "prompt"},
+    "prompt": {"adapter": "prompt", "penalty": 1.0},
     "prefix": {"method": "fo", "adapter": "prefix"},
     "none": {"method": "none", "adapter": "none"},
     "epoch": {"method": "fo", "max_steps": -1, "num_train_epochs": 1},
@@ -281,7 +281,14 @@ def test_the_stored_configuration_repeats_the_run_bitwise(folder, trainers, tmp_
 
 def test_the_stored_configuration_keeps_every_key(folder, tmp_path):
     given = {**KEYS, "seed": 7, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}}
-    given = {**given, "optim": "sgd", "penalty_schedule": "linear", "eval_steps": 2, "weight_decay": 0.1}
+    given = {
+        **given,
+        "optim": "sgd",
+        "penalty": 2.0,
+        "penalty_schedule": "linear",
+        "eval_steps": 2,
+        "weight_decay": 0.1,
+    }
     first = parse_config(write_config(folder, "given", output_dir=str(tmp_path / "run"), **given), [])
     stored = tmp_path / "config.yaml"
     stored.write_text(yaml.safe_dump(first.resolved()))

@@ -28,7 +28,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     keys = {
         **QUICK, "model": save_tiny_model(folder / "model"), "task": write_task(folder / "task", rows=ROWS),
-        "output_dir": folder / "run", "data_seed": 7, "method": "bilevel", "max_steps": 1,
+        "output_dir": folder / "run", "data_seed": 7, "method": "bilevel", "penalty": 1.0, "max_steps": 1,
     }  # fmt: skip
     assert main(arguments(**keys)) == 0
     assert main(["merge", "--run", str(folder / "run"), "--output", str(folder / "merged")]) == 0

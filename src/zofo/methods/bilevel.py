@@ -13,6 +13,7 @@ from zofo.keys import (
     COUPLING_KEYS,
     FIRST_ORDER_KEYS,
     INFINITE,
+    LOSS,
     OBJECTIVE_KEYS,
     SHARED,
     STEP_KEYS,
@@ -78,7 +79,7 @@ class Bilevel(Method):
         return {
             "lower": lower_stream(keys, splits[0]),
             "penalty": Stream(splits[0], int(_weight(keys) > 0), order=1, counts=False),
-            "upper": Stream(splits[-1], 1, order=2),
+            "upper": upper_stream(keys, splits[-1]),
         }
 
     @classmethod
@@ -195,7 +196,7 @@ class InfinitePenalty(Bilevel):
     @classmethod
     def streams(cls, keys: Keys) -> dict[str, Stream]:
         splits = cls.splits(keys)
-        return {"lower": lower_stream(keys, splits[0]), "upper": Stream(splits[-1], 1, order=2)}
+        return {"lower": lower_stream(keys, splits[0]), "upper": upper_stream(keys, splits[-1])}
 
     @classmethod
     def work(cls, keys: Keys) -> Work:
@@ -248,6 +249,11 @@ class InfinitePenalty(Bilevel):
 def lower_stream(keys: Keys, split: str) -> Stream:
     """The batches of the T steps on s."""
     return Stream(split, min(keys.lower_steps, keys.lower_pool or keys.lower_steps), order=0)
+
+
+def upper_stream(keys: Keys, split: str) -> Stream:
+    """The batch of F, whose rows count for the length of an epoch where the lower steps do not learn the same loss."""
+    return Stream(split, 1, order=2, counts=not keys.lower_steps or keys.objective != LOSS)
 
 
 def _weight(keys: Keys) -> float:
