@@ -117,6 +117,24 @@ def test_a_run_on_the_backbone_of_another_remembers_both(home, tmp_path):
     assert len(after - before) == 2 * 10
 
 
+def test_a_run_on_a_trained_model_does_not_test_it_on_rows_that_it_knows(home, tmp_path, capsys):
+    """With another division of the same rows; with that of the first run, none is left out."""
+    keys = {
+        **QUICK, "model": home / "merged", "task": home / "task" / "task.yaml", "max_steps": 1, "dev_size": 10,
+        "test_size": 30,
+    }  # fmt: skip
+    assert main(arguments(**{**keys, "output_dir": tmp_path / "other", "data_seed": 8})) == 0
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / "other" / "results.json").read_text())
+    seen = [json.loads(line)["row"] for line in (tmp_path / "other" / "predictions.jsonl").read_text().splitlines()]
+    left_out = 30 - len(seen)
+    assert left_out > 0
+    assert f"task: this model was trained on {left_out} rows of test before: they are left out" in said
+    assert results["metrics"]["upper"]["rows"] == len(seen)
+    assert main(arguments(**{**keys, "output_dir": tmp_path / "same", "data_seed": 7, "test_size": 10})) == 0
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_digests_survive_a_file_and_a_damaged_one_is_refused(tmp_path, capsys):
     known = digests([Record("a", " b"), Record("c", " d", row={"text": "c", "half": "\ud800"})])
     write_trained_rows(tmp_path, known)

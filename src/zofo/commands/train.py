@@ -33,6 +33,7 @@ from zofo.training.objective import run_rewards
 from zofo.training.rows import Posing, level_rows, require_prompt, run_splits, run_tasks
 from zofo.training.start import require_tasks
 from zofo.training.tasks import Scores, mean_scores
+from zofo.training.trained_rows import rows_of_folder, was_trained_on
 from zofo.training.trainer import ZOFOTrainer
 
 _ZERO_SHOT = "zero_shot"
@@ -142,7 +143,7 @@ class _Part:
 
 
 def _part(task: Task, config: ZOFOConfig, say: Say) -> _Part:
-    splits = _splits(task, config, say)
+    splits = _unseen(_splits(task, config, say), task.name, rows_of_folder(config.model), say)
     train = level_rows(splits.train, config)
     named = train | {"dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
@@ -151,6 +152,15 @@ def _part(task: Task, config: ZOFOConfig, say: Say) -> _Part:
         raise ZofoError(f"task {task.name}: no row is left for {final}: give more rows, or {final}_size")
     require_prompt(splits.train, task.name, config)
     return _Part(task, splits, train, named[final])
+
+
+def _unseen(splits: Splits, task: str, known: frozenset[bytes], say: Say) -> Splits:
+    """The splits without the rows of dev and test that the model was trained on in an earlier run."""
+    kept = {name: [row for row in vars(splits)[name] if not was_trained_on(row, known)] for name in ("dev", "test")}
+    for name, rows in kept.items():
+        if left_out := len(vars(splits)[name]) - len(rows):
+            say(f"{task}: this model was trained on {left_out} rows of {name} before: they are left out")
+    return replace(splits, **kept)
 
 
 def _datasets(parts: Mapping[str, _Part], posed: Mapping[str, Posing]) -> dict[str, Any]:

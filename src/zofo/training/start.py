@@ -5,7 +5,6 @@ import logging
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,7 +28,6 @@ from zofo.tasks.rewards import REWARD
 from zofo.tasks.splits import halves
 from zofo.training.objective import objective_metrics
 from zofo.training.tasks import ALONE, TaskRows
-from zofo.training.trained_rows import trained_rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -316,9 +314,3 @@ def rows_of(args: ZOFOConfig, rows: Rows, name: str, learned: bool = False) -> l
             "method: zo"
         )
     return made
-
-
-def rows_of_before(model: PreTrainedModel) -> frozenset[bytes]:
-    """What the model was trained on before, if it comes from a folder that says so."""
-    place = model.config.name_or_path
-    return (trained_rows_of(place) if place and Path(place).is_dir() else None) or frozenset()

@@ -61,6 +61,11 @@ def read_trained_rows(source: str) -> frozenset[bytes] | None:
     return frozenset(packed[start : start + _SIZE] for start in range(0, len(packed), _SIZE))
 
 
+def rows_of_folder(place: str | None) -> frozenset[bytes]:
+    """What the folder of a model says of the rows that it was trained on; none where the model is in no folder."""
+    return (read_trained_rows(place) if place and Path(place).expanduser().is_dir() else None) or frozenset()
+
+
 def trained_rows_of(*sources: str | None) -> frozenset[bytes] | None:
     """The rows of several parts of a model together; None if no part says anything."""
     said = [rows for rows in map(read_trained_rows, filter(None, sources)) if rows is not None]
