@@ -217,7 +217,7 @@ def _plan(trainer: ZOFOTrainer, resume: Path | None) -> str:
     ]
     tried = trainer.try_step() if done < steps else None
     if tried:
-        parts.append(f"about {duration(tried.seconds * (steps - done))} without evaluations")
+        parts.append(f"about {duration(tried.seconds * config.tasks_per_step * (steps - done))} without evaluations")
         parts.append(f"{size(tried.peak)} at the peak")
     return f"{config.method}: {', '.join(parts)}; {_checkpoints(config, steps)}"
 
