@@ -49,13 +49,14 @@ def test_the_loss_of_an_adapter_stays_beside_the_objective(drawn):
 
 def test_a_reward_that_is_only_measured_and_the_losses_of_tasks_are_drawn(drawn):
     history = [
-        {"step": 1, "loss": 1.0, "lower_loss": 0.5},
+        {"step": 1, "loss": 1.0, "lower_loss": 0.5, "upper_loss": 0.75},
         {"step": 1, "eval_loss": 2.0, "eval_reward": 0.5, "eval_a_loss": 1.5, "eval_a_lower_loss": 1.25},
     ]
     assert drawn(history, tasks=["a"]) == {
         "loss": {
             "training loss (deployed)": [1.0],
-            "training loss (lower adapter)": [0.5],
+            "training loss (lower steps)": [0.5],
+            "training loss (upper rows, near θ)": [0.75],
             "dev loss (deployed)": [2.0],
         },
         "reward": {"dev reward (deployed)": [0.5]},

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_LOSSES = ("loss", "lower_loss", "eval_loss", "eval_lower_loss")
+_LOSSES = ("loss", "lower_loss", "upper_loss", "eval_loss", "eval_lower_loss")
+_LEVELS = {"lower_loss": "training loss (lower steps)", "upper_loss": "training loss (upper rows, near θ)"}
 _OTHERS = (
     ("projected gradient (rms)", ("projected_grad",)),
     ("zeroth-order learning rate", ("zo_learning_rate",)),
@@ -63,6 +64,8 @@ def _mirrors(history: list[dict[str, Any]], objective: str) -> bool:
 
 def _label(key: str, panel: str) -> str:
     """Of a curve in its panel; those of single tasks are named as those of their mean."""
+    if key in _LEVELS:
+        return _LEVELS[key]
     rows = "dev" if key.startswith("eval_") else "training"
     lower = "lower_" in key
     what = "loss" if key.endswith("loss") else panel
