@@ -26,7 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "zo, low rank": {"method": "zo", "adapter": "none", **LOW},
     "fo, last 2 layers": {"method": "fo", **LAST},
     "bilevel, last 2 layers": {"method": "bilevel", "penalty": 1.0, "lower_steps": 1, **LAST},
-    "bilevel, infinite penalty, last 2 layers": {"method": "bilevel", "lower_steps": 1, **LAST},
+    "bilevel, infinite penalty, last 2 layers": {"method": "bilevel", "penalty": "infinite", "lower_steps": 1, **LAST},
     "bilevel, last 2 layers, low rank": {"method": "bilevel", "penalty": 1.0, "lower_steps": 1, **LAST, **LOW},
     "fo, last 2 layers, checkpointing": {"method": "fo", **LAST, "gradient_checkpointing": True},
     "bilevel, last 2 layers, checkpointing": {

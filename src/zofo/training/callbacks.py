@@ -119,7 +119,16 @@ def _evaluations_without_progress(state: TrainerState) -> int:
     return int(stored.get("early_stopping_patience_counter", 0))
 
 
-_SHOWN = ("loss", "lower_loss", "upper_loss", "penalty_gap", "projected_grad", "eval_loss", "eval_accuracy", "eval_lower_loss")
+_SHOWN = (
+    "loss",
+    "lower_loss",
+    "upper_loss",
+    "penalty_gap",
+    "projected_grad",
+    "eval_loss",
+    "eval_accuracy",
+    "eval_lower_loss",
+)
 
 
 class LossBar(ProgressCallback):
