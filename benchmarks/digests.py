@@ -66,6 +66,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "bilevel auto q=2 rademacher": {**AUTO, "num_perturbations": 2, "zo_distribution": "rademacher"},
     "bilevel without lower steps": {"lower_steps": 0},
     "bilevel without penalty": {"penalty": 0.0},
+    "bilevel infinite": {"penalty": "infinite"},
+    "bilevel infinite auto pool": {**AUTO, "penalty": "infinite", "adapter_layers": "last 1", "lower_pool": 1},
     "bilevel growing penalty": {"penalty": 10.0, "penalty_schedule": "linear", "normalize_penalty": False},
     "bilevel accumulated": {"gradient_accumulation_steps": 2},
     "bilevel bfloat16": {"dtype": "bfloat16", "zo_eps": 3e-3},

@@ -3,8 +3,9 @@
     python benchmarks/many_tasks.py [TASKS]
 
 A small Llama (hidden size 256, 8 blocks, vocabulary of 32,000) in float32, LoRA on queries and values in all blocks,
-`bilevel` with T = 2, three iterations, one task in each. Resident memory of the process at the end of training, and the
-bytes that K pairs of adapters take with their states of Adam. Writes `benchmarks/results/many-tasks.json`.
+`bilevel` as published with T = 2, three iterations, one task in each. Resident memory of the process at the end of
+training, and the bytes that K pairs of adapters take with their states of Adam. Writes
+`benchmarks/results/many-tasks.json`.
 """
 
 from __future__ import annotations

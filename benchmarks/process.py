@@ -1,6 +1,6 @@
 """One measurement in a process of its own, printed as JSON: `process.py WHAT MODEL [key=value ...]`.
 
-bilevel, fo, zo    train a few steps; the peak of memory during them
+bilevel, fo, zo    train a few steps, bilevel as published (penalty 1); the peak of memory during them
 full               the same for full fine-tuning: `fo` without an adapter
 inference          the same batch through plain transformers; the peak of memory
 first-step         seconds from the start of the process until zofo begins its first training step

@@ -2,8 +2,8 @@
 
 Llamas of random weights with SmolLM2's vocabulary, float32 on a CPU and bfloat16 on a GPU. Each point is a two-sided
 MeZO step and, for the size of the model, a step of LoRA by backpropagation, beside the bare forwards; for one size
-also an iteration of Bilevel ZOFO, with T = 1 and 10. On a GPU every point has one (T = 1), the usual way of MeZO, and
-the peaks of memory. Writes
+also an iteration of published Bilevel ZOFO, with T = 1 and 10. On a GPU every point has one (T = 1), the usual way of
+MeZO, and the peaks of memory. Writes
 `benchmarks/results/scaling-<machine>.json` and, on a CPU, draws docs/scaling.png.
 """
 

@@ -1,9 +1,9 @@
 """`python benchmarks/to_a_loss.py`: how soon is the loss reached that MeZO has after 1,000 steps at its usual rate?
 
 SmolLM2-135M on movie reviews, float32. MeZO takes 1,000 steps of batch 8 at 1e-6, one seed; then MeZO with the
-automatic rate, Bilevel ZOFO (LoRA, T = 3, batch 4, automatic rate) and LoRA alone, three seeds each, train until their
-loss on the same 80 other rows is as low, looked at every few steps. Evaluations count neither as time nor as
-forwards. Writes `benchmarks/results/to-a-loss-<machine>.json`.
+automatic rate, published Bilevel ZOFO (λ = 1, LoRA, T = 3, batch 4, automatic rate) and LoRA alone, three seeds each,
+train until their loss on the same 80 other rows is as low, looked at every few steps. Evaluations count neither as time
+nor as forwards. Writes `benchmarks/results/to-a-loss-<machine>.json`.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def test_a_stored_configuration_reads_back_as_itself(tmp_path):
 def test_the_command_line_wins_over_a_stored_configuration(tmp_path, stored, given):
     import yaml
 
-    first = config(method="bilevel", gradient_checkpointing=stored, learning_rate=1e-2)
+    first = config(method="bilevel", penalty=1.0, gradient_checkpointing=stored, learning_rate=1e-2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.resolved()))
     again = parse_config(tmp_path / "config.yaml", [])
     assert (again.activation_checkpointing, again.upper_learning_rate) == (stored, 1e-2)
@@ -158,6 +158,26 @@ def test_a_rate_that_follows_another_is_stored_where_it_was_given(method, upper)
     first = config(method=method, learning_rate=1e-3, **keys, **({"upper_learning_rate": upper} if upper else {}))
     assert first.upper_learning_rate == upper or upper is None
     assert parse_config(first.resolved(), []).upper_learning_rate == first.upper_learning_rate
+
+
+@pytest.mark.parametrize("key", ["upper_learning_rate", "penalty_schedule", "normalize_penalty"])
+def test_keys_of_the_upper_adapter_are_refused_where_there_is_none_of_its_own(key):
+    value = {"upper_learning_rate": 3e-3, "penalty_schedule": "linear", "normalize_penalty": False}[key]
+    for penalty in ({}, {"penalty": "infinite"}):
+        with pytest.raises(ZofoError, match=f"{key} is {value}, but penalty is infinite, as it is by default"):
+            config(method="bilevel", **penalty, **{key: value})
+    assert vars(config(method="bilevel", penalty=1.0, **{key: value}))[key] == value
+
+
+def test_a_copy_with_another_rate_is_a_run_with_that_rate():
+    first = config(method="bilevel", learning_rate=1e-3)
+    assert dataclasses.replace(first, learning_rate=1e-2).learning_rate == 1e-2
+
+
+def test_a_key_that_the_method_does_not_use_may_change_when_a_run_goes_on():
+    identity = config(method="fo").identity()
+    assert not {"penalty", "zo_eps", "lower_steps"} & identity.keys()
+    assert identity == config(method="fo", lower_steps=3).identity()
 
 
 def test_a_secret_is_neither_taken_nor_told():

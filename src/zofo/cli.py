@@ -191,7 +191,12 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = _verb(parsers, "merge", verbs.merge, "write backbone and adapter as one plain Hugging Face folder", _MERGE)
     merge.add_argument("--run", required=True, type=Path, dest="folder", help="the output_dir of zofo train")
-    merge.add_argument("--adapter", default="upper", choices=["upper", "lower"], help="default: upper")
+    merge.add_argument(
+        "--adapter",
+        default="upper",
+        choices=["upper", "lower"],
+        help="default: upper; lower: of bilevel with a finite penalty",
+    )
     merge.add_argument("--task", help="of a run over several tasks: whose adapter")
     merge.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     merge.add_argument("--dtype", choices=dtypes, help="of the result; default: the backbone's")

@@ -163,7 +163,7 @@ class ZOFOConfig(Keys):
                 self._rename("learning_rate", "zo_learning_rate")
                 if "weight_decay" in self._given and not self.zo_weight_decay:
                     self._rename("weight_decay", "zo_weight_decay")
-        if self.upper_learning_rate is None:
+        if self.upper_learning_rate is None and "upper_learning_rate" in self.method_class.keys_used:
             self.upper_learning_rate = self._followed_rate
 
     @property
@@ -241,7 +241,8 @@ class ZOFOConfig(Keys):
         timeless = self.lr_scheduler_type in _TIMELESS and not 0 < self.warmup_steps < 1
         scheduled = self.penalty_schedule != "constant" and "penalty_schedule" in self.method_class.keys_used
         lasting = self.method_class.depends_on_length or scheduled or not timeless
-        keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in _FREE)]
+        free = {*_FREE, *(_method_keys() - self.method_class.keys_used)}
+        keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in free)]
         keys += ["max_steps", "num_train_epochs"] if lasting else []  # what a step does depends on how many there are
         return {key: _as_json(known(key, vars(self)[key])) for key in keys}
 
@@ -267,12 +268,12 @@ class ZOFOConfig(Keys):
 
 
 def identity_of_before(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of an older run, with the keys that it does not know yet at their defaults.
+    """The identity of an older run, with the keys that it does not know yet at their defaults of then.
 
     So a key that is added later never makes an older run impossible to resume.
     """
     defaults = {f.name: _as_json(f.default) for f in dataclasses.fields(ZOFOConfig) if f.name in own_keys()}
-    return {**defaults, "zo_learning_rate": AUTO, **stored}
+    return {**defaults, "zo_learning_rate": AUTO, "penalty": 1.0, **stored}
 
 
 def _is_default(key: dataclasses.Field[Any], value: Any) -> bool:

@@ -217,7 +217,11 @@ class Keys(TrainingArguments):
         None, "with adapter lora: the modules that get one, or all-linear; queries and values if not given"
     )
     learning_rate: Rate = field(1e-3, "of backpropagation; where there are two adapters, of the lower one, s")
-    upper_learning_rate: Rate | None = field(None, "of the upper adapter p; learning_rate if not given")
+    upper_learning_rate: Rate | None = field(
+        None,
+        "bilevel with a finite penalty: of the upper adapter p; reptile, fomaml: of the outer step; learning_rate if "
+        "not given, with reptile 1",
+    )
     optimizer_in_backward: bool = field(
         False, "fo with adapter none: update each weight as soon as its gradient is there, and drop the gradient"
     )
@@ -281,8 +285,12 @@ class Keys(TrainingArguments):
         "λ, how strongly the upper level is held to the lower level's optimum, 1 for Bilevel ZOFO as published; "
         "infinite: its limit, where p is s, one adapter",
     )
-    penalty_schedule: Schedule = field("constant", "constant, or linear: λ grows from 0 to `penalty` over the run")
-    normalize_penalty: bool = field(True, "divide the objective by 1 + λ, so that step sizes keep their meaning")
+    penalty_schedule: Schedule = field(
+        "constant", "with a finite penalty: constant, or linear: λ grows from 0 to `penalty` over the run"
+    )
+    normalize_penalty: bool = field(
+        True, "with a finite penalty: divide the objective by 1 + λ, so that step sizes keep their meaning"
+    )
     lower_steps: Annotated[int, NOT_NEGATIVE] = field(10, "T, first-order steps on s per outer iteration")
     lower_pool: Count | None = field(
         None,

@@ -69,7 +69,9 @@ def _loaded(
         model, difference = merged(backbone, str(place), dtype)
         say(f"merged in float32, rounded to {dtype}: the logits differ by {difference:.1e} from backbone and adapter")
     elif (run / UPPER).is_dir():
-        raise ZofoError(f"{run} has no adapter {place.name!r}, only upper: this run has no lower level")
+        raise ZofoError(
+            f"{run} has no adapter {place.name!r}, only upper: lower is of method bilevel with a finite penalty"
+        )
     else:
         say(f"{run} has no adapters: its backbone is the whole model")
         model = load_weights(backbone, dtype)

@@ -33,7 +33,7 @@ from zofo.training.objective import run_rewards
 from zofo.training.rows import Posing, level_rows, require_prompt, run_splits, run_tasks
 from zofo.training.start import require_tasks
 from zofo.training.tasks import Scores, mean_scores
-from zofo.training.trained_rows import rows_of_folder, was_trained_on
+from zofo.training.trained_rows import rows_of_folders, was_trained_on
 from zofo.training.trainer import ZOFOTrainer
 
 _ZERO_SHOT = "zero_shot"
@@ -143,7 +143,7 @@ class _Part:
 
 
 def _part(task: Task, config: ZOFOConfig, say: Say) -> _Part:
-    splits = _unseen(_splits(task, config, say), task.name, rows_of_folder(config.model), say)
+    splits = _unseen(_splits(task, config, say), task.name, rows_of_folders(config.model, config.adapter_init), say)
     train = level_rows(splits.train, config)
     named = train | {"dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")

@@ -182,6 +182,7 @@ class InfinitePenalty(Bilevel):
     six, no adapter beside the one that is deployed, and no first-order step but those on s.
     """
 
+    summary = "Bilevel ZOFO, λ infinite: the backbone updated by forward passes, beside one adapter by backpropagation"
     adapters = (UPPER,)
     keys_used = Bilevel.keys_used - {"upper_learning_rate", "penalty_schedule", "normalize_penalty"}
 

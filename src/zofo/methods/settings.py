@@ -88,11 +88,10 @@ def require_pool(keys: Keys) -> None:
 
 def require_finite_penalty(keys: Keys) -> None:
     """Refuses, with an infinite penalty, the keys of an upper adapter that is another one than the lower one."""
-    upper = keys.upper_learning_rate if keys.upper_learning_rate != keys.learning_rate else None
-    only = {"upper_learning_rate": (upper, None), "penalty_schedule": (keys.penalty_schedule, "constant")}
-    only |= {"normalize_penalty": (keys.normalize_penalty, True)}
-    for key, (value, usual) in only.items():
-        if keys.penalty == INFINITE and value != usual:
+    usual = {"upper_learning_rate": (None, keys.learning_rate), "penalty_schedule": ("constant",)}
+    for key, values in {**usual, "normalize_penalty": (True,)}.items():
+        value = vars(keys)[key]
+        if keys.penalty == INFINITE and value not in values:
             raise ZofoError(
                 f"{key} is {value}, but penalty is infinite, as it is by default, and upper and lower are one adapter: "
                 f"give penalty: 1 for Bilevel ZOFO as published, or leave {key} out"
@@ -103,8 +102,8 @@ def require_something_trained(keys: Keys) -> None:
     """Refuses an infinite penalty without steps on s and with θ frozen."""
     if keys.penalty == INFINITE and not keys.lower_steps and keys.zo_learning_rate == 0:
         raise ZofoError(
-            "penalty is infinite, lower_steps is 0 and zo_learning_rate is 0, so nothing would be trained: raise one "
-            "of them"
+            "penalty is infinite, as it is by default, lower_steps is 0 and zo_learning_rate is 0, so nothing would be "
+            "trained: raise one of the two, or give penalty: 1"
         )
 
 

@@ -53,7 +53,7 @@ class IterationSampler(Sampler[list[int]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Micro-steps of an epoch: so many draws of each task as pass over the rows of its slowest stream."""
+        """Micro-steps of an epoch: so many draws of each task as its slowest stream that counts needs for a pass."""
         rounds = sum(max(self._rounds(splits)) for splits in self._tasks)
         return -(-rounds // self._draws.per_step) * self._accumulation
 
@@ -87,7 +87,7 @@ def sizes_of(tasks: Sequence[Mapping[str, int]]) -> list[int]:
 
 
 def planned_steps(keys: Keys, tasks: Sequence[Mapping[str, int]], streams: Mapping[str, Stream]) -> int:
-    """Iterations of a run: `max_steps`, or those of `num_train_epochs` passes over the rows of each split."""
+    """Iterations of a run: `max_steps`, or `num_train_epochs` passes of the slowest stream that counts."""
     if keys.max_steps > 0:
         return keys.max_steps
     accumulation = keys.gradient_accumulation_steps

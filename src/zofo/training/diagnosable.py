@@ -11,7 +11,8 @@ def left_out(method: Method, config: ZOFOConfig) -> dict[str, str]:
     """What `diagnose` does not record in a run, and why."""
     takes_none = f"method {method.name} takes no zeroth-order step"
     no_step = {"zo_learning_rate is 0" if method.freezes else takes_none: method.zeroth_order_level is None}
-    no_lower = "penalty is 0" if LOWER in method.adapters else f"method {method.name} has no lower adapter here"
+    no_lower = f"method {method.name} has no lower adapter beside the upper one here"
+    no_lower = "penalty is 0" if LOWER in method.adapters else no_lower
     coupled = any(part.adapter == LOWER for part in method.objective(1.0))
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     no_evaluation = {"there are no evaluations": name_of(config.eval_strategy) == "no"}

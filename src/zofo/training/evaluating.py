@@ -70,7 +70,7 @@ class EvaluatingTrainer(StoringTrainer):
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metric and loss of every adapter: `eval_loss` of the deployed one, `eval_lower_loss` of the lower one.
+        """Metric and loss of every adapter: `eval_loss` of the deployed one, `eval_lower_loss` of another lower one.
 
         Of several tasks these are means, and each one's own come with its name, as in `eval_NAME_loss`.
         """

@@ -61,9 +61,10 @@ def read_trained_rows(source: str) -> frozenset[bytes] | None:
     return frozenset(packed[start : start + _SIZE] for start in range(0, len(packed), _SIZE))
 
 
-def rows_of_folder(place: str | None) -> frozenset[bytes]:
-    """What the folder of a model says of the rows that it was trained on; none where the model is in no folder."""
-    return (read_trained_rows(place) if place and Path(place).expanduser().is_dir() else None) or frozenset()
+def rows_of_folders(*places: str | None) -> frozenset[bytes]:
+    """What those parts of a model that are folders say of the rows that it was trained on."""
+    folders = [place for place in places if place and Path(place).expanduser().is_dir()]
+    return trained_rows_of(*folders) or frozenset()
 
 
 def trained_rows_of(*sources: str | None) -> frozenset[bytes] | None:

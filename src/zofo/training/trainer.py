@@ -47,7 +47,7 @@ from zofo.training.folder import owned
 from zofo.training.interrupt import Interrupt
 from zofo.training.rehearsal import require_schedule_and_batches
 from zofo.training.tasks import Joint, RunTask, TaskRows, draws_of
-from zofo.training.trained_rows import digests, rows_of_folder
+from zofo.training.trained_rows import digests, rows_of_folders
 from zofo.training.trial import Trial, trial
 
 
@@ -152,7 +152,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         """What a checkpoint must have in common with this run, and the rows that its model has seen, in the end."""
         chat = {"chat_template_digest": chat_identity(tokenizer)} if args.chat_template else {}
         self.identity = {**args.identity(), "peft_config": kind, **chat, "rows": [digest(part) for part in parts]}
-        self._trained_rows = rows_of_folder(self.adapted.base.config.name_or_path)
+        self._trained_rows = rows_of_folders(self.adapted.base.config.name_or_path, args.adapter_init)
         if args.method_class.trains():
             self._trained_rows |= digests([row for part in parts for row in part])
 
