@@ -219,8 +219,7 @@ class Keys(TrainingArguments):
     learning_rate: Rate = field(1e-3, "of backpropagation; where there are two adapters, of the lower one, s")
     upper_learning_rate: Rate | None = field(
         None,
-        "bilevel with a finite penalty: of the upper adapter p; reptile, fomaml: of the outer step; learning_rate if "
-        "not given, with reptile 1",
+        "with a finite penalty of the upper adapter p, or of an outer step; learning_rate if not given, reptile: 1",
     )
     optimizer_in_backward: bool = field(
         False, "fo with adapter none: update each weight as soon as its gradient is there, and drop the gradient"
@@ -282,15 +281,10 @@ class Keys(TrainingArguments):
     )
     penalty: float | str | None = field(
         INFINITE,
-        "λ, how strongly the upper level is held to the lower level's optimum, 1 for Bilevel ZOFO as published; "
-        "infinite: its limit, where p is s, one adapter",
+        "λ, how strongly p is held to the lower level's optimum, 1 as published; infinite: p is s, one adapter",
     )
-    penalty_schedule: Schedule = field(
-        "constant", "with a finite penalty: constant, or linear: λ grows from 0 to `penalty` over the run"
-    )
-    normalize_penalty: bool = field(
-        True, "with a finite penalty: divide the objective by 1 + λ, so that step sizes keep their meaning"
-    )
+    penalty_schedule: Schedule = field("constant", "with a finite penalty: constant, or linear: λ grows from 0 to it")
+    normalize_penalty: bool = field(True, "with a finite penalty: divide the objective by 1 + λ, for like step sizes")
     lower_steps: Annotated[int, NOT_NEGATIVE] = field(10, "T, first-order steps on s per outer iteration")
     lower_pool: Count | None = field(
         None,
