@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-_NOTE = "\nzofo: the run ends after this step or evaluation, with a checkpoint; Ctrl-C again ends it at once, without one"
+_NOTE = "\nzofo: the run ends after this step or evaluation, with a checkpoint; Ctrl-C again ends it now, without one"
 
 
 class Interrupt(TrainerCallback):
