@@ -59,8 +59,8 @@ def main() -> None:
     for group, values in found.items():
         print(f"{group:12} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
     kept = json.loads(FILE.read_text())["states"] if FILE.is_file() else {}
-    kept[f"{task}, {steps} steps"] = {"loss": loss, "rows": count, "groups": found}
-    FILE.write_text(json.dumps({"machine": machine(), "states": dict(sorted(kept.items()))}, indent=1) + "\n")
+    kept[f"{task}, {steps} steps"] = {"machine": machine(), "loss": loss, "rows": count, "groups": found}
+    FILE.write_text(json.dumps({"states": dict(sorted(kept.items()))}, indent=1) + "\n")
 
 
 def trained(task: str, steps: int) -> tuple[ZOFOTrainer, list[Any], Any]:
