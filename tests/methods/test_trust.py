@@ -97,7 +97,7 @@ def test_bilevel_rests_without_signal_and_says_so_once(tmp_path, caplog):
         lambda step, *args, **more: seen.append(step) or propose(step, *args, **more),
     )
     state = level.optimizer.param_groups[0]["rule_state"]
-    state.update(signal=-1e9, power=1.0, size=1e9, count=1.0)
+    state.update(signal=-1e9, power=1.0, size=1e9, count=10.0)
     theta, p = weights(trainer.adapted, "backbone"), weights(trainer.adapted, "upper")
     trainer.train()
     assert seen == [0, 10, 20]

@@ -382,7 +382,9 @@ def test_a_rule_rests_nine_steps_of_ten_without_signal_and_an_older_state_is_tru
     state = rule.init()
     assert not rule.rests(3, state)
     for step in range(40):
-        _, state = rule.update(Estimate(0, step, (1.0,), 1.0, 4.0), 1.0, state, no_more)
+        _, state = rule.update(Estimate(0, step, (1.0,), 1.0, 40.0), 1.0, state, no_more)
+        assert (state["trust"] == 0) == (step >= 1)
+        assert rule.rests(41, state) == rule.without_signal(state) == (step >= 9)
     assert [rule.rests(step, state) for step in range(40, 60)] == [bool(step % 10) for step in range(40, 60)]
     older = {key: state[key] for key in ("total", "weight", "curvatures", "rate")}
     assert not rule.rests(41, older)

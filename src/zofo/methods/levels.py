@@ -301,11 +301,11 @@ class ZerothOrderLevel:
         if self.signal:
             self.signal.add(self._points)
         error = mean_error(self._points) if self._judges else None
-        trusted = self.optimizer.trust
+        silent = self.optimizer.without_signal
         self._estimates = self._estimates if self.optimizer.estimate else []
         self._estimates.append(Estimate(self.seed, step, projected, bend, error))
         update = self.optimizer.propose(mean_estimate(self._estimates), remembered)
-        if not self._told and trusted != 0 and self.optimizer.trust == 0:
+        if not self._told and not silent and self.optimizer.without_signal:
             self._told = True
             logger.warning(
                 f"step {step}: the losses of the rows so far show no signal for the weights that zeroth-order steps "

@@ -107,6 +107,11 @@ class ZerothOrderOptimizer(Optimizer):
     def wants_curvature(self, step: int) -> bool:
         return self.rule.wants_curvature(step, self._group["rule_state"])
 
+    @property
+    def without_signal(self) -> bool:
+        """Whether the estimates so far, with that of the proposal, tell that there is nothing to follow."""
+        return self.rule.without_signal(dict(self._state))
+
     def rests(self, step: int) -> bool:
         return self.rule.rests(step, self._group["rule_state"])
 

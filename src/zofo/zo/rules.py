@@ -59,9 +59,13 @@ class Rule:
         """Whether the estimate of a step should come with zᵀHz, which costs one more evaluation."""
         return False
 
-    def rests(self, step: int, state: State) -> bool:
-        """Whether nothing is to be measured in a step, where a method has something else to do."""
+    def without_signal(self, state: State) -> bool:
+        """Whether the estimates so far tell that there is nothing to follow."""
         return False
+
+    def rests(self, step: int, state: State) -> bool:
+        """Whether nothing is to be measured in a step, where a method has something else to do: nine steps of ten."""
+        return self.without_signal(state) and step % CURVATURE_EVERY != 0
 
     def weigh(self, projected: tuple[float, ...]) -> tuple[float, ...]:
         """Takes the place of the projected gradients: z_j gets the scale -η / q times its value, over all steps."""
@@ -175,9 +179,9 @@ class Automatic(Rule):
         """Some of the first steps, then one in ten."""
         return len(state["curvatures"]) < _FIRST_CURVATURES or step % CURVATURE_EVERY == 0
 
-    def rests(self, step: int, state: State) -> bool:
-        """Where no signal is left, nine steps of ten."""
-        return not state.get("trust", 1.0) and step % CURVATURE_EVERY != 0
+    def without_signal(self, state: State) -> bool:
+        """From ten estimates on: fewer say too little, whatever the rate makes of them."""
+        return not state.get("trust", 1.0) and state["count"] > _PRIOR - 1  # as the older ones count a little less
 
     def weigh(self, projected: tuple[float, ...]) -> tuple[float, ...]:
         return self.rule.weigh(projected)
