@@ -174,6 +174,9 @@ def test_a_task_that_is_called_as_the_run_s_own_is_refused_whatever_its_file(fol
     words = ["--task", str(folder / "elsewhere.yaml"), "--shots", "4", "--output", str(tmp_path / "a"), *QUIET]
     assert main(["adapt", "--run", str(tmp_path / "run"), *words]) == 2
     assert "has trained on the task tiny" in capsys.readouterr().err
+    words[1] = str(folder / "third.yaml")
+    assert main(["adapt", "--run", str(tmp_path / "run"), *words, "--start", "second"]) == 2
+    assert "has no task 'second', but task:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

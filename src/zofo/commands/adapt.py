@@ -223,7 +223,7 @@ def _start(asked: Asked, scratch: Path) -> dict[str, Any]:
         return {}
     if asked.run is None:
         raise ZofoError(f"start is {asked.start}, but a plain model has no trained adapters: leave it out")
-    names = [*asked.run.tasks] if asked.start == MEAN else [asked.start]
+    names = [*asked.run.tasks] if asked.start == MEAN else [asked.run.named(asked.start)]
     folders = [asked.run.parts(UPPER, asked.run.place(name))[1] for name in names]
     own = [Path(folder) for folder in dict.fromkeys(folders) if folder is not None]
     if not own:

@@ -69,7 +69,7 @@ class StoredRun:
         """
         model, place = self.backbone, self.folder
         if (self.folder / TASKS).is_dir():
-            place = self.folder / TASKS / self._named(task)
+            place = self.folder / TASKS / self.named(task)
         if (place / adapter).is_dir():
             return model, str(place / adapter)
         if adapter != UPPER or (place / UPPER).is_dir():
@@ -94,13 +94,13 @@ class StoredRun:
         """The name or the file of the run's task; of several, of the one that the folder belongs to."""
         if len(self.tasks) == 1:
             return next(iter(self.tasks.values()))
-        return self.tasks[self._named(self.name)]
+        return self.tasks[self.named(self.name)]
 
     def place(self, task: str | None) -> str | None:
         """The name or file that one of the run's tasks was given by; another task as it is."""
         return self.tasks.get(task, task) if task else task
 
-    def _named(self, task: str | None) -> str:
+    def named(self, task: str | None) -> str:
         """The name of one of several tasks, given by this, or by what the run was given."""
         for name, place in self.tasks.items():
             if task in (name, place) or (task is not None and _same_task(task, place)):
@@ -117,7 +117,7 @@ class StoredRun:
         """How long the answers are that the run was trained to generate for one of its tasks."""
         found: Any = self._results().get("answer_span")
         try:
-            return AnswerSpan(**(found[self._named(task)] if len(self.tasks) > 1 else found))
+            return AnswerSpan(**(found[self.named(task)] if len(self.tasks) > 1 else found))
         except (KeyError, TypeError):  # of an older version, or not ended
             return ONE_LINE
 
