@@ -15,6 +15,8 @@ is forgotten is measured on question types.
 - `bilevel`: LoRA in the last 2 layers by these labels, all weights by the reward of the prompts (`penalty: infinite`).
   Of LoRA and `bilevel` the checkpoint counts that has the highest reward on 48 dev rows, of one every
   five steps; of all others the last one.
+- `zo-long`, `bilevel-long`: `zo` and `bilevel` for 120 steps in place of 40, of which the best one in ten by dev reward
+  counts.
 - `bilevel-two-lower-steps`: T = 2; `bilevel-options`: T = 2, and the adapter compares the two options.
 - `grpo-RATE`: LoRA in all layers by the reward, trl's GRPO, with as many generated tokens as `zo`. It needs trl, which
   zofo does not: give a folder with it (`pip install --no-deps --target DIR trl`) in PYTHONPATH.
@@ -62,6 +64,7 @@ BEST = {
     "eval_steps": 5, "save_total_limit": 1, "learning_rate": 1e-3,
 }  # fmt: skip
 LAST = {**LAST_2, **BEST}
+LONG = {**BEST, "max_steps": 120, "eval_steps": 10, "save_steps": 10}
 INFINITE = {"method": "bilevel", "penalty": "infinite", **ZO}
 METHODS: dict[str, dict[str, Any]] = {
     "zero-shot": {"method": "none", "adapter": "none"},
@@ -71,6 +74,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-last-2": {"method": "fo", **LAST},
     "lora-last-2-long": {"method": "fo", **LAST, "max_steps": 200},
     "bilevel": {**INFINITE, "lower_steps": 1, **LAST},
+    "zo-long": {"method": "zo", "adapter": "none", **ZO, **LONG},
+    "bilevel-long": {**INFINITE, "lower_steps": 1, **LAST, **LONG},
     "bilevel-two-lower-steps": {**INFINITE, "lower_steps": 2, **LAST_2},
     "bilevel-options": {**INFINITE, "lower_steps": 2, "loss": "options", **LAST_2},
 }
