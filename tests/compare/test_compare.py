@@ -23,12 +23,13 @@ from zofo.compare.reading import read_plan
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
 
+FILMS = [{"text": f"film {n} was {'great' if n % 2 else 'terrible'}", "label": n % 2} for n in range(80)]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("compare")
-    rows = [{"text": f"film {n} was {'great' if n % 2 else 'terrible'}", "label": n % 2} for n in range(80)]
-    return {"model": save_tiny_model(root / "model"), "task": named_task(root, "films", rows)}
+    return {"model": save_tiny_model(root / "model"), "task": named_task(root, "films", FILMS)}
 
 
 def named_task(folder, name, rows=None, **changes):
@@ -336,6 +337,21 @@ def test_a_fresh_adapter_is_the_same_for_all_runs(tmp_path, made, here):
     ]
     assert len(stored) == 2
     assert {(one["adapter"], one["adapter_layers"], one["lora_r"]) for one in stored} == {("lora", "last 1", 2)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "shots", "said"),
+    [
+        ([{"text": f"day {n}", "label": n % 2} for n in range(90)], 70, "shots is 70, but task days has"),
+        (FILMS[::-1], 4, "of the test task 'days' is row"),
+    ],
+)
+def test_tasks_that_cannot_be_adapted_to_are_refused_before_any_run(tmp_path, made, here, capsys, rows, shots, said):
+    held = named_task(tmp_path, "days", rows)
+    file = plan_of(tmp_path, made, seeds=[0], adapt={"tasks": [held], "shots": shots, "draws": 1})
+    assert main(["compare", "--config", str(file)]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_scores_over_several_tasks_are_the_mean_of_the_tasks_and_their_groups_are_apart(tmp_path, made, here):

@@ -33,6 +33,7 @@ from zofo.scoring.tokens import Example
 from zofo.spelling import ANY_TASK_KEYS
 from zofo.tasks.leakage import require_apart
 from zofo.tasks.records import Record
+from zofo.tasks.splits import Splits
 from zofo.tasks.task import Task, load_task
 from zofo.training.checkpoint import writing
 from zofo.training.rows import Posing, run_splits
@@ -110,15 +111,7 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
     if not config.method_class.trains() or config.method_class.zeroth_order:
         raise ZofoError(f"method is {config.method}, but a few examples are learned by backpropagation: set method: fo")
     task = load_task(asked.task, config.source)
-    splits = run_splits(task, config)
-    splits = splits.reworded(lambda rows: task.reworded(rows, config.template))
-    if asked.shots > len(splits.train):
-        raise ZofoError(
-            f"shots is {asked.shots}, but task {task.name} has {len(splits.train)} training rows: lower it, or "
-            "test_size and dev_size"
-        )
-    if not splits.test:
-        raise ZofoError(f"task {task.name} has no test row: give more rows, or test_size")
+    splits = splits_of_new(task, config, asked.shots)
     if asked.run:
         _require_new(asked.run, asked.task, task, splits.test)
     _require_unseen(asked.model, task, splits.test)
@@ -138,6 +131,19 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
             text = json.dumps(strict(results), indent=2, allow_nan=False)
             (half / "results.json").write_text(text + "\n", encoding="utf-8")
     return results
+
+
+def splits_of_new(task: Task, config: ZOFOConfig, shots: int) -> Splits:
+    """The rows of a task to adapt to, which has enough of them."""
+    splits = run_splits(task, config).reworded(lambda rows: task.reworded(rows, config.template))
+    if shots > len(splits.train):
+        raise ZofoError(
+            f"shots is {shots}, but task {task.name} has {len(splits.train)} training rows: lower it, or "
+            "test_size and dev_size"
+        )
+    if not splits.test:
+        raise ZofoError(f"task {task.name} has no test row: give more rows, or test_size")
+    return splits
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
+from zofo.commands.adapt import splits_of_new
 from zofo.commands.estimate import estimate
 from zofo.compare.collect import as_csv, report
 from zofo.compare.page import page
@@ -14,11 +16,15 @@ from zofo.config import ZOFOConfig
 from zofo.config_parser import parse_config
 from zofo.console import Say
 from zofo.report.words import duration
+from zofo.tasks.leakage import require_apart
+from zofo.tasks.task import load_task
+from zofo.training.rows import run_splits
 
 
 def compare(file: Path, say: Say, dry_run: bool = False) -> None:
     """Does the runs of a comparison that are not done, and writes its report; with `dry_run`, says what they are."""
     plan = read_plan(file, _seconds, dry_run)
+    _require_new_tasks(plan)
     if dry_run:
         for line in planned(plan):
             say(line)
@@ -37,6 +43,19 @@ def compare(file: Path, say: Say, dry_run: bool = False) -> None:
         for line in task["gains"]:
             say(line)
     say(f"report: {folder / 'report.html'}")
+
+
+def _require_new_tasks(plan: Plan) -> None:
+    """Refuses tasks to adapt to that have too few rows, or rows that a run would train on, before any run."""
+    asked = plan.adapting
+    if asked is None:
+        return
+    for division in plan.divisions:
+        config = plan.config(plan.baseline, division, {})
+        train = {task.name: run_splits(task, config).train for task in map(load_task, division.tasks)}
+        of_new = replace(config, train_size=None)  # `zofo adapt` draws from all of them
+        held_back = [load_task(place) for place in asked.tasks]
+        require_apart(train, {task.name: splits_of_new(task, of_new, asked.shots).test for task in held_back})
 
 
 def planned(plan: Plan) -> Generator[str]:
