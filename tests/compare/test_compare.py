@@ -22,6 +22,7 @@ from zofo.compare.budget import iteration_cost, steps_within
 from zofo.compare.reading import read_plan
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
+from zofo.training.trained_rows import trained_rows_of
 
 FILMS = [{"text": f"film {n} was {'great' if n % 2 else 'terrible'}", "label": n % 2} for n in range(80)]
 
@@ -268,6 +269,20 @@ def test_data_seeds_divide_the_rows_anew_and_each_division_is_judged_for_itself(
     assert rows[3] != rows[4]
 
 
+def test_train_sizes_are_compared_on_the_same_test_rows(tmp_path, made, here):
+    plan = plan_of(tmp_path, made, seeds=[0], train_sizes=[8, 24])
+    content = yaml.safe_load(plan.read_text())
+    del content["base"]["train_size"]
+    plan.write_text(yaml.safe_dump(content))
+    assert [task["name"] for task in compared(plan)["tasks"]] == ["films-train-size-8", "films-train-size-24"]
+    cells = planned(plan).cells()
+    assert [cell.keys["train_size"] for cell in cells] == [8, 8, 24, 24]
+    assert len({tuple(row["row"] for row in rows_of(cell)) for cell in cells}) == 1
+    trained = [trained_rows_of(str(cell.folder / "backbone")) for cell in cells]
+    assert [len(rows) for rows in trained] == [16, 16, 48, 48]  # two digests of each
+    assert trained[0] < trained[2]
+
+
 def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, here):
     tasks = [named_task(tmp_path, name, [{"text": f"{name} {n}", "label": n % 2} for n in range(90)]) for name in "abc"]
     runs = {"zero": {"method": "none", "adapter": "none"}, "lora": {"method": "fo", "tasks_per_step": 2}}
@@ -507,6 +522,7 @@ BAD = {
     "no model": ({"base": {"max_length": 8}}, "base holds no model, which all runs of a comparison start from"),
     "seconds side by side": ({"budget": {"seconds": 9}, "jobs": 2}, "runs side by side have no seconds of their own"),
     "tuning of nothing": ({"tuning": {"seeds": [1]}}, "tuning is given, but search is not"),
+    "sizes and a size": ({"train_sizes": [8, 16]}, "train_sizes is given, and base holds train_size"),
     "two data seeds": ({"data_seeds": [1, 1]}, "data_seeds holds a value twice"),
     "adapted to what is trained on": (
         {"tasks": ["movie_reviews"], "adapt": {"tasks": ["movie_reviews"], "shots": 4}}, "which is also trained on"

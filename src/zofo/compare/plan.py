@@ -22,10 +22,11 @@ _ADAPTED = ("dev_size", "test_size", "data_seed", "per_device_eval_batch_size", 
 
 @dataclass(frozen=True)
 class Division:
-    """Tasks of one run, mostly one, whose rows are divided by one data seed: what methods are compared on, by rows."""
+    """Tasks of one run, mostly one, whose rows are divided in one way: what methods are compared on, by rows."""
 
     tasks: tuple[str, ...]
     data_seed: int
+    train_size: int | None  # None: that of the base
     name: str
 
     @property
@@ -151,7 +152,9 @@ class Plan:
 
     def _unlimited(self, run: str, division: Division, settings: Settings) -> dict[str, Any]:
         task: Any = division.tasks[0] if len(division.tasks) == 1 else [*division.tasks]
-        shared = {"task": task, "data_seed": division.data_seed, "zero_shot": False}
+        shared: dict[str, Any] = {"task": task, "data_seed": division.data_seed, "zero_shot": False}
+        if division.train_size is not None:
+            shared["train_size"] = division.train_size
         return {"save_total_limit": 1, **self.base, **self.runs[run], **settings, **shared}
 
     def _steps(self, config: ZOFOConfig) -> int:

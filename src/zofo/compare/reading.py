@@ -14,7 +14,10 @@ from zofo.tasks.lists import task_files
 from zofo.tasks.task import load_task
 
 _NEEDED = ("output_dir", "base", "runs", "tasks", "seeds", "budget", "baseline")
-KEYS = (*_NEEDED, "title", "search", "trials", "tuning", "jobs", "data_seeds", "forgetting", "templates", "adapt")
+KEYS = (
+    *_NEEDED, "title", "search", "trials", "tuning", "jobs", "data_seeds", "train_sizes", "forgetting", "templates",
+    "adapt",
+)  # fmt: skip
 _BUDGETS = ("steps", "forward_equivalents", "seconds")
 _LENGTH = ("max_steps", "num_train_epochs")
 # What the comparison says itself of every run.
@@ -122,14 +125,18 @@ def _check(plan: Plan) -> None:
 
 
 def _divisions(content: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Division, ...]:
-    if "data_seeds" in content and "data_seed" in base:
-        raise ZofoError("data_seeds is given, and base holds data_seed: leave one of them out")
+    for several, one in (("data_seeds", "data_seed"), ("train_sizes", "train_size")):
+        if several in content and one in base:
+            raise ZofoError(f"{several} is given, and base holds {one}: leave one of them out")
     data_seeds = _numbers(content, "data_seeds") if "data_seeds" in content else (base.get("data_seed", 0),)
+    train_sizes = _numbers(content, "train_sizes") if "train_sizes" in content else (None,)
     tasks = _tasks(content, "tasks")
-    several = len(data_seeds) > 1
+    of_seed = "-data-seed-{}" if len(data_seeds) > 1 else ""
+    of_size = "-train-size-{}" if len(train_sizes) > 1 else ""
     return tuple(
-        Division(task, seed, _name(task) + (f"-data-seed-{seed}" if several else ""))
+        Division(task, seed, size, _name(task) + of_size.format(size) + of_seed.format(seed))
         for task in tasks
+        for size in train_sizes
         for seed in data_seeds
     )
 
@@ -168,8 +175,8 @@ def _tuning(
         raise ZofoError(f"tuning is {given!r}: give tasks, seeds or both")
     places = divisions
     if "tasks" in given:
-        seed = divisions[0].data_seed
-        places = [Division(task, seed, _name(task)) for task in _tasks(given, "tasks")]
+        rows = divisions[0].data_seed, divisions[0].train_size
+        places = [Division(task, *rows, _name(task)) for task in _tasks(given, "tasks")]
     tuned = _numbers(given, "seeds") if "seeds" in given else seeds[:1]
     return tuple((place, seed) for place in places for seed in tuned)
 
