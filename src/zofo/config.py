@@ -43,6 +43,7 @@ _FREE = (
     "final_split", "zero_shot", "overwrite_output_dir", "on_nonfinite", "early_stopping_patience", "diagnose",
     "reward_timeout",
 )  # fmt: skip
+_ORDER = "batch_order"  # the key whose seed it follows; older versions took data_seed
 _CHOOSING = ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity")
 
 
@@ -132,8 +133,8 @@ class ZOFOConfig(Keys):
         return self.objective != REWARD or self.method_class.backpropagates
 
     @property
-    def order_seed(self) -> int:
-        """Of the order of the rows: `data_seed`, or `seed` if it is not given."""
+    def division_seed(self) -> int:
+        """Of the division of the rows: `data_seed`, or `seed` if it is not given. Batches are drawn by `seed`."""
         return self.seed if self.data_seed is None else self.data_seed
 
     def notices(self) -> list[str]:
@@ -244,7 +245,7 @@ class ZOFOConfig(Keys):
         free = {*_FREE, *(_method_keys() - self.method_class.keys_used)}
         keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in free)]
         keys += ["max_steps", "num_train_epochs"] if lasting else []  # what a step does depends on how many there are
-        return {key: _as_json(known(key, vars(self)[key])) for key in keys}
+        return {_ORDER: "seed", **{key: _as_json(known(key, vars(self)[key])) for key in keys}}
 
     def resolved(self) -> dict[str, Any]:
         """Every key that differs from its default, or is one of zofo's own: what reading it back needs."""
@@ -273,7 +274,8 @@ def identity_of_before(stored: Mapping[str, Any]) -> dict[str, Any]:
     So a key that is added later never makes an older run impossible to resume.
     """
     defaults = {f.name: _as_json(f.default) for f in dataclasses.fields(ZOFOConfig) if f.name in own_keys()}
-    return {**defaults, "zo_learning_rate": AUTO, "penalty": 1.0, **stored}
+    order = "seed" if stored.get("data_seed") in (None, stored.get("seed")) else "data_seed"
+    return {**defaults, _ORDER: order, "zo_learning_rate": AUTO, "penalty": 1.0, **stored}
 
 
 def _is_default(key: dataclasses.Field[Any], value: Any) -> bool:

@@ -316,3 +316,19 @@ def test_a_seed_gives_one_run_and_another_seed_another(tmp_path, method):
     for part in first:
         assert same(first[part], second[part])
     assert any(moved(first[part], other[part]) for part in first)
+
+
+@pytest.mark.parametrize("method", ["bilevel", "fo"])
+def test_seeds_draw_other_batches_of_the_same_rows(tmp_path, method):
+    """Where rows are divided by `data_seed`: else all seeds of a method without random values would be one run."""
+    adapter = "none" if method == "fo" else "lora"
+    keys = {"method": method, "adapter": adapter, "data_seed": 7, "max_steps": 2, "per_device_train_batch_size": 4}
+    orders, rows = [], []
+    for seed in (0, 1):
+        trainer = make_trainer(tmp_path / str(seed), make_rows(24), seed=seed, **keys)
+        rows.append(trainer.identity["rows"])
+        orders.append([*trainer._order()[0]])
+    assert rows[0] == rows[1]
+    assert orders[0] != orders[1]
+    whole = [trained(tmp_path, make_rows(24), seed=seed, **keys)[0]["backbone"] for seed in (0, 1)]
+    assert moved(*whole)

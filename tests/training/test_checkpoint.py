@@ -49,6 +49,16 @@ def test_a_newer_key_that_is_not_at_its_default_is_refused(tmp_path):
         other.train(resume_from_checkpoint=first)
 
 
+@pytest.mark.parametrize(("data_seed", "refused"), [(None, False), (42, False), (7, True)])
+def test_batches_that_an_older_version_drew_by_another_seed_are_not_gone_on_with(tmp_path, data_seed, refused):
+    current = ZOFOConfig(output_dir="run", use_cpu=True, penalty=1.0, seed=42, data_seed=data_seed).identity()
+    before = {name: value for name, value in current.items() if name != "batch_order"}
+    if not refused:
+        return require_same(before, current, tmp_path)
+    with pytest.raises(ZofoError, match="was written with batch_order = 'data_seed', but now it is 'seed'"):
+        require_same(before, current, tmp_path)
+
+
 @pytest.mark.parametrize("key", [key for key in own_keys() if key not in ("overwrite_output_dir", "on_nonfinite")])
 def test_every_key_of_zofo_counts_as_its_default_where_it_is_missing(tmp_path, key):
     current = ZOFOConfig(output_dir="run", use_cpu=True, penalty=1.0).identity()

@@ -120,7 +120,7 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
         start = _start(asked, Path(scratch))
         found: list[_Draw] = []
         for number in range(asked.draws):
-            shown = _drawn(splits.train, asked.shots, config.order_seed, number)
+            shown = _drawn(splits.train, asked.shots, config.division_seed, number)
             drawn = replace(config, seed=config.seed + number, output_dir=str(Path(scratch) / str(number)), **start)
             zero_shot = found[0].zero_shot if found else None
             found.append(_draw(asked.model, task, shown, splits.test, drawn, half / f"draw-{number}", zero_shot))

@@ -85,7 +85,7 @@ def eval_config(
         stored["test_size"] = stored["dev_size"] = None
     kept = {key: stored.get(key) for key in (*EVAL_KEYS, "template")}
     config = parse_config({"method": "none", "task": task, **kept, **table}, arguments)
-    config.data_seed = config.order_seed
+    config.data_seed = config.division_seed
     return config
 
 
@@ -191,7 +191,7 @@ class _EvalSet:
         records = task.reworded(self.rows, template)
         if manner.scoring != "mean" and not records[0].options:
             raise ZofoError(f"scoring {manner.scoring} compares options, but task {task.name} has none: leave it out")
-        shots = demonstrations(self.splits.train, manner.shots, config.order_seed, self.rows)
+        shots = demonstrations(self.splits.train, manner.shots, config.division_seed, self.rows)
         shots = task.reworded(shots, template)
         width = min(config.max_length, loaded.adapted.positions)
         pose = partial(

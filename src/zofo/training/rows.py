@@ -95,7 +95,7 @@ def run_splits(task: Task, config: ZOFOConfig) -> Splits:
         train_size=config.train_size,
         dev_size=config.dev_size,
         test_size=config.test_size,
-        seed=config.order_seed,
+        seed=config.division_seed,
     )
 
 

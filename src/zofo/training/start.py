@@ -291,7 +291,7 @@ def training_rows(args: ZOFOConfig, train: Rows | None, upper: Rows | None) -> d
     splits = args.method_class.splits(args)
     if len(splits) == 1:
         return {splits[0]: both}
-    parts = (first, second) if second else halves(first, cast(float, args.lower_fraction), args.order_seed)
+    parts = (first, second) if second else halves(first, cast(float, args.lower_fraction), args.division_seed)
     return dict(zip(splits, parts, strict=True))
 
 

@@ -54,7 +54,7 @@ class RunTask:
 def draws_of(keys: ZOFOConfig, tasks: Sequence[Mapping[str, int]]) -> Draws:
     """Which tasks each iteration reads, by the keys."""
     exponent = {"uniform": 0.0, "size": 1.0, "temperature": keys.task_exponent}[keys.task_sampling]
-    return Draws(sizes_of(tasks), keys.tasks_per_step, exponent, keys.order_seed)
+    return Draws(sizes_of(tasks), keys.tasks_per_step, exponent, keys.seed)
 
 
 class Joint:

@@ -235,7 +235,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         args = self.args
         streams, size = self.method.streams(args), args.per_device_train_batch_size
         accumulation, draws = args.gradient_accumulation_steps, self._joint.draws
-        sampler = IterationSampler(self._sizes, streams, size, accumulation, args.order_seed, draws)
+        sampler = IterationSampler(self._sizes, streams, size, accumulation, args.seed, draws)
         return sampler, BundleCollator(streams, size, self._collate(), draws.per_step)
 
     def _collate(self) -> Any:
