@@ -283,6 +283,26 @@ def test_train_sizes_are_compared_on_the_same_test_rows(tmp_path, made, here):
     assert trained[0] < trained[2]
 
 
+def test_rows_without_a_reward_in_some_run_are_left_out_of_all(tmp_path, made, here):
+    (tmp_path / "rewards.py").write_text(
+        "def even(prompts, completions):\n"
+        "    return [None if int(p.split()[1]) % 5 == 0 else float(int(p.split()[1]) % 2 == 0) for p in prompts]\n"
+    )
+    file = plan_of(tmp_path, made)
+    plan = yaml.safe_load(file.read_text())
+    plan["base"] |= {"reward": f"{tmp_path / 'rewards.py'}:even", "max_new_tokens": 2}
+    file.write_text(yaml.safe_dump(plan))
+    (task,) = compared(file)["tasks"]
+    scores = [row["score"] for row in rows_of(planned(file).cells()[0])]
+    known = [value for value in scores if value is not None]
+    assert 0 < len(known) < len(scores) == 30
+    assert task["rows"] == len(known)
+    assert [method["mean"] for method in task["methods"]] == pytest.approx([np.mean(known)] * 2)
+    difference = task["methods"][1]["difference"]
+    assert (difference["difference"], difference["p"], difference["significant"]) == (0, 1, False)
+    assert f"{30 - len(known)} test rows, without a reward in some run, are left out" in task["sentence"]
+
+
 def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, here):
     tasks = [named_task(tmp_path, name, [{"text": f"{name} {n}", "label": n % 2} for n in range(90)]) for name in "abc"]
     runs = {"zero": {"method": "none", "adapter": "none"}, "lora": {"method": "fo", "tasks_per_step": 2}}

@@ -172,6 +172,7 @@ class _Task:
         self._judged: dict[str, dict[str, Any]] = {}
         self._compared: list[Compared] = []
         self._require_same_rows()
+        self._unscored = self._leave_out_unscored()
         self.differences = self._differences()
 
     def judge(self, run: str, found: Difference, p: float) -> None:
@@ -217,6 +218,7 @@ class _Task:
         """What is said of methods without all of their runs."""
         names = [f"{cell.run} with seed {cell.seed} failed and is left out" for cell in self._failed]
         names += [f"{run} has no run" for run in self._plan.runs if run not in self._runs]
+        names += [f"{self._unscored} test rows, without a reward in some run, are left out"] if self._unscored else []
         return "".join(f" {name}." for name in names)
 
     def _method(self, run: str, found: Sequence[_Run]) -> dict[str, Any]:
@@ -301,6 +303,8 @@ class _Task:
     def _metric(self, run: _Run) -> str:
         """The task's metric if it is the mean of the rows' values; else the share of right rows stands for it."""
         metric, value = run.metric, run.results["metrics"]["upper"][run.metric]
+        if metric == REWARD:
+            return metric  # of the rows that are compared; the run has more where another one has no reward
         return metric if abs(float(np.mean(run.scores)) - value) < 1e-6 else f"right rows (the metric is {metric})"
 
     def _groups(self, run: _Run | None) -> Groups:
@@ -317,6 +321,14 @@ class _Task:
                 f"the runs of {self._division.name} in {self._plan.output_dir} were scored on different rows: its "
                 "data has changed since; choose another output_dir"
             )
+
+    def _leave_out_unscored(self) -> int:
+        """Keeps the rows to which a reward applies in every run, so that all are compared on the same ones."""
+        every = [one for found in self._runs.values() for one in found]
+        unscored = {number for one in every for number, row in enumerate(one.rows) if row["score"] is None}
+        for one in every:
+            one.rows = [row for number, row in enumerate(one.rows) if number not in unscored]
+        return len(unscored)
 
 
 def _scored(file: Path) -> dict[str, Any]:
