@@ -96,6 +96,8 @@ def _fail(message: str, status: int) -> int:
 
 def _interrupted(words: list[str], whole: str) -> str:
     """What an interrupted run has left, and how to go on; `whole` says which checkpoint there is."""
+    if words[0] == "compare":
+        return "interrupted; the same command goes on"
     if words[0] != "train":
         return "interrupted"
     command = shlex.join(["zofo", *_without(_without(words, "resume_from_checkpoint"), "overwrite_output_dir")])

@@ -6,12 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 from scipy import stats
 
 from shell import OPTIONS, failed, write_task
@@ -281,6 +284,39 @@ def test_train_sizes_are_compared_on_the_same_test_rows(tmp_path, made, here):
     trained = [trained_rows_of(str(cell.folder / "backbone")) for cell in cells]
     assert [len(rows) for rows in trained] == [16, 16, 48, 48]  # two digests of each
     assert trained[0] < trained[2]
+
+
+def test_ctrl_c_begins_no_other_run_and_the_same_command_goes_on(tmp_path, made, here, monkeypatch, capsys):
+    file, run = plan_of(tmp_path, made), work.ended
+    interrupted = subprocess.CompletedProcess([], 130, "", "zofo: interrupted")
+    monkeypatch.setattr(work, "ended", lambda words: run(words) if not here else interrupted)
+    assert main(["compare", "--config", str(file)]) == 130
+    assert capsys.readouterr().err.endswith("zofo: interrupted; the same command goes on\n")
+    assert len(here) == 1
+    assert not (tmp_path / "out" / "report.html").exists()
+    assert not list((tmp_path / "out").rglob("*fail*"))
+    monkeypatch.setattr(work, "ended", run)
+    assert compared(file)["tasks"][0]["failed"] == []
+    assert len(here) == 4
+
+
+def test_a_run_that_outlived_its_comparison_is_waited_for(tmp_path, made, here, monkeypatch):
+    file = plan_of(tmp_path, made)
+    plan = planned(file)
+    folder = plan.cells()[0].folder
+    folder.mkdir(parents=True)
+    (folder / "live.txt").write_text("of the run under way")
+    monkeypatch.setattr(work, "_WAIT", 0.05)
+    with FileLock(folder / ".zofo.lock"), ThreadPoolExecutor(1) as pool:
+        pool.submit(work.work, plan, lambda line: None)
+        end = time.monotonic() + 60
+        while len(here) < 3 and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert len(here) == 3
+        assert (folder / "live.txt").exists()
+        (folder / ".zofo.lock").unlink()  # as the run does at its end
+    assert all(cell.is_done for cell in plan.cells())
 
 
 def test_rows_without_a_reward_in_some_run_are_left_out_of_all(tmp_path, made, here):

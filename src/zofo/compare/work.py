@@ -5,6 +5,7 @@ one that was killed goes on from its last checkpoint.
 """
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,8 +21,10 @@ from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.report.words import duration
 from zofo.training.checkpoint import half_of, last_sealed
+from zofo.training.folder import is_written
 
 MARK = "comparison.yaml"
+_INTERRUPTED = 130  # the exit status after Ctrl-C
 _WAIT = 1.0  # seconds between two looks at what other processes have left
 
 
@@ -48,11 +51,20 @@ def claim(plan: Plan) -> list[str]:
 
 
 def work(plan: Plan, say: Say) -> None:
-    """Does all runs that are not done, as far as no other process does them; returns when none is left."""
+    """Does all runs that are not done, as far as no other process does them; returns when none is left.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, which reaches the runs under way as well, once these have ended; no other one
+            begins.
+    """
     progress = _Progress(plan, say)
     with ThreadPoolExecutor(plan.jobs) as workers:
-        for worker in [workers.submit(_work, plan, progress) for _ in range(plan.jobs)]:
-            worker.result()
+        try:
+            for worker in [workers.submit(_work, plan, progress) for _ in range(plan.jobs)]:
+                worker.result()
+        except BaseException:
+            progress.stopped = True
+            raise
 
 
 def command(cell: Cell) -> list[str]:
@@ -73,8 +85,8 @@ def _took(plan: Plan, cell: Cell, progress: "_Progress") -> bool:
     lock = FileLock(folder.with_suffix(".lock"), timeout=0)
     try:
         with lock:
-            if cell.is_done or not progress.begins(cell):
-                return False
+            if cell.is_done or is_written(folder) or not progress.begins(cell):
+                return False  # a run may outlive the process that has begun it
             _run(plan, cell)
             progress.ended(cell)
             return True
@@ -127,6 +139,8 @@ def _failure_of(words: list[str], log: Path) -> str | None:
     log.write_text(found.stdout + found.stderr, encoding="utf-8")
     if not found.returncode:
         return None
+    if found.returncode in (_INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt
     lines = [line for line in found.stderr.splitlines() if line.strip()] or [f"exit status {found.returncode}"]
     return lines[-1].removeprefix("zofo: ")
 
@@ -146,16 +160,19 @@ class _Progress:
         self._tried: set[str] = set()
         self._seconds: list[float] = []
         self._started: dict[str, float] = {}
+        self.stopped = False
 
     def left(self) -> list[Cell]:
         """Runs that are neither done nor tried; not those whose settings are still being searched for."""
+        if self.stopped:
+            return []
         with self._lock:
             return [cell for cell in self._plan.cells() if not cell.is_done and str(cell.folder) not in self._tried]
 
     def begins(self, cell: Cell) -> bool:
-        """Notes that a run begins; False if another thread has tried it."""
+        """Notes that a run begins; False if another thread has tried it, or none is to begin."""
         with self._lock:
-            if str(cell.folder) in self._tried:
+            if self.stopped or str(cell.folder) in self._tried:
                 return False
             self._tried.add(str(cell.folder))
             self._started[str(cell.folder)] = time.monotonic()

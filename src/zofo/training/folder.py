@@ -108,6 +108,17 @@ def written(run: Path) -> list[str]:
     return _present(run) if _is_older_run(run) else [folder.name for folder in checkpoints(run) if _is_sealed(folder)]
 
 
+def is_written(run: Path) -> bool:
+    """Whether a process is writing this folder now."""
+    if not (run / _LOCK).exists():
+        return False
+    try:
+        with FileLock(run / _LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def claim(run: Path, *names: str) -> None:
     """Notes in the marker that this run writes these; to be called before they are written."""
     marker = _marker(run)
