@@ -1,13 +1,14 @@
-"""Keys that name files: by absolute path where they are stored, and by content where a resumed run must share them."""
+"""Keys that name files: by absolute path where they are stored, and by content where runs must share it."""
 
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 from zofo.models.kinds import KINDS
 from zofo.tasks.metaicl import is_metaicl
-from zofo.tasks.task import task_names
+from zofo.tasks.task import load_task, task_file, task_names
 
 _DESCRIBED = ("task", "source", "data", "adapter")  # their content is compared anyway: as rows, or as `peft_config`
 _WEIGHTS = ("model", "adapter_init")
@@ -38,6 +39,31 @@ def known(key: str, value: Any) -> Any:
     if key in _DESCRIBED and (place or _is_absolute(value)):
         return _FILE
     return f"{place.name}{_SHA}{_digest(place)})" if place and key in _WEIGHTS else value
+
+
+@lru_cache
+def contents(key: str, value: str, source: str | None = None) -> str | None:
+    """A digest of the files that a value names and that decide what a run finds; None if it names none.
+
+    Of a task these are its file and its rows, or those of `source`. Files that change while the process runs are not
+    noticed.
+    """
+    if key == "task":
+        return _content_of_task(value, source) if source or value not in task_names() else None
+    if key == _REWARD:
+        found = _named(value, lambda file, function: _digest(file))
+        return None if found == value else found
+    place = _place(key, value)
+    return _digest(place) if place else None
+
+
+def _content_of_task(value: str, source: str | None) -> str:
+    task = load_task(value, source)
+    places = [task.folder / Path(place.partition("#")[0]).expanduser() for place in task.source.values()]
+    files = [] if is_metaicl(value) else [task_file(value)]
+    for place in places:
+        files += sorted(place.iterdir()) if place.is_dir() else [place]
+    return hashlib.sha256("".join(_digest(file) for file in files if file.is_file()).encode()).hexdigest()[:16]
 
 
 def same(key: str, before: Any, now: Any) -> bool:

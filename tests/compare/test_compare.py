@@ -25,6 +25,7 @@ from zofo.compare.budget import iteration_cost, steps_within
 from zofo.compare.reading import read_plan
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
+from zofo.identity import contents
 from zofo.training.trained_rows import trained_rows_of
 
 FILMS = [{"text": f"film {n} was {'great' if n % 2 else 'terrible'}", "label": n % 2} for n in range(80)]
@@ -317,6 +318,27 @@ def test_a_run_that_outlived_its_comparison_is_waited_for(tmp_path, made, here, 
         assert (folder / "live.txt").exists()
         (folder / ".zofo.lock").unlink()  # as the run does at its end
     assert all(cell.is_done for cell in plan.cells())
+
+
+def test_runs_on_files_that_were_edited_since_are_others(tmp_path, made, here):
+    shutil.copytree(made["model"], tmp_path / "model")
+    task = named_task(tmp_path, "days")
+    (tmp_path / "rewards.py").write_text("def one(completions):\n    return [1.0] * len(completions)\n")
+    file = plan_of(tmp_path, {"model": tmp_path / "model", "task": task})
+    plan = yaml.safe_load(file.read_text())
+    plan["base"] |= {"reward": [f"{tmp_path / 'rewards.py'}:one"]}
+    file.write_text(yaml.safe_dump(plan))
+    edited = [Path(task), next(Path(task).parent.glob("*.jsonl")), tmp_path / "model" / "config.json"]
+    edited += [tmp_path / "rewards.py"]
+    seen = []
+    for place in [None, *edited]:
+        if place:
+            place.write_text(place.read_text() + "\n")
+        contents.cache_clear()  # as in another process
+        seen.append(tuple(cell.folder.name for cell in planned(file).cells()))
+    assert len(set(seen)) == 5
+    contents.cache_clear()
+    assert tuple(cell.folder.name for cell in planned(file).cells()) == seen[-1]
 
 
 def test_rows_without_a_reward_in_some_run_are_left_out_of_all(tmp_path, made, here):

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from zofo.compare.budget import Pace, steps_within
 from zofo.compare.search import Settings
 from zofo.config import ZOFOConfig
 from zofo.config_parser import parse_config
 from zofo.errors import ZofoError
+from zofo.identity import contents
 from zofo.keys import CHANNEL, OF_ADAPTER
 from zofo.spelling import ANY_TASK_KEYS
 
@@ -175,7 +176,7 @@ class Plan:
         keys = self.keys(run, division, settings) | {"seed": seed}
         if trial is not None:
             keys["final_split"] = "dev"
-        name = f"{f'seed-{seed}' if trial is None else f'trial-{trial}'}-{_mark(keys)}"
+        name = f"{f'seed-{seed}' if trial is None else f'trial-{trial}'}-{_mark(keys | _contents(keys))}"
         folder = self.output_dir / "runs" / division.name / run / name
         after = {} if trial is not None else self._evaluations(run, folder, keys)
         return Cell(run, division, seed, trial, settings, keys | {"output_dir": str(folder)}, folder, after)
@@ -252,6 +253,20 @@ def adapted_file(plan: Plan, folder: Path, task: str) -> Path:
     """Where the scores of a run on a held-back task are, after it was adapted to that."""
     mark = _mark([str(plan.adapting), plan.adapting_keys])
     return folder.with_suffix(f".adapted-{mark}") / Path(task).stem / "results.json"
+
+
+def _contents(keys: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    """Digests of the files that keys name: a run on an edited file is another one."""
+    found = {
+        f"content of {key}": [contents(key, str(value), keys.get("source")) for value in _listed(keys[key])]
+        for key in ("model", "task", "adapter", "adapter_init", "reward")
+        if keys.get(key)
+    }
+    return {key: digests for key, digests in found.items() if any(digests)}
+
+
+def _listed(value: Any) -> list[Any]:
+    return cast("list[Any]", value) if isinstance(value, list) else [value]
 
 
 def _mark(content: Any) -> str:
