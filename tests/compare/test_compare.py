@@ -421,7 +421,7 @@ def test_a_fresh_adapter_is_the_same_for_all_runs(tmp_path, made, here):
         tmp_path, made, runs=runs, baseline="zero", seeds=[0], adapt={"tasks": [held], "shots": 4, "draws": 1}
     )
     plan = yaml.safe_load(file.read_text())
-    plan["base"] |= {"adapter_layers": "last 1", "lora_r": 2}
+    plan["base"] |= {"adapter_layers": "last 1", "lora_r": 2, "lora_target_modules": ["q_proj", "o_proj"]}
     plan["adapt"]["keys"] = {"max_steps": 1}
     file.write_text(yaml.safe_dump(plan))
     compared(file)
@@ -430,6 +430,7 @@ def test_a_fresh_adapter_is_the_same_for_all_runs(tmp_path, made, here):
     ]
     assert len(stored) == 2
     assert {(one["adapter"], one["adapter_layers"], one["lora_r"]) for one in stored} == {("lora", "last 1", 2)}
+    assert all(one["lora_target_modules"] == ["q_proj", "o_proj"] for one in stored)
 
 
 @pytest.mark.parametrize(
@@ -611,7 +612,11 @@ BAD = {
         "adapt: start names 'other', but the runs are lora, mezo",
     ),
     "adapted by a list": (
-        {"adapt": {"tasks": ["tweets"], "shots": 4, "keys": {"lora_target_modules": ["q_proj"]}}}, "must be one value"
+        {"adapt": {"tasks": ["tweets"], "shots": 4, "keys": {"optim_args": {"a": 1}}}}, "must be a value or a list"
+    ),
+    "adapted by adapters of two shapes": (
+        {"runs": {**RUNS, "last": {"method": "fo", "adapter_layers": "last 1"}},
+         "adapt": {"tasks": ["tweets"], "shots": 4}}, "of adapter_layers last has last 1, lora has nothing"
     ),
     "adapted by a key that is none": (
         {"adapt": {"tasks": ["tweets"], "shots": 4, "keys": {"steps": 3}}}, "adapt: 'steps' is no key of adapting"

@@ -208,7 +208,7 @@ class Plan:
         start = asked.start.get(run, FRESH)
         keys = {**self.adapting_keys, **asked.keys}
         keys = {k: v for k, v in keys.items() if start == FRESH or k not in OF_ADAPTER}  # a trained one has its own
-        given = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+        given = [word for key, value in keys.items() for word in (f"--{key}", *map(str, _listed(value)))]
         draws = ["--shots", str(asked.shots), "--draws", str(asked.draws), "--start", start]
         return ["adapt", "--run", str(folder), "--task", task, *draws, *given, "--disable_tqdm", "true"]
 

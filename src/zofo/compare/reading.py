@@ -9,6 +9,7 @@ from zofo.compare.plan import FRESH, Adapting, Division, Plan
 from zofo.compare.search import Settings, points
 from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, did_you_mean
+from zofo.keys import OF_ADAPTER
 from zofo.parse import read_yaml
 from zofo.tasks.lists import task_files
 from zofo.tasks.task import load_task
@@ -122,6 +123,20 @@ def _check(plan: Plan) -> None:
         start = plan.adapting.start.get(run, FRESH) if plan.adapting else FRESH
         if start != FRESH and not config.method_class.trains():
             raise ZofoError(f"adapt: start is {start}, but the run {run} trains no adapter: name the runs that do")
+    if plan.adapting:
+        _require_one_fresh_adapter(plan, plan.adapting)
+
+
+def _require_one_fresh_adapter(plan: Plan, asked: Adapting) -> None:
+    """Refuses runs that would be adapted by adapters of different shapes; a run without one takes the usual one."""
+    fresh = [run for run in plan.runs if asked.start.get(run, FRESH) == FRESH]
+    for key in OF_ADAPTER:
+        values = {run: plan.runs[run].get(key) for run in fresh if plan.runs[run].get("adapter") != "none"}
+        if key not in (*plan.adapting_keys, *asked.keys) and len(set(map(str, values.values()))) > 1:
+            said = ", ".join(f"{run} has {value or 'nothing'}" for run, value in values.items())
+            raise ZofoError(
+                f"adapt: a fresh adapter must be the same for all runs, but of {key} {said}: say it in keys of adapt"
+            )
 
 
 def _divisions(content: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Division, ...]:
@@ -229,8 +244,8 @@ def _keys_of_adapting(given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in keys.items():
         if key not in field_names() or (key in _SHARED and key not in _LENGTH):
             raise ZofoError(f"adapt: {key!r} is no key of adapting: give keys of zofo train that say how")
-        if not isinstance(value, str | int | float):
-            raise ZofoError(f"adapt: {key} is {value!r}, but must be one value")
+        if isinstance(value, dict):
+            raise ZofoError(f"adapt: {key} is {value!r}, but must be a value or a list of them")
     return keys
 
 
