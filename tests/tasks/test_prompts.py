@@ -165,6 +165,15 @@ def test_another_seed_shows_other_examples_to_the_same_rows(folder, capsys):
     assert first["metrics"]["upper"]["loss"] != other["metrics"]["upper"]["loss"]
 
 
+def test_an_evaluation_of_a_run_shows_the_examples_of_its_seed(folder, capsys):
+    found, _, _ = trained(folder, capsys, data_seed=7, shots=4)  # the usual seed, which no file of the run names
+    run = next(place for place in folder.glob("**/results.json") if json.loads(place.read_text()) == found).parent
+    assert main(["eval", "--run", str(run), "--shots", "4"]) == 0
+    scores = json.loads(capsys.readouterr().out)["tasks"]
+    (scores,) = scores.values()
+    assert found["metrics"]["upper"]["loss"] == pytest.approx(scores["loss"], abs=1e-6)
+
+
 def test_methods_that_train_show_no_examples():
     config = ZOFOConfig(output_dir="run", use_cpu=True, method="fo", shots=4)
     assert config.notices() == ["not used by fo: shots"]

@@ -74,7 +74,8 @@ def eval_config(
         raise ZofoError(
             "task is not given: add --task; or --data with --text and --label; or --harness; or the --run that knows it"
         )
-    if run and (task is None or not run.is_of_task(task)):
+    own = run is not None and task is not None and run.is_of_task(task)
+    if run and not own:
         stored = {key: stored.get(key) for key in ANY_TASK_KEYS}  # its rows are of another task
     elif stored and stored.get("data_seed") is None:
         stored["data_seed"] = stored.get("seed")
@@ -83,9 +84,11 @@ def eval_config(
         stored["train_size"] = None  # of rows that are divided otherwise
     if "source" in named:
         stored["test_size"] = stored["dev_size"] = None
-    kept = {key: stored.get(key) for key in (*EVAL_KEYS, "template")}
+    kept = {key: stored.get(key) for key in (*EVAL_KEYS, "template", "seed")}
     config = parse_config({"method": "none", "task": task, **kept, **table}, arguments)
     config.data_seed = config.division_seed
+    if not own:
+        config.seed = config.data_seed  # else it is that of the run, which shows the same examples
     return config
 
 
@@ -191,7 +194,7 @@ class _EvalSet:
         records = task.reworded(self.rows, template)
         if manner.scoring != "mean" and not records[0].options:
             raise ZofoError(f"scoring {manner.scoring} compares options, but task {task.name} has none: leave it out")
-        shots = demonstrations(self.splits.train, manner.shots, config.division_seed, self.rows)
+        shots = demonstrations(self.splits.train, manner.shots, config.seed, self.rows)
         shots = task.reworded(shots, template)
         width = min(config.max_length, loaded.adapted.positions)
         pose = partial(
