@@ -16,7 +16,7 @@ is forgotten is measured on question types.
   Of LoRA and `bilevel` the checkpoint counts that has the highest reward on 48 dev rows, of one every
   five steps; of all others the last one.
 - `zo-long`, `bilevel-long`: `zo` and `bilevel` for 120 steps in place of 40, of which the best one in ten by dev reward
-  counts.
+  counts; `bilevel-slow`: the same with the rate 3e-4 of the adapter in place of 1e-3.
 - `bilevel-two-lower-steps`: T = 2; `bilevel-options`: T = 2, and the adapter compares the two options.
 - `grpo-RATE`: LoRA in all layers by the reward, trl's GRPO, with as many generated tokens as `zo`. It needs trl, which
   zofo does not: give a folder with it (`pip install --no-deps --target DIR trl`) in PYTHONPATH.
@@ -76,6 +76,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bilevel": {**INFINITE, "lower_steps": 1, **LAST},
     "zo-long": {"method": "zo", "adapter": "none", **ZO, **LONG},
     "bilevel-long": {**INFINITE, "lower_steps": 1, **LAST, **LONG},
+    "bilevel-slow": {**INFINITE, "lower_steps": 1, **LAST, **LONG, "learning_rate": 3e-4},
     "bilevel-two-lower-steps": {**INFINITE, "lower_steps": 2, **LAST_2},
     "bilevel-options": {**INFINITE, "lower_steps": 2, "loss": "options", **LAST_2},
 }

@@ -90,6 +90,9 @@ def test_what_follows_from_a_reward():
     assert config.zo_learning_rate == 0.01**2 / 2
     notices = config.notices()
     assert notices[0].startswith("zo_learning_rate is not given: zo_eps² / 2 = 5e-05, as is usual for shaped values")
+    signs = ZOFOConfig(output_dir="run", use_cpu=True, zo_optimizer="sign", **keys)
+    assert signs.zo_learning_rate == 0.01 / 2  # of a gradient of ±1, and not of ±1 / zo_eps
+    assert signs.notices()[0].startswith("zo_learning_rate is not given: zo_eps / 2 = 0.005")
     assert notices[1].startswith("zo_shaping zscore of two members, at θ + εz and θ - εz, is the sign of their differ")
 
 
@@ -274,7 +277,7 @@ def test_rows_that_only_the_backbone_reads_need_no_answers(tmp_path):
 def test_rewards_of_which_none_applies_end_the_run(tmp_path):
     keys = {"objective": "reward", "method": "zo", "adapter": "none", "max_new_tokens": 2}
     trainer = make_trainer(tmp_path, PROMPTS, reward_funcs=never, **keys)
-    with pytest.raises(ZofoError, match="no reward applies to any of 2 completions: let a reward function return a"):
+    with pytest.raises(ZofoError, match="no reward applies to any of the 2 completions of a member: let a reward function return a"):
         trainer.train()
 
 

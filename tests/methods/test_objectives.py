@@ -19,7 +19,8 @@ from plain import (
     whole_and_resumed,
 )
 from tiny import FAMILIES
-from zofo import direction
+from zofo import ZofoError, direction
+from zofo.errors import NonFiniteLossError
 from zofo.zo.optimizers import JointOptimizer
 
 EPS = 0.25  # so far that answers of a random model change
@@ -286,6 +287,67 @@ def test_a_population_without_spread_moves_nothing_and_says_so_once(tmp_path, ca
 
 def constant(completions):
     return [0.5] * len(completions)
+
+
+def absent(prompts, completions):
+    return [None] * len(completions)
+
+
+def sometimes():
+    """Numbers for all but one of four members, by turns."""
+    calls = itertools.count()
+
+    def reward(prompts, completions):
+        call = next(calls)
+        return [None if call == 1 else float(call)] * len(completions)
+
+    return reward
+
+
+def test_a_member_without_a_reward_counts_as_the_mean_and_a_step_without_any_ends_the_run(tmp_path):
+    keys = {"method": "zo", "adapter": "none", "objective": "reward", "num_perturbations": 2}
+    _, _, logs, estimate = stepped(tmp_path / "a", rows_of(12), reward_funcs=[sometimes()], **keys)
+    worth = (np.array([0.0, 2.0, 3.0]) - 5 / 3) / np.std([0.0, 2.0, 3.0])
+    wanted = [-(worth[0] - 0.0) / (2 * EPS), -(worth[1] - worth[2]) / (2 * EPS)]
+    assert estimate.projected == pytest.approx(wanted, rel=1e-4)
+    assert logs["reward"] == pytest.approx(5 / 3)
+    with pytest.raises(ZofoError, match="step 0: no reward applies to any of the 4 completions of a member"):
+        stepped(tmp_path / "b", rows_of(12), reward_funcs=[absent], **keys)
+    with pytest.raises(ZofoError, match="no reward applies"):
+        stepped(tmp_path / "c", rows_of(12), reward_funcs=[sometimes()], zo_shaping="none", **keys)
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "reward"])
+def test_answers_of_logits_that_are_nan_are_no_answers(tmp_path, objective):
+    rows = make_rows(12, options=MORE_TOKENS) if objective == "accuracy" else rows_of(12)
+    rewards = {"reward_funcs": [vowels]} if objective == "reward" else {}
+    keys = {"method": "zo", "adapter": "none", "objective": objective, "zo_learning_rate": 1e-3, **rewards}
+    trainer = make_trainer(tmp_path, rows, **keys)
+    next(iter(trainer.adapted.backbone.values())).data.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="nan"):
+        trainer.method.step(0, 0.0, [next(micro_steps(trainer))])
+
+
+def test_a_reward_that_is_only_measured_gets_the_columns_of_the_rows(tmp_path):
+    seen = []
+
+    def reward(completions, kind):
+        seen.append(kind)
+        return [1.0] * len(completions)
+
+    rows = [{**row, "kind": number} for number, row in enumerate(make_rows(6))]
+    trainer = make_trainer(tmp_path, rows, method="fo", reward_funcs=[reward], eval_rows=rows)
+    trainer.evaluate()
+    assert sorted(itertools.chain(*seen)) == [*range(6)]
+
+
+def test_other_columns_of_the_rows_are_other_rows_for_a_reward(tmp_path):
+    keys = {"method": "zo", "adapter": "none", "objective": "reward", "zo_learning_rate": 1e-3, "zo_eps": EPS}
+    keys |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "reward_funcs": [vowels]}
+    make_trainer(tmp_path, rows_of(12), **keys).train()
+    other = [{**row, "kind": 5} for row in rows_of(12)]
+    with pytest.raises(ZofoError, match="was written by a run on other training rows"):
+        make_trainer(tmp_path, other, **keys).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_the_part_of_prompts_without_spread_is_logged(tmp_path):

@@ -135,6 +135,21 @@ def test_a_function_that_needs_what_is_no_column_is_refused_before_it_is_called(
     made_rewards({"f": reward}, None, 5.0).require_columns(rewarded([{"prompt": "a", "solution": "b"}]))
 
 
+def test_a_column_that_some_rows_lack_is_none_there_also_where_all_of_a_batch_do():
+    rows = rewarded([{"prompt": "a"}, {"prompt": "b", "hint": "c"}])
+    seen = []
+
+    def reward(completions, hint):
+        seen.append(hint)
+        return [0.0] * len(completions)
+
+    made = made_rewards({"f": reward}, None, 5.0)
+    made.require_columns(rows)
+    made.of(rows[:1], ["x"])
+    made.of(rows, ["x", "y"])
+    assert seen == [[None], [None, "c"]]
+
+
 def test_a_column_called_completions_is_refused():
     with pytest.raises(ZofoError, match="a column of the rows is called completions"):
         made_rewards({"f": len}, None, 5.0).require_columns(rewarded([{"prompt": "a", "completions": 1}]))

@@ -48,6 +48,21 @@ def test_the_fraction_of_columns_without_spread(shaping):
     assert same == Shaped(((0.1,) * 3 if shaping == "none" else (0.0,) * 3), 1.0)
 
 
+@pytest.mark.parametrize("shaping", ["zscore", "centered_rank"])
+def test_the_same_values_in_another_order_are_no_spread(shaping):
+    values = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]], dtype=torch.float64)
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1, "rounded sums would differ"
+    assert shaped(values, shaping) == Shaped((0.0, 0.0), 1.0)
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("shaping", ["zscore", "centered_rank"])
+def test_a_member_without_any_value_is_worth_the_mean(shaping, by_column):
+    values = torch.tensor([[1.0, np.nan], [np.nan, np.nan], [3.0, 5.0]], dtype=torch.float64)
+    others = shaped(values[[0, 2]], shaping, by_column).members
+    assert shaped(values, shaping, by_column).members == pytest.approx((others[0], 0.0, others[1]))
+
+
 def test_a_member_alone_is_worth_nothing():
     for shaping in ("zscore", "centered_rank"):
         assert shaped(torch.tensor([[3.0]]), shaping) == Shaped((0.0,), 1.0)

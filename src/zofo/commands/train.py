@@ -252,7 +252,7 @@ def _zero_shot(trainer: ZOFOTrainer, tests: Mapping[str, Tested], resume: Path |
     found: dict[str, dict[str, float]] = {}
     for name in trainer.each_task():
         key = f"{_ZERO_SHOT} {name}" if name else _ZERO_SHOT
-        rows, stored = digest(tests[name].rows), known.get(key)
+        rows, stored = digest(tests[name].rows, columns=trainer.rewards is not None), known.get(key)
         if not isinstance(stored, dict) or stored.get("rows") != rows:
             stored = {"rows": rows, "scores": trainer.score_backbone(tests[name].examples)}
         trainer.notes[key] = stored

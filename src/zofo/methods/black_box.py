@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.keys import LOSS, Keys
 from zofo.methods.levels import ZerothOrderLevel
 from zofo.scoring.batch import Batch
-from zofo.scoring.evaluation import Answer, Evaluator, mean_reward
+from zofo.scoring.evaluation import Answer, Evaluator
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.scorer import Scorer
 from zofo.scoring.tokens import Example
@@ -59,13 +60,21 @@ class BlackBox:
         Shaped values have the mean 0 over the members, which takes the place of the value at θ: it is not measured.
 
         Raises:
-            ZofoError: if a reward function fails, or no reward applies to any row.
+            ZofoError: if a reward function fails, or no reward applies to any row. With shaped values, one member
+                alone may have none: it counts as the mean.
+            NonFiniteLossError: if the model's answers are of logits that are nan.
         """
         shaping = self.keys.shaping
         members = [point for point in points if point[0] or shaping == "none"]
         values = self._values(level, step, members, adapter, batches)
+        unknown = values.isnan().all(1)
+        if unknown.all() or (shaping == "none" and unknown.any()):
+            raise ZofoError(
+                f"step {step}: no reward applies to any of the {values.shape[1]} completions of a member: let a reward "
+                "function return a number for them, leave such rows out, or raise per_device_train_batch_size"
+            )
         found = shaped(values, shaping, self.keys.zo_shaping_over == "prompt")
-        self._measured.append((float(values.nanmean(1).mean()), found.no_spread))
+        self._measured.append((float(values.nanmean(1).nanmean()), found.no_spread))
         self._tell(step, found.no_spread)
         known = dict(zip(members, found.members, strict=True))
         return [known.get(point, 0.0) for point in points]
@@ -95,6 +104,11 @@ class BlackBox:
                     answers = self.evaluator.unrewarded(examples)
             else:
                 answers = together[number]
+            if any(answer.scores is not None and answer.scores.isnan().any() for answer in answers):
+                raise NonFiniteLossError(
+                    f"step {step}: the scores of options near θ are nan: lower zo_learning_rate or zo_eps, or set "
+                    "on_nonfinite: skip"
+                )
             found.append(self._metric(examples, self.evaluator.rewarded(examples, answers)))
         return -torch.tensor(found, dtype=torch.float64)
 
@@ -116,7 +130,6 @@ class BlackBox:
     def _metric(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[float]:
         metric, texts = self.keys.objective, [answer.text for answer in answers]
         if metric == REWARD:
-            mean_reward(answers)  # some reward applies
             return [float("nan") if answer.reward is None else answer.reward for answer in answers]
         references = [(e.texts[e.gold], *e.right) for e in examples]
         if metric in MEANS:

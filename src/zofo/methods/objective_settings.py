@@ -110,12 +110,13 @@ def _settled_rate(keys: Keys, given: Collection[str]) -> list[str]:
         raise ZofoError(
             f"zo_learning_rate is auto, which is found from the curvature of the loss and the noise of its rows, but "
             f"objective is {keys.objective} with zo_shaping {keys.shaping}: give a number; with shaped values, leave "
-            "it out for zo_eps² / 2"
+            "it out for the usual one"
         )
-    keys.zo_learning_rate = keys.zo_eps**2 / 2
+    usual = "zo_eps / 2" if keys.zo_optimizer == "sign" else "zo_eps² / 2"  # an update by zo_eps / 2 either way
+    keys.zo_learning_rate = keys.zo_eps / 2 if keys.zo_optimizer == "sign" else keys.zo_eps**2 / 2
     return [
-        f"zo_learning_rate is not given: zo_eps² / 2 = {keys.zo_learning_rate:.3g}, as is usual for shaped values; "
-        "with objective and shaping it is the first thing to tune"
+        f"zo_learning_rate is not given: {usual} = {keys.zo_learning_rate:.3g}, as is usual for shaped values; with "
+        "objective and shaping it is the first thing to tune"
     ]
 
 

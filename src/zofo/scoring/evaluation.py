@@ -120,10 +120,12 @@ class Evaluator:
         return self.rewarded(examples, self.unrewarded(examples, premises))
 
     def rewarded(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Answer]:
-        """The same answers with their rewards."""
+        """The same answers with their rewards, from a call for each batch."""
         if self.rewards is None:
             return [*answers]
-        values = self.rewards.of(records_of(examples), [answer.text for answer in answers])
+        records, texts = records_of(examples), [answer.text for answer in answers]
+        parts = [slice(low, low + self.batch_size) for low in range(0, len(texts), self.batch_size)]
+        values = [value for part in parts for value in self.rewards.of(records[part], texts[part])]
         return [Answer(answer.text, reward=value) for answer, value in zip(answers, values, strict=True)]
 
     @torch.no_grad()

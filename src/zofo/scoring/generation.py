@@ -7,8 +7,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from zofo.errors import NonFiniteLossError
 from zofo.models.adapters import AdaptedModel
 from zofo.scoring.batch import by_length, collate_prompts, padding_id
 from zofo.scoring.scorer import Scorer
@@ -115,6 +123,9 @@ def generate(
 
     `place` moves a batch to the model's device; `bar` shows the progress over the batches. All copies of a batch are
     generated together: copy after copy in the rows of a forward, inside `near`, which is told the rows of one copy.
+
+    Raises:
+        NonFiniteLossError: if logits are nan.
     """
     adapted = scorer.adapted
     model: Any = adapted.model
@@ -134,7 +145,7 @@ def generate(
         with near(len(indices)), _plain_generation(adapted):
             output = model.generate(
                 input_ids=ids, attention_mask=batch["attention_mask"], generation_config=config,
-                stopping_criteria=StoppingCriteriaList(ends),
+                stopping_criteria=StoppingCriteriaList(ends), logits_processor=LogitsProcessorList([_Numbers()]),
             )  # fmt: skip
         scorer.tokens.forward_tokens += int(batch["attention_mask"].sum()) + output[:, ids.shape[1] + 1 :].numel()
         answers: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
@@ -156,6 +167,18 @@ def _with_room(examples: Sequence[Example], batches: Sequence[list[int]], positi
         together = [i for i in batch if i not in alone]
         yield from [together] if together else []
         yield from ([i] for i in alone)
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses logits that are nan, of which the greedy token is any, so that a broken model would seem to answer."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if scores.isnan().any():
+            raise NonFiniteLossError(
+                "the logits of generated tokens are nan: lower the learning rates or zo_eps, or set dtype: float32; in "
+                "a run on_nonfinite: skip passes over such a step"
+            )
+        return scores
 
 
 class _AnswerEnds(StoppingCriteria):

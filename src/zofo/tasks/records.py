@@ -82,11 +82,14 @@ def records(rows: Rows, name: str = "the data set") -> list[Record]:
 
     `rows` may be a list, a datasets.Dataset or a pandas DataFrame; `name` is for messages.
     """
-    return [_record(row, where, None) for row, where in _numbered(rows, name)]
+    return [
+        row if isinstance(row, Record) else replace(_record(row, where, None), row=row)
+        for row, where in _numbered(rows, name)
+    ]
 
 
 def rewarded(rows: Rows, name: str = "the data set") -> list[Record]:
-    """The same for rewards, which get the columns of the rows, and need no answers."""
+    """The same for an objective that is a reward, which needs no answers."""
     made: list[Record] = []
     for row, where in _numbered(rows, name):
         if isinstance(row, Record):
@@ -151,11 +154,13 @@ def stand_in(prompt: str, options: Sequence[str], example: str = "") -> str:
     return "a" if prompt[-1:].isspace() else " a"
 
 
-def digest(records: Sequence[Record]) -> str:
-    """A short hash of these records in this order, which detects changed training rows."""
+def digest(records: Sequence[Record], columns: bool = False) -> str:
+    """A short hash of these records in this order, and of all `columns` of their rows; detects changed rows."""
     sha = hashlib.sha256()
     for record in records:
         sha.update(repr(record).encode())
+        if columns and record.row:
+            sha.update(repr(sorted(record.row.items())).encode())
     return sha.hexdigest()[:16]
 
 

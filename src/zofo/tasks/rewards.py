@@ -56,17 +56,18 @@ class Rewards:
         Raises:
             ZofoError: if a function raises, takes too long, or does not return a number or None for each completion.
         """
-        columns = _columns(records)
-        arguments = {"prompts": [record.asked for record in records], "completions": [*completions], **columns}
+        given = {"prompts": [record.asked for record in records], "completions": [*completions]}
+        arguments = {**_columns(records), **given}
         totals: list[float | None] = [None] * len(completions)
         for (name, function), weight in zip(self.functions.items(), self.weights, strict=True):
-            values = _checked(name, self._called(name, function, _taken(function, arguments)), completions)
+            missing = dict.fromkeys(_needed(function) - arguments.keys(), [None] * len(completions))
+            values = _checked(name, self._called(name, function, _taken(function, arguments | missing)), completions)
             totals = [_added(total, value, weight) for total, value in zip(totals, values, strict=True)]
         return totals
 
     def require_columns(self, records: Sequence[Record]) -> None:
-        """Refuses functions that need what is no column of the rows."""
-        columns = _columns(records)
+        """Refuses functions that need what is no column of any of the rows."""
+        columns = _names(records)
         for name in _GIVEN:
             if name in columns:
                 raise ZofoError(f"a column of the rows is called {name}, as an argument of every reward: rename it")
@@ -175,11 +176,24 @@ def _function(module: ModuleType, attribute: str, name: str) -> Reward:
     return found
 
 
+def _names(records: Sequence[Record]) -> dict[str, None]:
+    """The columns that some of the rows have, in their order, but for what becomes prompts and completions."""
+    return dict.fromkeys(key for record in records for key in record.row or () if key not in _ANSWER_COLUMNS)
+
+
 def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """The columns of the rows, but for what becomes prompts and completions; None where a row lacks one."""
-    rows = [record.row or {} for record in records]
-    names = dict.fromkeys(key for row in rows for key in row if key not in _ANSWER_COLUMNS)
-    return {name: [row.get(name) for row in rows] for name in names}
+    """The columns of the rows by name; None where a row lacks one."""
+    return {name: [(record.row or {}).get(name) for record in records] for name in _names(records)}
+
+
+def _needed(function: Reward) -> set[str]:
+    """The arguments that a function names and cannot do without."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        return set()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name for name, one in parameters.items() if one.kind in named and one.default is one.empty}
 
 
 def _taken(function: Reward, arguments: Mapping[str, Any]) -> dict[str, Any]:

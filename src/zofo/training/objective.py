@@ -99,7 +99,7 @@ def require_rewardable(
     """Refuses rows whose columns the reward functions cannot take, or whose prompts leave no room for completions."""
     if rewards is None or not rows:
         return
-    rewards.require_columns(records_of(rows[:1]))
+    rewards.require_columns(records_of(rows))
     longest = max(len(example.prompt) for example in rows)
     if longest + span.tokens > adapted.positions:
         raise ZofoError(

@@ -151,7 +151,8 @@ class ZOFOTrainer(EvaluatingTrainer):
     ) -> None:
         """What a checkpoint must have in common with this run, and the rows that its model has seen, in the end."""
         chat = {"chat_template_digest": chat_identity(tokenizer)} if args.chat_template else {}
-        self.identity = {**args.identity(), "peft_config": kind, **chat, "rows": [digest(part) for part in parts]}
+        rows = [digest(part, columns=self.rewards is not None) for part in parts]
+        self.identity = {**args.identity(), "peft_config": kind, **chat, "rows": rows}
         self._trained_rows = rows_of_folders(self.adapted.base.config.name_or_path, args.adapter_init)
         if args.method_class.trains():
             self._trained_rows |= digests([row for part in parts for row in part])

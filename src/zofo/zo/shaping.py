@@ -6,6 +6,7 @@ values on one scale, so that neither the scale of a reward nor an outlier decide
 "Evolution Strategies at Scale" (arXiv 2509.24372) for z-scores.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -68,7 +69,7 @@ def shaped(values: Tensor, shaping: ShapingName, by_column: bool = False) -> Sha
 
     Args:
         values: (M, C) float64 of M members, one column for each row that was measured, or one for all of them; nan
-            where a row has no value. Every member has one.
+            where a row has no value. Shaped, a member without any is worth 0, the mean.
         shaping: none, zscore or centered_rank.
         by_column: shape the values of each column, and take their mean; else the mean is shaped.
 
@@ -78,7 +79,14 @@ def shaped(values: Tensor, shaping: ShapingName, by_column: bool = False) -> Sha
         >>> shaped(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), "zscore", by_column=True)
         Shaped(members=(-0.5, 0.5), no_spread=0.5)
     """
-    columns = values if by_column else values.nanmean(1, keepdim=True)
+    columns = values if by_column else _means(values)
     columns = columns[:, ~columns.isnan().all(0)]
     found = columns if shaping == "none" else _SHAPES[shaping](columns)
-    return Shaped(tuple(found.nanmean(1).tolist()), float((~spreads(columns)).double().mean()))
+    worth = found.nanmean(1) if shaping == "none" else found.nanmean(1).nan_to_num(0.0)
+    return Shaped(tuple(worth.tolist()), float((~spreads(columns)).double().mean()))
+
+
+def _means(values: Tensor) -> Tensor:
+    """(M, 1) over the columns, of sums without rounding: the same values in another order have the same mean."""
+    known = [[value for value in row if not math.isnan(value)] for row in values.tolist()]
+    return values.new_tensor([[math.fsum(row) / len(row) if row else math.nan] for row in known])
