@@ -82,7 +82,7 @@ def test_other_test_rows_are_scored_anew(capsys, tmp_path, made, monkeypatch):
     scored = []
     whole = ZOFOTrainer.score_backbone
     monkeypatch.setattr(ZOFOTrainer, "score_backbone", lambda *a: scored.append(1) or whole(*a))
-    monkeypatch.setattr(commands, "digest", lambda rows: "of other rows")
+    monkeypatch.setattr(commands, "digest", lambda rows, columns=False: "of other rows")
     said(capsys, **keys, resume_from_checkpoint="true")
     assert scored
 
