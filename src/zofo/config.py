@@ -105,7 +105,7 @@ class ZOFOConfig(Keys):
         self.do_eval = False  # transformers sets it, and nothing reads it
         settings.require_single_process(self)
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
-        settings.require_few_batches(self, sum(stream.batches for stream in self.method_class.streams(self).values()))
+        settings.require_few_batches(self, [stream.batches for stream in self.method_class.streams(self).values()])
         self.activation_checkpointing_kwargs = parse.numbers(self.activation_checkpointing_kwargs)
         options: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and options.get("use_reentrant"):
@@ -126,6 +126,11 @@ class ZOFOConfig(Keys):
     def updates_backbone(self) -> bool:
         """Whether the backbone's weights change."""
         return self.method_class.updates_backbone(self.adapter)
+
+    @property
+    def freezes_backbone(self) -> bool:
+        """Whether a method that would update it takes no such step."""
+        return self.method_class.freezes and self.zo_learning_rate == 0
 
     @property
     def needs_answers(self) -> bool:

@@ -37,7 +37,7 @@ from zofo.tasks.splits import Splits
 from zofo.tasks.task import Task, load_task
 from zofo.training.checkpoint import writing
 from zofo.training.rows import Posing, run_splits
-from zofo.training.trained_rows import trained_rows_of, was_trained_on
+from zofo.training.trained_rows import trained_rows_of, was_trained_on, write_trained_rows
 from zofo.training.trainer import ZOFOTrainer
 
 MEAN = "mean"
@@ -183,6 +183,8 @@ def _draw(
     if trainer.adapted.adapters:
         trainer.adapted.save_adapters(place, backbone=str(Path(model).resolve()) if Path(model).exists() else model)
         (place / "README.md").unlink()  # peft's, which says nothing
+        for adapter in trainer.adapted.adapters:
+            write_trained_rows(place / adapter, trainer.trained_rows)
     return _Draw(scores, in_context, adapted, sum(used) / len(used), seconds)
 
 

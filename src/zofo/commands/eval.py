@@ -204,7 +204,10 @@ class _EvalSet:
         words = f"{task.name}, template {template}"
         if truncated:
             say(f"{words}: {truncated} rows are longer than {width} tokens: they were truncated from the left")
-        premises = pose([behind_premise(record) for record in records])[0] if manner.scoring == "pmi" else []
+        premises: list[Example] = []
+        if manner.scoring == "pmi":  # behind the examples that the row has, where those of a premise could be more
+            kept = [shots[len(shots) - number :] for number in used]
+            premises = [pose([behind_premise(r)], shown=s)[0][0] for r, s in zip(records, kept, strict=True)]
         evaluator = Evaluator(
             loaded.scorer, loaded.tokenizer, task.metrics,
             config.loss if task.metrics[0] in OPTION_METRICS else "lm",

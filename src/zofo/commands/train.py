@@ -253,7 +253,8 @@ def _zero_shot(trainer: ZOFOTrainer, tests: Mapping[str, Tested], resume: Path |
     for name in trainer.each_task():
         key = f"{_ZERO_SHOT} {name}" if name else _ZERO_SHOT
         rows, stored = digest(tests[name].rows, columns=trainer.rewards is not None), known.get(key)
-        if not isinstance(stored, dict) or stored.get("rows") != rows:
+        metrics = {metric for metric in trainer.metrics if isinstance(metric, str)}
+        if not isinstance(stored, dict) or stored.get("rows") != rows or metrics - stored.get("scores", {}).keys():
             stored = {"rows": rows, "scores": trainer.score_backbone(tests[name].examples)}
         trainer.notes[key] = stored
         found[name] = cast("dict[str, float]", stored["scores"])

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -166,9 +166,11 @@ def require_whole_model(keys: Keys, method: type[Method], given: Collection[str]
             raise ZofoError(f"optimizer_in_backward is true, but {reason}")
 
 
-def require_few_batches(keys: Keys, batches: int) -> None:
-    """Refuses an iteration of more micro-batches than a run could read, with `batches` in each micro-step."""
-    read = batches * keys.gradient_accumulation_steps
+def require_few_batches(keys: Keys, batches: Sequence[int]) -> None:
+    """Refuses an iteration of no micro-batch, or of more than a run could read; `batches` of a step, by stream."""
+    read = sum(batches) * keys.gradient_accumulation_steps
+    if batches and not read:
+        raise ZofoError("lower_steps is 0, and this method takes no other steps, so nothing would be trained: raise it")
     if read > _MOST_BATCHES:
         raise ZofoError(
             f"an iteration would read {read} batches (lower_steps: {keys.lower_steps}, gradient_accumulation_steps: "

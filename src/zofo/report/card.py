@@ -85,7 +85,7 @@ def model_card(
         by_task=_by_task(results),
         steps=steps,
         backbone=backbone,
-        summary=config.method_class.summary,
+        summary=config.method_class.summary + ("; it is frozen in this run" if config.freezes_backbone else ""),
         rule=config.method_class.zeroth_order,
         adapter="upper" in results["metrics"] and config.adapter != "none",
         tokenizer="backbone" if backbone == "backbone" else "tokenizer",

@@ -129,7 +129,7 @@ class Task:
         bad: list[tuple[int, str]] = []
         for number, row in enumerate(rows, start=1):
             try:
-                if keep is None or keep(row):
+                if keep is None or keep(_columns(row)):
                     records.append(self.templates[template](row, answered))
             except ZofoError as error:
                 bad.append((number, str(error)))
@@ -283,6 +283,11 @@ def _templates(spec: dict[str, Any], path: Path) -> tuple[ToRecord, ...]:
     return tuple(templates)
 
 
+def _columns(row: Row) -> dict[str, Any]:
+    """What templates know of a row: its columns, and `row` for those whose names are not valid variable names."""
+    return {**row, "row": row}
+
+
 def _template(spec: dict[str, Any], where: str) -> ToRecord:
     """The function that makes a record of a row; `where` is the file, and which of its templates, for messages."""
     texts: dict[str, Render] = {}
@@ -296,7 +301,7 @@ def _template(spec: dict[str, Any], where: str) -> ToRecord:
     partial = _is_partial(spec, where)
 
     def to_record(row: Row, answered: bool) -> Record:
-        columns = {"row": row, **row}  # `row` is for columns whose names are not valid variable names
+        columns = _columns(row)
         asked = [key for key in texts if answered or key not in _ANSWERS]
         rendered = {key: texts[key](columns) for key in asked}
         known = answered and "answer" in texts

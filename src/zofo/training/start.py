@@ -94,6 +94,8 @@ def _parts(
     model: PreTrainedModel | PeftModel, args: ZOFOConfig, peft_config: PeftConfig | None
 ) -> Generator[tuple[PreTrainedModel, str | None]]:
     """The backbone, and the folder of the trained adapter to start from, if there is one."""
+    if peft_config is not None and args.adapter == "none":
+        raise ZofoError("peft_config is given, but adapter is none: leave one of them out")
     if peft_config is not None and args.adapter_init:
         raise ZofoError(f"both peft_config and adapter_init ({args.adapter_init}) are given: leave one of them out")
     for key in LORA_KEYS if peft_config is not None or isinstance(model, PeftModel) else ():

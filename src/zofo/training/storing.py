@@ -1,6 +1,7 @@
 """What `ZOFOTrainer` saves and loads: the backbone and all adapters, in checkpoints that are sealed when whole."""
 
 from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class StoringTrainer(Trainer):
     _task: RunTask  # whose adapters and metrics are in use
     _joint: Joint
     _tokenizer: PreTrainedTokenizerBase
-    _trained_rows: frozenset[bytes]
+    trained_rows: frozenset[bytes]
     _own_checkpoints: set[str]  # which alone `save_total_limit` removes
     _whole: Path | None  # the last whole checkpoint of this run; a backbone that does not change is shared with it
 
@@ -105,7 +106,7 @@ class StoringTrainer(Trainer):
             save_tokenizer(self._tokenizer, self.adapted.save_backbone(folder))
         for part in ["", *self._save_adapters(folder, home), *([] if shared else [BACKBONE])]:
             if (folder / part).is_dir():
-                write_trained_rows(folder / part, self._trained_rows)
+                write_trained_rows(folder / part, self.trained_rows)
 
     def _save_adapters(self, folder: Path, home: Path | None) -> list[str]:
         """Writes the adapters, of each task into its own folder; returns what was written."""
@@ -122,24 +123,34 @@ class StoringTrainer(Trainer):
         self.require_finite()
         run = Path(self._get_output_dir(trial))
         folder = run / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                claim(run, folder.name)
-                unseal(folder)
-                (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
-                super()._save_checkpoint(model, trial)
-                self.adapted.save_trained(folder)
-                self._joint.bank.save(folder)
-                seal(folder, {"config": self.identity, "cost": asdict(self.cost), **self.notes})
-                self._whole = folder
-                drop_old(run)
-        finally:
-            self.args.save_total_limit = limit
+        with self._removing_nothing(), writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            claim(run, folder.name)
+            unseal(folder)
+            (folder / "README.md").unlink(missing_ok=True)  # peft would read it, and a killed save left it half
+            super()._save_checkpoint(model, trial)
+            self.adapted.save_trained(folder)
+            self._joint.bank.save(folder)
+            seal(folder, {"config": self.identity, "cost": asdict(self.cost), **self.notes})
+            self._whole = folder
+            drop_old(run)
         # only now that the new one is whole may an old one go
         self._own_checkpoints.add(folder.name)
+        limit = self.args.save_total_limit
         rotate_checkpoints(run, limit, self.state.best_model_checkpoint, self._own_checkpoints)
+
+    @contextmanager
+    def _removing_nothing(self) -> Generator[None]:
+        """Within the block `Trainer` removes no checkpoint: it would take those of others, and the newest one."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
+        with self._removing_nothing():
+            return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with loading(Path(resume_from_checkpoint)):

@@ -142,6 +142,10 @@ class ZOFOTrainer(EvaluatingTrainer):
         self._whole = None
         self.notes: dict[str, Any] = {}
 
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """Whether `save_strategy: best` saves: after Ctrl-C in any case."""
+        return super()._determine_best_metric(metrics, trial) or self._interrupt.asked
+
     def _identify(
         self,
         args: ZOFOConfig,
@@ -153,9 +157,9 @@ class ZOFOTrainer(EvaluatingTrainer):
         chat = {"chat_template_digest": chat_identity(tokenizer)} if args.chat_template else {}
         rows = [digest(part, columns=self.rewards is not None) for part in parts]
         self.identity = {**args.identity(), "peft_config": kind, **chat, "rows": rows}
-        self._trained_rows = rows_of_folders(self.adapted.base.config.name_or_path, args.adapter_init)
+        self.trained_rows = rows_of_folders(self.adapted.base.config.name_or_path, args.adapter_init)
         if args.method_class.trains():
-            self._trained_rows |= digests([row for part in parts for row in part])
+            self.trained_rows |= digests([row for part in parts for row in part])
 
     def _make_method(self, args: ZOFOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """The method, with who measures its objective, after one try of its forwards."""
