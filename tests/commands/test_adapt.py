@@ -15,6 +15,8 @@ from plain import write_config, write_task
 from zofo.cli import main
 from zofo.commands.stored import StoredRun
 from zofo.compare.statistics import spread
+from zofo.tasks.task import load_task
+from zofo.training.trained_rows import trained_rows_of, was_trained_on
 
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 
@@ -157,6 +159,16 @@ def test_the_rows_of_source_take_the_place_of_the_task_s_own(folder, tmp_path):
     assert adapt(folder, tmp_path / "a", *words, run=False) == 0
     assert json.loads((tmp_path / "a" / "results.json").read_text())["zero_shot"]["rows"] == 4
     assert adapt(folder, tmp_path / "b", *words[:-2], "--test_size", "21", run=False) == 2  # of 20
+
+
+def test_the_adapter_of_a_draw_says_which_rows_have_trained_it(folder, tmp_path):
+    assert adapt(folder, tmp_path / "a", "--draws", "1", "--max_steps", "1") == 0
+    known = trained_rows_of(str(tmp_path / "a" / "draw-0" / "upper"))
+    task = load_task(str(folder / "third.yaml"))
+    shown = [row for row in task.records()["all"] if was_trained_on(row, known)]
+    assert len(shown) == 4
+    backbone = trained_rows_of(str(folder / "run" / "backbone"))
+    assert backbone < known
 
 
 def test_rows_that_a_model_was_trained_on_in_any_run_are_refused(folder, tmp_path, capsys):

@@ -4,10 +4,17 @@ import pytest
 import torch
 
 from plain import make_rows, make_trainer, same, weights
+from zofo import ZOFOConfig, ZofoError
 from zofo.methods.levels import FirstOrderLevel
 
 TASKS = {name: make_rows(12, first=20 * place) for place, name in enumerate("ab")}
 PLAIN = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "tasks_per_step": 2, "max_steps": 1}
+
+
+def test_reptile_without_lower_steps_would_train_nothing():
+    with pytest.raises(ZofoError, match="lower_steps is 0, and this method takes no other steps"):
+        ZOFOConfig(output_dir="run", use_cpu=True, method="reptile", lower_steps=0)
+    assert ZOFOConfig(output_dir="run", use_cpu=True, method="none", lower_steps=0).lower_steps == 0
 
 
 def bundles(trainer):

@@ -277,7 +277,9 @@ def test_rows_that_only_the_backbone_reads_need_no_answers(tmp_path):
 def test_rewards_of_which_none_applies_end_the_run(tmp_path):
     keys = {"objective": "reward", "method": "zo", "adapter": "none", "max_new_tokens": 2}
     trainer = make_trainer(tmp_path, PROMPTS, reward_funcs=never, **keys)
-    with pytest.raises(ZofoError, match="no reward applies to any of the 2 completions of a member: let a reward function return a"):
+    with pytest.raises(
+        ZofoError, match="no reward applies to any of the 2 completions of a member: let a reward function return a"
+    ):
         trainer.train()
 
 

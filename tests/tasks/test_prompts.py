@@ -11,6 +11,7 @@ from zofo.cli import main
 from zofo.commands.eval import _posed
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
+from zofo.scoring.evaluation import Evaluator
 from zofo.scoring.tokens import tokenize
 from zofo.tasks.prompts import SEPARATOR, as_channel, as_chat, demonstrations, in_context
 from zofo.tasks.records import Record
@@ -102,6 +103,21 @@ def evaluated(folder, capsys, *arguments):
     assert main(["eval", "--model", model, "--task", task, "--test_size", "12", *arguments]) == 0
     out, notes = capsys.readouterr()
     return json.loads(out)["tasks"]["tiny"], notes
+
+
+def test_a_premise_stands_behind_the_examples_of_its_row(folder, capsys, monkeypatch):
+    """Also where more would fit in front of it, as it is shorter."""
+    seen, whole = [], Evaluator.answers
+
+    def answers(self, examples, premises=()):
+        pairs = zip(examples, premises, strict=True)
+        seen.extend([self.tokenizer.decode([*e.prompt]).count(SEPARATOR) for e in pair] for pair in pairs)
+        return whole(self, examples, premises)
+
+    monkeypatch.setattr(Evaluator, "answers", answers)
+    evaluated(folder, capsys, "--scoring", "pmi", "--shots", "8", "--max_length", "48")
+    assert all(row == premise for row, premise in seen)
+    assert {0 < row < 8 for row, _ in seen} == {True}
 
 
 def test_a_chat_leaves_room_for_its_own_words():

@@ -58,6 +58,12 @@ def test_without_options_a_task_is_generation(make):
     assert task.records()["all"][0] == Record("Fine. It was", " Fine.", ())
 
 
+def test_columns_of_any_name_are_known_everywhere(make):
+    rows = [{"row": number, "star rating": number, **row} for number, row in enumerate(ROWS)]
+    task = make(rows, where="row['star rating'] != 1", prompt="{{ row['text'] }} It was")
+    assert [record.prompt for record in task.records()["all"]] == ["Fine. It was", "Good. It was"]
+
+
 def test_where_keeps_the_rows_for_which_it_holds(make):
     assert len(make(where="label == 1").records()["all"]) == 2
     assert len(make(where="{{ label == 0 }}").records()["all"]) == 1

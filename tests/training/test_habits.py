@@ -114,6 +114,10 @@ ARGUMENTS = {
     "no rows": ({"train_dataset": None}, "train_dataset is not given"),
     "empty rows": ({"train_dataset": []}, "train_dataset is empty"),
     "an adapter as a dict": ({"peft_config": {"r": 8}}, "peft_config is a dict, but must be what LoraConfig(...)"),
+    "an adapter and none": (
+        {"peft_config": LoraConfig(), "args": ZOFOConfig(output_dir="run", use_cpu=True, method="zo", adapter="none")},
+        "peft_config is given, but adapter is none",
+    ),
     "an adapter by its name": ({"peft_config": "lora"}, "peft_config is a str, but must be what LoraConfig(...)"),
     "a tokenizer by its name": ({"processing_class": "gpt2"}, "processing_class is a str, but must be what AutoTok"),
     "an unknown metric": ({"metrics": ["acc"]}, "unknown metric 'acc': did you mean accuracy?"),

@@ -70,6 +70,19 @@ def test_an_evaluation_ends_first_as_it_belongs_to_the_state(tmp_path):
     assert any("eval_loss" in entry for entry in stopped.state.log_history)
 
 
+@pytest.mark.parametrize("moment", ["on_step_begin", "on_evaluate"])
+def test_a_run_that_saves_its_best_steps_alone_saves_the_last_one_as_well(tmp_path, moment):
+    keys = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    stopped = run(tmp_path, Press(3, moment=moment), eval_rows=make_rows(4, first=50), **keys)
+    losses = iter([0.5, 0.6, 0.7, 0.8, 0.9])
+    stopped.scored = lambda rows: {"upper": ({"loss": next(losses)}, [])}
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert {"checkpoint-1", f"checkpoint-{4 if moment == 'on_step_begin' else 3}"} <= {
+        place.name for place in tmp_path.glob("checkpoint-*")
+    }
+
+
 def test_a_run_without_checkpoints_ends_at_once(tmp_path):
     stopped = run(tmp_path, Press(2), save_strategy="no")
     with pytest.raises(KeyboardInterrupt):

@@ -274,6 +274,17 @@ def test_a_kill_while_an_old_checkpoint_is_written_over_leaves_no_mixture_of_bot
     assert sealed_while_writing == [False, False]
 
 
+def test_at_the_end_the_newest_the_best_and_those_of_other_runs_stay(tmp_path):
+    keys = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 4}
+    keys |= {"save_total_limit": 1, "metric_for_best_model": "loss", "greater_is_better": False}
+    (tmp_path / "checkpoint-77").mkdir()
+    trainer, losses = make_trainer(tmp_path, eval_rows=make_rows(6, first=50), **keys), iter([0.9, 0.5, 0.7, 0.8])
+    trainer.scored = lambda rows: {"upper": ({"loss": next(losses)}, [])}
+    trainer.train()
+    assert {place.name for place in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (2, 4, 77)}
+    assert trainer.args.save_total_limit == 1
+
+
 @pytest.mark.parametrize("method", ["bilevel", "two_stage"])
 def test_the_best_step_on_dev_is_what_a_run_ends_with(tmp_path, method):
     trainer = make_trainer(

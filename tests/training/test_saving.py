@@ -233,6 +233,7 @@ def test_results_on_dev_rows_say_so(folder, trainers):
     assert main(["train", "--config", str(config), "--output_dir", str(folder / "on-dev")]) == 0
     found = results(folder / "on-dev")
     assert found["final_split"] == "dev"
+    assert "## Dev metrics" in (folder / "on-dev" / "README.md").read_text()
     assert {scores["rows"] for scores in (found["zero_shot"], *found["metrics"].values())} == {6}
 
 
