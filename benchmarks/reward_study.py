@@ -2,6 +2,7 @@
 
     python benchmarks/reward_study.py METHOD SEED      one run, to benchmarks/results/reward-study/METHOD-SEED.json
     python benchmarks/reward_study.py table            the table of docs/results/rewards.md
+    python benchmarks/reward_study.py difference A B   how much higher the reward of A is than that of B, seeds paired
 
 SmolLM2-135M in float32 on movie reviews: completions of five tokens. Half of the reward is for a verdict, the whole
 half for the right side and a quarter of the reward for the wrong one; the other half for a sentence that ends. 16 of
@@ -87,6 +88,8 @@ def main() -> None:
     """One run, or the table of all."""
     if sys.argv[1] == "table":
         return write_table()
+    if sys.argv[1] == "difference":
+        return write_difference(*sys.argv[2:])
     name, seed = sys.argv[1], int(sys.argv[2])
     found = run_grpo(float(name.removeprefix(GRPO)), seed) if name.startswith(GRPO) else run(name, seed)
     FOLDER.mkdir(exist_ok=True)
@@ -195,6 +198,16 @@ def write_table() -> None:
         runs = [one for one in found if one["method"] == name]
         if runs:
             print(f"| {name} | {' | '.join(cells(runs, zero))} |")
+
+
+def write_difference(first: str, second: str) -> None:
+    """Of the rewards of two methods, on the seeds that both have."""
+    found = {
+        (one["method"], one["seed"]): one for one in (json.loads(file.read_text()) for file in FOLDER.glob("*.json"))
+    }
+    seeds = sorted(seed for method, seed in found if method == first and (second, seed) in found)
+    a, b = (np.array([found[method, seed]["test"]["reward"] for seed in seeds]) for method in (first, second))
+    print(seeds, a.mean(1), b.mean(1), paired_difference(a, b))
 
 
 def interval(mean: Any) -> str:
