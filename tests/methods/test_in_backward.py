@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plain import Watch, make_trainer, moved, same, trained, weights
-from tiny import save_tiny_model
+from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from zofo import ZOFOConfig, ZofoError
 from zofo.commands.estimate import estimate
 from zofo.config_parser import parse_config
@@ -61,6 +61,28 @@ def test_a_resumed_run_is_one_that_never_stopped_and_its_checkpoint_a_plain_one(
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][number][name]))
     with pytest.raises(ZofoError, match="optimizer_in_backward = True, but now it is False"):
         make_trainer(tmp_path / "plain", **FULL, **keys).train(str(tmp_path / "whole" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("keys", [FULL, IN_BACKWARD], ids=["plain", "in backward"])
+def test_states_that_are_wider_than_the_weights_are_read_as_they_were_stored(tmp_path, keys):
+    """Adafactor keeps float32 for weights in bfloat16, to which torch would round it."""
+    keys = {**keys, "optim": "adafactor", "dtype": "bfloat16", "save_strategy": "steps", "save_steps": 2}
+
+    def made(folder):
+        model = tiny_model("llama", vocab_size=len(tiny_tokenizer()), dtype=torch.bfloat16)
+        return make_trainer(folder, model=model, **keys)
+
+    whole, again = made(tmp_path / "whole"), made(tmp_path / "again")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same(weights(whole.adapted, "backbone"), weights(again.adapted, "backbone"))
+    states = [
+        torch.load(tmp_path / run / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+        for run in ("whole", "again")
+    ]
+    for number, state in states[0].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][number][name]))
 
 
 def test_one_gradient_is_alive_at_a_time_and_none_between_steps(tmp_path, monkeypatch):

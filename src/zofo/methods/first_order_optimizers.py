@@ -36,4 +36,23 @@ def first_order_optimizer(parameters: Sequence[Tensor], learning_rate: float, ke
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     kind, settings = settings_of_optimizer(keys)
-    return kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate})
+    return _reading_as_stored(kind([group for group in groups if group["params"]], **{**settings, "lr": learning_rate}))
+
+
+def _reading_as_stored(optimizer: Optimizer) -> Optimizer:
+    """It, with states that it reads in the dtypes of the file: torch rounds them to those of the weights."""
+    stored: list[dict[str, Any]] = []
+
+    def restore(own: Optimizer) -> None:
+        content = stored.pop()
+        ids = [number for group in content["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in own.param_groups for parameter in group["params"]]
+        for number, parameter in zip(ids, parameters, strict=True):
+            state = own.state.get(parameter, {})
+            for key, value in content["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.dtype != state[key].dtype:
+                    state[key] = value.to(state[key].device, copy=True)
+
+    optimizer.register_load_state_dict_pre_hook(lambda own, content: stored.append(content))
+    optimizer.register_load_state_dict_post_hook(restore)
+    return optimizer
