@@ -105,7 +105,7 @@ class ZOFOConfig(Keys):
         self.do_eval = False  # transformers sets it, and nothing reads it
         settings.require_single_process(self)
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
-        settings.require_few_batches(self, [stream.batches for stream in self.method_class.streams(self).values()])
+        settings.require_batches(self, [stream.batches for stream in self.method_class.streams(self).values()])
         self.activation_checkpointing_kwargs = parse.numbers(self.activation_checkpointing_kwargs)
         options: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and options.get("use_reentrant"):

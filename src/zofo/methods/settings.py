@@ -166,7 +166,7 @@ def require_whole_model(keys: Keys, method: type[Method], given: Collection[str]
             raise ZofoError(f"optimizer_in_backward is true, but {reason}")
 
 
-def require_few_batches(keys: Keys, batches: Sequence[int]) -> None:
+def require_batches(keys: Keys, batches: Sequence[int]) -> None:
     """Refuses an iteration of no micro-batch, or of more than a run could read; `batches` of a step, by stream."""
     read = sum(batches) * keys.gradient_accumulation_steps
     if batches and not read:
