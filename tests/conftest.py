@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import quick  # noqa: F401
 from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 
 # what `test_gpu_kernel.py` runs in a process of its own

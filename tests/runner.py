@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.models.llama import modeling_llama  # noqa: F401  before the forks, once for all
 
+import quick  # noqa: F401
 from zofo import cli
 from zofo.commands import results
 from zofo.commands import train as commands

@@ -1,7 +1,7 @@
 """Every family of models x every kind of adapter x every precision: trains, stays exact, is saved, resumed and read.
 
-`make test` runs each family with each adapter in one precision, so that each family and each adapter is seen in all
-three; `make test-full` runs every cell.
+`make test` runs each family with each adapter by `bilevel`, and without adapter by `zo`, in one precision, so that each
+family and each adapter is seen in all three; `zo` on adapters with Llama alone. `make test-full` runs every cell.
 
 `python tests/methods/test_matrix.py` prints the table that docs/models.md shows.
 """
@@ -121,46 +121,39 @@ def assert_read_elsewhere(trainer, folder, dtype):
 
 
 def cells():
-    """All of them; those that have another precision than the one in turn are marked. λ is 1 and infinite in turn."""
-    return [
-        pytest.param(
-            family, adapter, dtype, (1.0, "infinite")[(i + j) % 2], marks=() if (i + j) % 3 == k else pytest.mark.full
-        )
-        for i, family in enumerate(ALL_FAMILIES)
-        for j, adapter in enumerate(ADAPTERS)
-        for k, dtype in enumerate(DTYPES)
-    ]
+    """All of them; those that `make test` leaves out are marked. λ is 1 and infinite in turn."""
+    for i, family in enumerate(ALL_FAMILIES):
+        for j, adapter in enumerate(ADAPTERS):
+            for method in ("zo",) if adapter == "none" else ("zo", "bilevel"):
+                common = method == "bilevel" or adapter == "none" or family == "llama"
+                for k, dtype in enumerate(DTYPES):
+                    marks = () if common and (i + j) % 3 == k else pytest.mark.full
+                    yield pytest.param(family, adapter, dtype, method, (1.0, "infinite")[(i + j) % 2], marks=marks)
 
 
-@pytest.mark.parametrize(("family", "adapter", "dtype", "penalty"), cells())
-def test_a_cell(family, adapter, dtype, penalty, tmp_path):
-    for method in ("zo",) if adapter == "none" else ("zo", "bilevel"):
-        folder = tmp_path / method
-        if (family, adapter) in REFUSED:
-            with pytest.raises(ZofoError, match=REFUSED[family, adapter][1]):
-                trainer_of(folder, family, adapter, dtype, method, penalty).train()
-            continue
-        trainer = trainer_of(folder, family, adapter, dtype, method, penalty)
-        dtypes = {
-            p.dtype for p in trainer.adapted.backbone.values()
-        }  # of some models, transformers keeps a few float32
-        assert {getattr(torch, dtype)} <= dtypes <= {getattr(torch, dtype), torch.float32}
-        start = parts_of(trainer)
-        assert {v.dtype for part, values in start.items() if part != "backbone" for v in values.values()} <= {
-            torch.float32
-        }
-        trainer.train()
-        end = parts_of(trainer)
-        for part in start:
-            wanted = start[part].keys() if part in expected_moves(method, adapter, penalty) else set()
-            assert moved(start[part], end[part]) == wanted
-        assert_exact(trainer)
-        resumed = trainer_of(folder, family, adapter, dtype, method, penalty)
-        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
-        again = parts_of(resumed)
-        assert all(same(end[part], again[part]) for part in end)
-    if (family, adapter) not in REFUSED:
-        assert_read_elsewhere(resumed, folder, dtype)
+@pytest.mark.parametrize(("family", "adapter", "dtype", "method", "penalty"), list(cells()))
+def test_a_cell(family, adapter, dtype, method, penalty, tmp_path):
+    if (family, adapter) in REFUSED:
+        with pytest.raises(ZofoError, match=REFUSED[family, adapter][1]):
+            trainer_of(tmp_path, family, adapter, dtype, method, penalty).train()
+        return
+    trainer = trainer_of(tmp_path, family, adapter, dtype, method, penalty)
+    # of some models, transformers keeps a few float32
+    dtypes = {p.dtype for p in trainer.adapted.backbone.values()}
+    assert {getattr(torch, dtype)} <= dtypes <= {getattr(torch, dtype), torch.float32}
+    start = parts_of(trainer)
+    assert all(v.dtype == torch.float32 for part in start if part != "backbone" for v in start[part].values())
+    trainer.train()
+    end = parts_of(trainer)
+    for part in start:
+        wanted = start[part].keys() if part in expected_moves(method, adapter, penalty) else set()
+        assert moved(start[part], end[part]) == wanted
+    assert_exact(trainer)
+    resumed = trainer_of(tmp_path, family, adapter, dtype, method, penalty)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = parts_of(resumed)
+    assert all(same(end[part], again[part]) for part in end)
+    assert_read_elsewhere(resumed, tmp_path, dtype)
 
 
 def table():

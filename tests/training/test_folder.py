@@ -30,12 +30,6 @@ from zofo.training.folder import (
 PARTS = ("backbone/model.safetensors", "upper/adapter_model.safetensors", "results.json", "README.md")
 
 
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    """A killed process loses nothing of what it has written; only a power cut does."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 def put(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
