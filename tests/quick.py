@@ -1,0 +1,11 @@
+"""What makes tests faster and none of them weaker; imported for its effect, before anything is run."""
+
+import functools
+import os
+
+import jinja2
+
+# A killed process loses nothing of what it has written; only a power cut does, and no test cuts the power.
+os.fsync = lambda descriptor: None
+# The template of peft's model card is compiled anew for each adapter that is saved: a tenth of the time of a tiny run.
+jinja2.Environment.compile = functools.lru_cache(jinja2.Environment.compile)
