@@ -19,7 +19,7 @@ from zofo.tasks.task import load_task, task_names
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "zofo").glob("**/*.py"))
-VERBS = ("train", "estimate", "eval", "merge", "tasks")
+VERBS = ("train", "predict", "estimate", "eval", "merge", "adapt", "tasks", "compare")
 
 
 def said(capsys, *words):

@@ -45,6 +45,10 @@ _FREE = (
 )  # fmt: skip
 _ORDER = "batch_order"  # the key whose seed it follows; older versions took data_seed
 _CHOOSING = ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity")
+_OF_ONE_METHOD = (  # which another one would refuse
+    *_CHOOSING, "zo_weight_decay", "zo_anchor", "optimizer_in_backward", "upper_learning_rate", "penalty_schedule",
+    "normalize_penalty",
+)  # fmt: skip
 
 
 @refusing_unknown
@@ -106,10 +110,7 @@ class ZOFOConfig(Keys):
         settings.require_single_process(self)
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model
         settings.require_batches(self, [stream.batches for stream in self.method_class.streams(self).values()])
-        self.activation_checkpointing_kwargs = parse.numbers(self.activation_checkpointing_kwargs)
-        options: Any = self.activation_checkpointing_kwargs or {}
-        if self.activation_checkpointing and options.get("use_reentrant"):
-            raise ZofoError("use_reentrant: true loses the gradients of an adapter on a frozen backbone: leave it out")
+        settings.settle_checkpointing_options(self)
         self.lr_scheduler_kwargs = parse.numbers(self.lr_scheduler_kwargs)
         first_order = self.method_class.backpropagates
         rate = self.learning_rate if first_order else self.zo_learning_rate
@@ -230,14 +231,13 @@ class ZOFOConfig(Keys):
 
     def variant(self, method: str, adapter: str, **more: Any) -> Self:
         """The same run by another method, without the keys that do not count for it."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         if (method, adapter) != (self.method, self.adapter):
-            plain = {"zo_sparsity": 0.0, "zo_weight_decay": 0.0, "zo_anchor": 0.0, "optimizer_in_backward": False}
-            of_another = {"upper_learning_rate": None, "penalty_schedule": "constant", "normalize_penalty": True}
-            more = {**dict.fromkeys(_CHOOSING[:3]), **plain, **of_another, **more}
+            more = {**{key: defaults[key] for key in _OF_ONE_METHOD}, **more}
         if not METHODS[method].freezes and self.zo_learning_rate == 0:
             more = {"zo_learning_rate": None, **more}
         if not METHODS[method].keys_used >= OBJECTIVE_KEYS:
-            more = {**{f.name: f.default for f in dataclasses.fields(self) if f.name in OBJECTIVE_KEYS}, **more}
+            more = {**{key: defaults[key] for key in OBJECTIVE_KEYS}, **more}
         if adapter != self.adapter:
             more = {"adapter_init": None, **dict.fromkeys(LORA_KEYS), **more}
         return dataclasses.replace(self, method=method, adapter=adapter, **more)

@@ -228,7 +228,7 @@ COLUMNS = {
     "input": "call input prompt and output completion",
 }
 
-# Options of the command line that one verb has alone; keys are those of zofo train.
+# Options of the command line that are no keys of a run, with a verb that has them.
 OPTIONS = {
     "config": "train",
     "memory_only": "estimate",

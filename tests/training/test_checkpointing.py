@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from plain import make_trainer, same, trained, write_task
+from plain import make_trainer, moved, same, trained, weights, write_task
 from shell import arguments, refused
 from tiny import save_tiny_model
 from zofo import ZOFOConfig, ZofoError
+from zofo.config_parser import parse_config
 from zofo.training.memory import fake, step_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
@@ -71,7 +72,18 @@ def test_prefixes_are_refused_before_anything_is_written(capsys, tmp_path):
 
 
 def test_prefixes_are_moved_by_forward_passes_all_the_same(tmp_path):
-    trained(tmp_path, method="zo", adapter="prefix", gradient_checkpointing=True, max_steps=1)
+    keys = {"method": "zo", "adapter": "prefix", "max_steps": 1}
+    start = weights(make_trainer(tmp_path / "start", **keys).adapted, "upper")
+    plain, _ = trained(tmp_path / "plain", **keys)
+    again, _ = trained(tmp_path / "again", **keys, gradient_checkpointing=True)
+    assert moved(start, again["upper"]) == start.keys()
+    assert same(plain["upper"], again["upper"])
+
+
+def test_options_on_the_command_line_are_json(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--gradient_checkpointing", "true", "--use_cpu", "true"]
+    config = parse_config(None, [*words, "--gradient_checkpointing_kwargs", '{"every_n_layers": 2}'])
+    assert config.activation_checkpointing_kwargs == {"use_reentrant": False, "every_n_layers": 2}
 
 
 def test_the_reentrant_form_is_refused(tmp_path):

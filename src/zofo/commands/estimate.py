@@ -26,7 +26,7 @@ from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.records import Record
 from zofo.training.callbacks import free_memory, resident_memory
-from zofo.training.memory import Memory, checkpoint, fake, step_memory
+from zofo.training.memory import Memory, enable_activation_checkpointing, fake, step_memory
 from zofo.training.rows import Posing, run_length, run_splits, run_tasks
 from zofo.zo.estimators import Estimate
 
@@ -206,7 +206,7 @@ class _Clock:
         names = max((variant.method_class.adapters for variant in variants), key=len)
         self._adapted = AdaptedModel(model, adapter_config(config.adapter, model, config.lora), names)
         cast(nn.Module, self._adapted.model).to(config.device)
-        checkpoint(config, self._adapted)
+        enable_activation_checkpointing(config, self._adapted)
         self._batches = batches.typical(self._adapted)
         self._scorer = Scorer(self._adapted, Tokens())
         self._first_order: Work | None = None

@@ -1,4 +1,4 @@
-"""Whether settings that transformers and accelerate would take can be used: some are made once, for nothing."""
+"""Which values of keys go together, and which of transformers and accelerate can be used: some are made once."""
 
 import copy
 import math
@@ -49,11 +49,17 @@ def settle_checkpointing(keys: Keys, method: type[Method]) -> None:
         keys.activation_checkpointing = keys.gradient_checkpointing
     if keys.activation_checkpointing_kwargs is None:
         keys.activation_checkpointing_kwargs = keys.gradient_checkpointing_kwargs
-    if keys.activation_checkpointing_kwargs:
-        options = numbers(keys.activation_checkpointing_kwargs) or {}
-        keys.activation_checkpointing_kwargs = {"use_reentrant": False, **cast(Any, options)}
     if not method.backpropagates:
         keys.activation_checkpointing = False  # forward passes keep nothing that could be computed again
+
+
+def settle_checkpointing_options(keys: Keys) -> None:
+    """What torch recommends where they do not say it, once transformers has read them; refuses the other way."""
+    options = cast(dict[str, Any], numbers(keys.activation_checkpointing_kwargs))
+    if options:
+        keys.activation_checkpointing_kwargs = options = {"use_reentrant": False, **options}
+    if keys.activation_checkpointing and options and options["use_reentrant"]:
+        raise ZofoError("use_reentrant: true loses the gradients of an adapter on a frozen backbone: leave it out")
 
 
 def require_evaluations(keys: Keys) -> None:

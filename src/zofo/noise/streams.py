@@ -186,6 +186,15 @@ def write_rows(
 
     `matrix` (V, D); `rows` (R,) int64, each in [0, V); `out` (R, D), contiguous, of the matrix's dtype. Only the C form
     can do it: where that is not in use, returns False and leaves `out` as it was.
+
+    Raises:
+        ZofoError: if the matrix has no floating-point dtype.
+
+    Examples:
+        >>> matrix, out = torch.zeros(5, 3), torch.zeros(1, 3)
+        >>> written = write_rows(matrix, torch.tensor([4]), [Term(7, 1.0)], out)
+        >>> torch.equal(out[0], add_(matrix, 7, 1.0)[4]) or not written
+        True
     """
     if isinstance(matrix, FakeTensor):
         return True
@@ -202,6 +211,9 @@ def warm_up(dtype: torch.dtype = torch.float32, device: torch.device | str = "cp
 
     Without this call, it is compiled at its first use. It takes a second or two, on a CPU once per machine. Where it
     fails, the torch form is used. All forms write the same bits.
+
+    Examples:
+        >>> fast = warm_up()  # True where there is a C compiler
     """
     probe, term = torch.zeros(1031, dtype=dtype, device=device), Term(1, 1e-3)
     expected, apart = probe.clone(), torch.empty_like(probe)

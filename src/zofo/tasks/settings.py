@@ -31,7 +31,10 @@ def setting(name: str, folder: str) -> tuple[list[str], list[str]]:
         ZofoError: if there is no such setting; or if the folder lacks tasks, which are named.
 
     Examples:
-        `train, test = setting("class_to_class", "data")` gives `["data/ade_corpus_v2-classification", ...]`.
+        >>> setting("hr_to_lw", "data")
+        Traceback (most recent call last):
+        ...
+        zofo.errors.ZofoError: there is no setting 'hr_to_lw': did you mean hr_to_lr?
 
     References:
         S. Min et al., "MetaICL: Learning to Learn In Context" (2022).

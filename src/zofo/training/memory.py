@@ -155,7 +155,7 @@ def step_memory(config: ZOFOConfig, adapted: AdaptedModel, longest: Batch) -> Me
     held = {id(t): t for t in [*adapted.model.parameters(), *adapted.model.buffers()]}
     tracker.mark("weights", [t for key, t in held.items() if key not in adapters])
     tracker.mark("adapters", adapters.values())
-    checkpoint(config, adapted)
+    enable_activation_checkpointing(config, adapted)
     # more of these take time and no memory; a limit would be found by sorting values that are not there
     steps = min((config.lower_pool or 0) + 1, config.lower_steps)  # a pool keeps hidden states from the second round on
     few: dict[str, Any] = {"lower_steps": steps, "zo_sparsity": 0.0}
@@ -198,8 +198,8 @@ def optimizer_states(method: Method, config: ZOFOConfig) -> int:
     return sum(state.nbytes for state in states if state.ndim) * weights // probe.numel()
 
 
-def checkpoint(config: ZOFOConfig, adapted: AdaptedModel) -> None:
-    """What `Trainer.train` does before its first step."""
+def enable_activation_checkpointing(config: ZOFOConfig, adapted: AdaptedModel) -> None:
+    """As `Trainer.train` does before its first step."""
     if config.activation_checkpointing:
         adapted.require_checkpointing()
         options = dict(cast(Any, config.activation_checkpointing_kwargs or {}))

@@ -63,8 +63,6 @@ def run_tasks(config: ZOFOConfig) -> dict[str, tuple[Task, dict[str, Any] | None
     found: dict[str, tuple[Task, dict[str, Any] | None]] = {}
     for place in config.tasks:
         task = _loaded(place, config)
-        if task.name in found:
-            raise ZofoError(f"two of the tasks are called {task.name}: give one of them another name, or leave it out")
         if Path(task.name).name != task.name or task.name.startswith("."):
             raise ZofoError(f"task {task.name!r} cannot be the name of a folder, which each of several tasks has")
         found[task.name] = task, None

@@ -1,7 +1,7 @@
 """`ZOFOTrainer`: transformers' `Trainer` with another step, and with the backbone in what it saves and loads."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from zofo.scoring.scorer import Scorer
 from zofo.scoring.tokens import Example
 from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import chat_identity
-from zofo.tasks.records import Record, Rows, digest
+from zofo.tasks.records import Record, digest
 from zofo.training import objective, start
 from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
 from zofo.training.callbacks import Cost, LossBar, own_callbacks
@@ -59,15 +59,15 @@ class ZOFOTrainer(EvaluatingTrainer):
             from. It is changed in place.
         args: the configuration.
         train_dataset: rows with `prompt`, `completion` and, for a loss over options, `options`; or conversations, with
-            `messages`: a list of dicts, a datasets.Dataset or a pandas DataFrame. With method bilevel
-            and without `upper_dataset`, `args.lower_fraction` of them go to the lower level, the others to the upper;
-            if that is shared, both levels read all rows of both data sets.
+            `messages`: a list of dicts, a datasets.Dataset or a pandas DataFrame; of several tasks, a dict of them by
+            names. With method bilevel and without `upper_dataset`, `args.lower_fraction` of them go to the lower level,
+            the others to the upper; if that is shared, both levels read all rows of both data sets.
         upper_dataset: rows of the upper level; methods without levels train on both together.
         eval_dataset: rows for model selection, which no level trains on.
         processing_class: the tokenizer; loaded with the model if not given.
         peft_config: of the adapter; by default what `args.adapter` names.
         metrics: of evaluations, the first one decides; by default accuracy for rows with options, else exact_match. A
-            function (predictions, references) -> number counts as well.
+            function (predictions, references) -> number counts as well. A dict has those of each task.
         callbacks: more transformers callbacks.
         reward_funcs: functions as trl's trainers take them, in place of `args.reward`: measured in evaluations, and
             followed with `args.objective` reward.
@@ -87,12 +87,12 @@ class ZOFOTrainer(EvaluatingTrainer):
         self,
         model: PreTrainedModel | PeftModel | str,
         args: ZOFOConfig | None = None,
-        train_dataset: Rows | None = None,
-        upper_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        train_dataset: start.TasksOrRows | None = None,
+        upper_dataset: start.TasksOrRows | None = None,
+        eval_dataset: start.TasksOrRows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
-        metrics: Sequence[Metric] | Metric = (),
+        metrics: start.Metrics | Mapping[str, start.Metrics] = (),
         callbacks: list[TrainerCallback] | None = None,
         reward_funcs: objective.RewardFuncs | None = None,
         **others: Any,

@@ -13,7 +13,7 @@ from zofo.methods.method import Bundle, Method
 from zofo.scoring.batch import Batch, width
 from zofo.scoring.tokens import Example
 from zofo.training.callbacks import Cost, peak_memory, reset_peak_memory
-from zofo.training.memory import checkpoint, optimizer_states
+from zofo.training.memory import enable_activation_checkpointing, optimizer_states
 from zofo.training.rehearsal import same_randomness
 
 
@@ -38,7 +38,7 @@ def trial(
     """
     by_width = sorted(rows, key=lambda example: width(example, config.loss), reverse=True)
     longest, typical = (collated(part[: config.per_device_train_batch_size]) for part in (by_width, rows))
-    checkpoint(config, method.adapted)
+    enable_activation_checkpointing(config, method.adapted)
     counted, method.keys = copy.copy(vars(cost)), copy.copy(config)
     method.keys.on_nonfinite = "skip"  # so that lower steps are taken back as well
     black_box = method.black_box
