@@ -86,6 +86,40 @@ def test_without_dev_rows_evaluations_are_off_unless_somebody_asked_for_them():
         config(eval_steps=5).settle_evaluations(0)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"eval_on_start": True, "eval_strategy": "no"},
+        {"save_strategy": "best", "metric_for_best_model": "loss"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"lr_scheduler_type": "greedy"},
+    ],
+)
+def test_what_needs_evaluations_is_refused_without_dev_rows(given):
+    keys = config(**given)
+    keys.settle_evaluations(1)
+    with pytest.raises(ZofoError, match="asks for evaluations, but no row is left for dev"):
+        keys.settle_evaluations(0)
+
+
+@pytest.mark.parametrize("more", [{"lr_scheduler_type": "reduce_lr_on_plateau"}, {"load_best_model_at_end": True}])
+def test_what_follows_evaluations_follows_the_objective(more):
+    keys = config(method="zo", adapter="none", objective="token_f1", zo_shaping="zscore", **more)
+    assert keys.metric_for_best_model == "token_f1"
+
+
+@pytest.mark.parametrize(
+    ("given", "notice"),
+    [
+        ({"warmup_steps": 3, "lr_scheduler_type": "greedy"}, "not used by lr_scheduler_type greedy: warmup_steps"),
+        ({"task_exponent": 0.3}, "not used by task_sampling uniform: task_exponent"),
+        ({"zo_learning_rate": 0, "zo_anchor": 0.1}, "not used with zo_learning_rate: 0, which freezes the backbone"),
+    ],
+)
+def test_keys_that_do_nothing_beside_others_are_named(given, notice):
+    assert any(line.startswith(notice) for line in config(**given).notices())
+
+
 def test_a_run_takes_one_device_of_several(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert ZOFOConfig(output_dir="run").n_gpu == 1

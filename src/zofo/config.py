@@ -15,6 +15,7 @@ from zofo.habits import refuse_values
 from zofo.identity import anywhere, known
 from zofo.keys import (
     AUTO,
+    BY_EVALUATIONS,
     LORA_KEYS,
     OBJECTIVE_KEYS,
     POSITIVE,
@@ -37,7 +38,8 @@ _INHERITED_IDENTITY = (
     "lr_scheduler_kwargs", "optim_args", "neftune_noise_alpha",
 )  # fmt: skip
 _CHECKPOINTING = tuple(f"{name}_checkpointing{rest}" for name in ("activation", "gradient") for rest in ("", "_kwargs"))
-_TIMELESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+_TIMELESS = ("constant", "constant_with_warmup", "inverse_sqrt", *BY_EVALUATIONS)
+_NEEDING_EVALUATIONS = ("best", *BY_EVALUATIONS, "True")
 _MANNER = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was started, not what it is
 _FREE = (
     "final_split", "zero_shot", "overwrite_output_dir", "on_nonfinite", "early_stopping_patience", "diagnose",
@@ -148,8 +150,13 @@ class ZOFOConfig(Keys):
         used = self.method_class.keys_used
         idle = [name for name in field_names() if name in self._given & (_method_keys() - used)]
         notices = [*self._notices, f"not used by {self.method}: {', '.join(idle)}"] if idle else [*self._notices]
-        if self.warmup_steps and self.method_class.trains() and name_of(self.lr_scheduler_type) == "constant":
-            notices.append("not used by lr_scheduler_type constant: warmup_steps (constant_with_warmup has it)")
+        schedule = name_of(self.lr_scheduler_type)
+        if self.warmup_steps and self.method_class.trains() and schedule in ("constant", *BY_EVALUATIONS):
+            notices.append(f"not used by lr_scheduler_type {schedule}: warmup_steps (constant_with_warmup has it)")
+        if "task_exponent" in self._given and self.task_sampling != "temperature":
+            notices.append(f"not used by task_sampling {self.task_sampling}: task_exponent")
+        if self.freezes_backbone and self.zo_anchor:
+            notices.append("not used with zo_learning_rate: 0, which freezes the backbone: zo_anchor")
         if self.system_prompt and not self.chat_template:
             notices.append("not used without chat_template: system_prompt")
         return notices
@@ -186,9 +193,12 @@ class ZOFOConfig(Keys):
 
     def settle_evaluations(self, dev_rows: int) -> None:
         """Without dev rows there are no evaluations; refuses that where somebody asked for them."""
-        asked = [key for key in ("eval_strategy", "eval_steps", "load_best_model_at_end") if key in self._given]
-        if dev_rows or name_of(self.eval_strategy) == "no":
+        if dev_rows:
             return
+        values = {key: name_of(vars(self)[key]) for key in ("save_strategy", "lr_scheduler_type", "eval_on_start")}
+        asked = [key for key, value in values.items() if value in _NEEDING_EVALUATIONS]
+        if name_of(self.eval_strategy) != "no":
+            asked += [key for key in ("eval_strategy", "eval_steps", "load_best_model_at_end") if key in self._given]
         if asked:
             raise ZofoError(f"{asked[0]} asks for evaluations, but no row is left for dev: give more rows, or dev_size")
         self.eval_strategy = IntervalStrategy.NO

@@ -116,6 +116,7 @@ COUPLING_KEYS = frozenset((
     "lower_fraction",
 ))  # fmt: skip
 OBJECTIVE_KEYS = frozenset(("objective", "zo_shaping", "zo_shaping_over"))
+BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules
 STAGE_KEYS = frozenset(("two_stage_fraction", "two_stage_order"))
 LORA_KEYS = {  # as LoraConfig calls them
     "adapter_layers": "layers_to_transform", "lora_r": "r", "lora_alpha": "lora_alpha",

@@ -250,3 +250,13 @@ def test_answers_of_several_tasks_are_as_long_as_their_own(folder, tmp_path):
     found = StoredRun.of(str(tmp_path / "run" / "backbone"), str(tmp_path / "run" / "tasks" / "second" / "upper"))
     assert found.name == "second"
     assert [(span.breaks, span.tokens) for span in map(found.span, ("tiny", "second"))] == [(0, 5), (3, 90)]
+
+
+@pytest.mark.parametrize(("method", "place"), [("fo", "tasks/tiny/upper"), ("reptile", "upper")])
+def test_the_card_of_a_run_over_tasks_names_an_adapter_that_is_there(folder, tmp_path, method, place):
+    tasks = [str(folder / "task.yaml"), str(folder / "second.yaml")]
+    keys = {"method": method, "adapter": "lora", "max_steps": 1, "per_device_train_batch_size": 4}
+    config = write_config(tmp_path, "run", **keys, model=str(folder / "model"), task=tasks, save_strategy="no")
+    assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "run")]) == 0
+    assert f'"{place}"' in (tmp_path / "run" / "README.md").read_text()
+    assert (tmp_path / "run" / place / "adapter_config.json").is_file()

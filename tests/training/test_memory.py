@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tiny import theta_of, tiny_model, token_batch
+from tiny import save_tiny_model, theta_of, tiny_model, token_batch
+from zofo.config import ZOFOConfig
 from zofo.models.load import replace_tensors
-from zofo.training.memory import MemoryTracker
+from zofo.training.memory import MemoryTracker, fake, step_memory
 from zofo.zo.population import population
 
 FLOAT = 4
@@ -92,3 +93,16 @@ def test_a_tied_weight_stays_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(made) == len({*map(id, kept.values()), *map(id, model.buffers())})
     assert all(p is made[id(kept[name])] for name, p in model.named_parameters())
+
+
+def test_a_shaped_population_needs_the_memory_of_a_plain_one(tmp_path):
+    """One direction would be refused, as its members have nothing to be compared with."""
+    keys = {"method": "zo", "adapter": "none", "zo_estimator": "one_sided", "num_perturbations": 8, "loss": "lm"}
+    keys |= {"model": str(save_tiny_model(tmp_path)), "output_dir": str(tmp_path), "use_cpu": True}
+    ids = token_batch(2, 8)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "scored": torch.tensor([[0, 1], [4, 4], [0, 0]])}
+    sizes = []
+    for objective in ({}, {"objective": "token_f1", "zo_shaping": "zscore"}):
+        config = ZOFOConfig(**keys, **objective)
+        sizes.append(step_memory(config, fake(config), batch).activations)
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)  # a few numbers more

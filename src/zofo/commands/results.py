@@ -73,7 +73,7 @@ def write_final(
         results["diagnosis"] = diagnosed(trainer, str(config.model), first.posed, *known)
     backbone = str(config.model) if trainer.adapted.quantised else "backbone"
     tasks = [test.task for test in tests.values()]
-    place = f"{TASKS}/{tasks[0].name}/{UPPER}" if several and not config.shared_adapter else UPPER
+    place = f"{TASKS}/{tasks[0].name}/{UPPER}" if (new / TASKS).is_dir() else UPPER
     steps = trainer.state.global_step
     card = model_card(config, results, tasks, steps, backbone, place, first.shown(trainer), trainer.span)
     title = f"{config.method} ({config.adapter}) on {', '.join(task.name for task in tasks)}"

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from zofo.errors import ZofoError
-from zofo.keys import AUTO, INFINITE, LOSS, OBJECTIVE_KEYS, Keys
+from zofo.keys import AUTO, BY_EVALUATIONS, INFINITE, LOSS, OBJECTIVE_KEYS, Keys, name_of
 from zofo.methods.method import Method
 from zofo.tasks.metrics import MEANS, TEXT_METRICS
 from zofo.tasks.rewards import REWARD, require_name
@@ -26,7 +26,8 @@ def settle_objective(keys: Keys, method: type[Method], given: Collection[str]) -
         _settle_rows(keys, given)
     if keys.objective in (REWARD, *TEXT_METRICS) and not method.backpropagates and "loss" not in given:
         keys.loss = "lm"  # options are not compared
-    if keys.load_best_model_at_end and keys.metric_for_best_model is None and keys.objective != LOSS:
+    choosing = keys.load_best_model_at_end or name_of(keys.lr_scheduler_type) in BY_EVALUATIONS
+    if choosing and keys.metric_for_best_model is None and keys.objective != LOSS:
         keys.metric_for_best_model = keys.objective
     return [*_settled_rate(keys, given), *_consequences(keys, method)]
 

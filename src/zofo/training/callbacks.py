@@ -1,4 +1,4 @@
-"""What a run costs (tokens, seconds of training, peak memory), and its progress bar."""
+"""What watches a run: its cost (tokens, seconds of training, peak memory), its length, and its progress bar."""
 
 import contextlib
 import sys
@@ -94,18 +94,39 @@ class StopBelowAdapters(TrainerCallback):
         self._model.disable_input_require_grads()
 
 
+class GoingOn(TrainerCallback):
+    """Makes a resumed run follow its own keys and folder, where transformers takes those of the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step is not None and best.is_dir():  # the run may have been moved
+            state.best_model_checkpoint = str(best)
+
+
 class EarlyStopping(EarlyStoppingCallback):
     """Transformers' callback; a run that goes on counts from where its checkpoint stopped counting."""
 
+    def __init__(self, patience: int) -> None:
+        super().__init__(patience)
+        self._began = 0
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        self._began = state.global_step
         self.early_stopping_patience_counter = _evaluations_without_progress(state)
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the key may be new to the run
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        if state.global_step > self._began:  # `eval_on_start` evaluates again where a run goes on
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 def own_callbacks(cost: Cost, model: PreTrainedModel, args: Keys) -> list[TrainerCallback]:
     """Those of every run."""
     patience = args.early_stopping_patience
-    return [CostCallback(cost), StopBelowAdapters(model), *([EarlyStopping(patience)] if patience else [])]
+    stopping = [EarlyStopping(patience)] if patience else []
+    return [CostCallback(cost), StopBelowAdapters(model), GoingOn(), *stopping]
 
 
 def is_over(state: TrainerState, patience: int | None) -> bool:

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,11 @@ _UNREADABLE = (
 def seal(folder: Path, content: dict[str, Any]) -> None:
     """Declares a folder complete: writes size and digest of each of its files, and `content`, in one atomic step.
 
-    A process that is killed earlier leaves a folder without a seal, which `last_sealed` passes over.
+    A process that is killed earlier leaves a folder without a seal, which `last_sealed` passes over, or with the seal
+    that it had.
     """
-    unseal(folder)
-    names = [f.relative_to(folder).as_posix() for f in sorted(folder.rglob("*")) if f.is_file()]
+    every = [f.relative_to(folder).as_posix() for f in sorted(folder.rglob("*")) if f.is_file()]
+    names = [name for name in every if name not in (SEAL, _HALF)]
     sizes = {name: (folder / name).stat().st_size for name in names}
     digests = {name: _digest(folder / name) for name in names}
     for name in names:
@@ -248,6 +249,17 @@ def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) 
             raise ZofoError(
                 f"{folder} was written with {key} = {found!r}, but now it is {given!r}: resume with the "
                 "same configuration, or start a new run in another output_dir"
+            )
+
+
+def require_same_selection(content: Mapping[str, Any], selection: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to compare evaluations with the best one of a checkpoint that was chosen by something else."""
+    for key, value in selection.items():
+        before = content.get(key)
+        if None not in (before, value) and before != value:
+            raise ZofoError(
+                f"{folder} was written with {key} = {before}, but now it is {value}, so its best evaluation says "
+                f"nothing: give {key}: {before}, or start a new run in another output_dir"
             )
 
 

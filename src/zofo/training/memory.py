@@ -159,7 +159,7 @@ def step_memory(config: ZOFOConfig, adapted: AdaptedModel, longest: Batch) -> Me
     # more of these take time and no memory; a limit would be found by sorting values that are not there
     steps = min((config.lower_pool or 0) + 1, config.lower_steps)  # a pool keeps hidden states from the second round on
     few: dict[str, Any] = {"lower_steps": steps, "zo_sparsity": 0.0}
-    if config.zo_distribution != "low_rank":  # whose directions are in one forward
+    if config.zo_distribution != "low_rank" and config.shaping == "none":  # which compares several
         few["num_perturbations"] = 1
     keys = config.variant(config.method, config.adapter, **few)
     method = keys.method_class(adapted, Scorer(adapted, Tokens()), keys)

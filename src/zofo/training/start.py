@@ -194,7 +194,11 @@ def metrics_of_tasks(
         metrics = cast(Any, (own,) if isinstance(own, str) or callable(own) else tuple(own) or default)
         found[name] = objective_metrics(args, metrics, bool(next(iter(task.train.values()))[0].options), rewarded)
     adapters = ["" if adapter == UPPER else f"{adapter}_" for adapter in args.method_class.adapters]
-    every = [[*map(_name_of_metric, metrics), "loss"] for metrics in found.values()]
+    losses = [not rewarded or all(record.answered for record in task.dev) for task in rows.values()]
+    every = [
+        [*map(_name_of_metric, metrics), *(["loss"] if known else [])]
+        for metrics, known in zip(found.values(), losses, strict=True)
+    ]
     shared = [name for name in every[0] if all(name in names for names in every)]
     tasks = [*zip(found, every, strict=True)] if len(found) > 1 else []
     named = [*shared, *(f"{task}_{name}" for task, names in tasks for name in names)]

@@ -66,6 +66,13 @@ class StoringTrainer(Trainer):
         finally:
             self.set_task(current)
 
+    @property
+    def selection(self) -> dict[str, Any]:
+        """By what the best checkpoint is chosen."""
+        metric = self.args.metric_for_best_model
+        more = self.args.greater_is_better
+        return {"metric_for_best_model": metric and metric.removeprefix("eval_"), "greater_is_better": more}
+
     def save_final(self, folder: Path, home: Path) -> None:
         """Writes what a run ends with into a folder that will be renamed, or whose parts will, to `home`."""
         with writing(folder):
@@ -131,7 +138,7 @@ class StoringTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.adapted.save_trained(folder)
             self._joint.bank.save(folder)
-            seal(folder, {"config": self.identity, "cost": asdict(self.cost), **self.notes})
+            seal(folder, {"config": self.identity, "cost": asdict(self.cost), **self.selection, **self.notes})
             self._whole = folder
             drop_old(run)
         # only now that the new one is whole may an old one go

@@ -37,6 +37,7 @@ from zofo.training.checkpoint import (
     loading,
     require_optimizer_state,
     require_same,
+    require_same_selection,
     require_whole,
     siblings,
     steps_of,
@@ -196,6 +197,7 @@ class ZOFOTrainer(EvaluatingTrainer):
             return  # reading every byte once is enough
         content = require_whole(folder)
         require_same(content["config"], self.identity, folder)
+        require_same_selection(content, self.selection, folder)
         with loading(folder):
             Cost(**content["cost"])
         if steps_of(folder) < self.planned_steps():
@@ -329,9 +331,9 @@ class ZOFOTrainer(EvaluatingTrainer):
             self._whole = folder if is_of(folder, run) else None
             resume_from_checkpoint = str(folder)
         with owned(run), self.adapted.deployed_after():
-            if resume_from_checkpoint and self._is_finished(resume_from_checkpoint, self.planned_steps()):
-                return TrainOutput(self.state.global_step, 0.0, {})
             try:
+                if resume_from_checkpoint and self._is_finished(resume_from_checkpoint, self.planned_steps()):
+                    return TrainOutput(self.state.global_step, 0.0, {})
                 with self._interrupt.listening(saves=name_of(self.args.save_strategy) != "no"):
                     return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             finally:
