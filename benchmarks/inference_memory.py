@@ -63,7 +63,7 @@ def peak_of(name: str, length: int) -> int:
     import torch
 
     from timing import MODEL, batches, trainer
-    from zofo.training.callbacks import peak_memory, reset_peak_memory
+    from zofo.training.peak import peak_memory, reset_peak_memory
 
     if name == "transformers":
         from zofo.models.load import load_model

@@ -48,7 +48,7 @@ def inference(model: str) -> dict[str, float]:
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     if torch.cuda.is_available():
         loaded.cuda()
-    from zofo.training.callbacks import peak_memory, reset_peak_memory
+    from zofo.training.peak import peak_memory, reset_peak_memory
 
     ids = torch.randint(10, 1000, (8, 48), device=loaded.device)
     reset_peak_memory(loaded.device)

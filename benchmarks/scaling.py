@@ -22,7 +22,7 @@ from timing import MODEL, TOKENS, batches, device, interleaved, step_of, trainer
 from zofo import ZOFOTrainer
 from zofo.models.load import load_model
 from zofo.scoring.scorer import Scorer, Tokens
-from zofo.training.callbacks import peak_memory, reset_peak_memory
+from zofo.training.peak import peak_memory, reset_peak_memory
 
 SIZES = {
     "15 M": (192, 12, 3),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from plain import write_config, write_task
 from zofo.cli import main
 from zofo.commands.stored import StoredRun
-from zofo.compare.statistics import spread
+from zofo.compare.statistics import over_draws
 from zofo.tasks.task import load_task
 from zofo.training.trained_rows import trained_rows_of, was_trained_on
 
@@ -236,7 +236,7 @@ def test_the_task_of_a_table_is_refused_by_its_file(folder, tmp_path, capsys):
 
 def test_the_interval_over_draws_is_student_s():
     values = [0.4, 0.5, 0.9, 0.7]
-    found = spread([{"f1": value} for value in values])["f1"]
+    found = over_draws([{"f1": value} for value in values])["f1"]
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
     assert (found["low"], found["high"]) == (pytest.approx(low), pytest.approx(high))
 

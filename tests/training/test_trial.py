@@ -12,7 +12,7 @@ from zofo import ZofoError
 from zofo.methods import METHODS
 from zofo.scoring.scorer import Scorer
 from zofo.training import memory
-from zofo.training.callbacks import peak_memory, reset_peak_memory
+from zofo.training.peak import peak_memory, reset_peak_memory
 
 TRAINED = [(name, "none") for name in ("fo", "zo")] + [(name, "lora") for name, m in METHODS.items() if m.trains()]
 

@@ -19,7 +19,7 @@ from zofo.commands.merge import new_folder
 from zofo.commands.results import strict
 from zofo.commands.stored import StoredRun
 from zofo.compare.plan import FRESH
-from zofo.compare.statistics import spread
+from zofo.compare.statistics import over_draws
 from zofo.config import ZOFOConfig
 from zofo.config_parser import parse_config
 from zofo.console import Say
@@ -259,8 +259,8 @@ def _results(asked: Asked, task: Task, config: ZOFOConfig, found: Sequence[_Draw
         "method": config.method,
         "seed": config.seed,
         "zero_shot": found[0].zero_shot,
-        "in_context": spread([draw.in_context for draw in found]),
-        "metrics": spread([draw.adapted for draw in found]),
+        "in_context": over_draws([draw.in_context for draw in found]),
+        "metrics": over_draws([draw.adapted for draw in found]),
         "examples_that_fit": sum(draw.fitting for draw in found) / len(found),
         "seconds": sum(draw.seconds for draw in found) / len(found),
     }

@@ -25,8 +25,8 @@ from zofo.scoring.batch import Batch, collate, padding_id, width
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.records import Record
-from zofo.training.callbacks import free_memory, resident_memory
 from zofo.training.memory import Memory, enable_activation_checkpointing, fake, step_memory
+from zofo.training.peak import free_memory, resident_memory
 from zofo.training.rows import Posing, run_length, run_splits, run_tasks
 from zofo.zo.estimators import Estimate
 

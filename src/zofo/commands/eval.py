@@ -19,7 +19,7 @@ from zofo.scoring.evaluation import Answer, Evaluator, Scoring
 from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.tokens import Example, tokenize
 from zofo.spelling import ANY_TASK_KEYS, EVAL_KEYS, key_of
-from zofo.tasks.metrics import OPTION_METRICS
+from zofo.tasks.metrics import OPTION_METRICS, worst
 from zofo.tasks.prompts import as_channel, as_chat, behind_premise, demonstrations, in_context, tokens_of_chat
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits
@@ -139,24 +139,24 @@ def evaluate_model(
         counted = "" if asked else rows.counted
         for note in filter(None, (counted, rows.note)):
             say(f"{rows.task.name}: {note}")
-        results[rows.task.name] = {"templates": scores, **spread(scores)} if manner.template == ALL else scores[0]
+        every = manner.template == ALL
+        results[rows.task.name] = {"templates": scores, **over_templates(scores)} if every else scores[0]
     return results
 
 
-def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def over_templates(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Mean, standard deviation and worst of every number that differs between templates.
 
     Examples:
-        >>> spread([{"accuracy": 0.5}, {"accuracy": 0.75}])["accuracy"]["worst"]
+        >>> over_templates([{"accuracy": 0.5}, {"accuracy": 0.75}])["accuracy"]["worst"]
         0.5
     """
     spreads: dict[str, dict[str, float]] = {}
     for key in scores[0]:
         values = [own[key] for own in scores]
         if key not in ("rows", "shots_least", "shots_mean"):
-            worst = max(values) if key == "loss" else min(values)
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            spreads[key] = {"mean": statistics.mean(values), "std": deviation, "worst": worst}
+            spreads[key] = {"mean": statistics.mean(values), "std": deviation, "worst": worst(key, values)}
     return spreads
 
 

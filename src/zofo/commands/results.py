@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from zofo.models.adapters import AdaptedModel
@@ -18,12 +17,10 @@ from zofo.report.curves import plot_curves
 from zofo.scoring.tokens import Example
 from zofo.tasks.records import Record
 from zofo.tasks.task import Task
-from zofo.training.attribution import diagnosed
+from zofo.training.attribution import diagnosed, squares
 from zofo.training.checkpoint import seal, writing
 from zofo.training.folder import TASKS
 from zofo.training.trainer import ZOFOTrainer
-
-_PART = 1 << 24  # numbers in double precision at a time
 
 
 @dataclass(frozen=True)
@@ -106,15 +103,10 @@ def strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@torch.no_grad()
 def backbone_change(adapted: AdaptedModel, model: str, dtype: DType) -> float:
     """|θ - θ_0| / |θ_0|, with θ_0 loaded once more."""
     if adapted.quantised:  # and so where it was
         return 0.0
-    moved, norm = 0.0, 0.0
-    now = adapted.backbone
-    for name, start in load_weights(model, dtype).named_parameters():
-        for part, before in zip(*(p.detach().flatten().split(_PART) for p in (now[name], start)), strict=True):
-            moved += float((part.cpu().double() - before.double()).square().sum())
-            norm += float(before.double().square().sum())
-    return (moved / norm) ** 0.5
+    start = load_weights(model, dtype).named_parameters()
+    moved, norm = zip(*(squares(adapted.backbone[name], before) for name, before in start), strict=True)
+    return (sum(moved) / sum(norm)) ** 0.5

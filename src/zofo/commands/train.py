@@ -62,6 +62,44 @@ def train(config: ZOFOConfig, say: Say, config_file: Path | None = None) -> dict
 def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict[str, Any]:
     for notice in config.notices():
         say(notice)
+    trainer, tests, spec = _prepared(config, run, say, resume)
+    texts, trains = _texts(config, spec), config.method_class.trains()
+    in_context = any(test.shots for test in tests.values())
+    if trains:
+        trainer.require_trainable()
+    if resume:
+        trainer.require_resumable(resume)
+    zero_shot: dict[str, dict[str, float]] = {}
+    with _begun(run, resume, texts):
+        if trains:
+            _announce(trainer, resume, say)
+        if config.zero_shot and (trains or in_context):
+            zero_shot = _zero_shot(trainer, tests, resume)
+            _tell("zero-shot", zero_shot, tests, config.final_split, say)
+        if trains:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.require_finite()
+        scored = {name: trainer.scored(tests[name].posed) for name in trainer.each_task()}
+        metrics = {name: {a: scores for a, (scores, _) in own.items()} for name, own in scored.items()}
+        texts[PREDICTIONS] = "".join(
+            _predictions(trainer, name, tests[name], own[UPPER][1]) for name, own in scored.items()
+        )
+        if not trains and not in_context:
+            zero_shot = {name: own[UPPER] for name, own in metrics.items()}
+        found = _scores(config, metrics, zero_shot, tests)
+        with final_parts(run) as new:
+            results = write_final(trainer, tests, found, new, texts)
+    for adapter, mean in results["metrics"].items():
+        _tell(adapter, {name: own[adapter] for name, own in metrics.items()}, tests, config.final_split, say)
+        if len(tests) > 1:
+            say(f"{adapter}, mean of {len(tests)} tasks: {_words(mean)}")
+    return results
+
+
+def _prepared(
+    config: ZOFOConfig, run: Path, say: Say, resume: Path | None
+) -> tuple[ZOFOTrainer, dict[str, Tested], dict[str, Any] | None]:
+    """The trainer, the rows of the final scores by task, and the content of a task file that was made from a table."""
     rewards = run_rewards(config)
     tasks = run_tasks(config)
     require_tasks(config, [*tasks])
@@ -87,45 +125,21 @@ def _train(config: ZOFOConfig, run: Path, say: Say, resume: Path | None) -> dict
     tests = {name: _in_context(trainer, tests[name], posing, say) for name, _, posing in given}
     for name in trainer.each_task():
         trainer.require_scorable(tests[name].posed)
-    in_context = any(test.shots for test in tests.values())
-    texts = _texts(config, spec)
-    if config.method_class.trains():
-        trainer.require_trainable()
-    if resume:
-        trainer.require_resumable(resume)
-    zero_shot: dict[str, dict[str, float]] = {}
-    with _begun(run, resume, texts):
-        if config.method_class.trains():
-            for line in (_plan(trainer, resume), *_backward(trainer)):
-                say(line)
-            if config.diagnose:
-                say(cost_line(trainer.method, config))
-        if config.zero_shot and (config.method_class.trains() or in_context):
-            zero_shot = _zero_shot(trainer, tests, resume)
-            for name, scores in zero_shot.items():
-                test = tests[name]
-                say(f"{_of(name)}zero-shot on {len(test.examples)} {config.final_split} rows: {_words(scores)}")
-        if config.method_class.trains():
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            trainer.require_finite()
-        scored = {name: trainer.scored(tests[name].posed) for name in trainer.each_task()}
-        metrics = {name: {a: scores for a, (scores, _) in own.items()} for name, own in scored.items()}
-        texts[PREDICTIONS] = "".join(
-            _predictions(trainer, name, tests[name], own[UPPER][1]) for name, own in scored.items()
-        )
-        if not config.method_class.trains() and not in_context:
-            zero_shot = {name: own[UPPER] for name, own in metrics.items()}
-        found = _scores(config, metrics, zero_shot, tests)
-        with final_parts(run) as new:
-            results = write_final(trainer, tests, found, new, texts)
-    for name, own in metrics.items():
-        for adapter, scores in own.items():
-            rows = f"{len(tests[name].examples)} {config.final_split} rows"
-            say(f"{_of(name)}{adapter} on {rows}: {_words(scores)}")
-    if len(tests) > 1:
-        for adapter, scores in results["metrics"].items():
-            say(f"{adapter}, mean of {len(tests)} tasks: {_words(scores)}")
-    return results
+    return trainer, tests, spec
+
+
+def _announce(trainer: ZOFOTrainer, resume: Path | None, say: Say) -> None:
+    """What the training will do and take."""
+    for line in (_plan(trainer, resume), *_backward(trainer)):
+        say(line)
+    if trainer.args.diagnose:
+        say(cost_line(trainer.method, trainer.args))
+
+
+def _tell(of: str, scores: Mapping[str, dict[str, float]], tests: Mapping[str, Tested], split: str, say: Say) -> None:
+    """A line for each task."""
+    for name, own in scores.items():
+        say(f"{_of(name)}{of} on {len(tests[name].examples)} {split} rows: {_words(own)}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from scipy.optimize import brentq
 from scipy.stats import chi2, permutation_test, t
 
 from zofo.errors import ZofoError
+from zofo.tasks.metrics import worst
 
 Array = NDArray[np.float64]
 Groups = Sequence[str] | Sequence[int] | None
@@ -189,13 +190,13 @@ def row_values(statistic: Callable[[NDArray[np.intp]], float], rows: int) -> Arr
     return statistic(every) + (rows - 1) * (without.mean() - without)
 
 
-def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+def over_draws(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
     """Mean, worst and 95 % interval of each score over draws, with those of each draw.
 
     The interval is mean ± t s / sqrt(N), of N draws with the standard deviation s; none of one draw.
 
     Examples:
-        >>> found = spread([{"accuracy": 0.5}, {"accuracy": 0.75}, {"accuracy": 0.7}])["accuracy"]
+        >>> found = over_draws([{"accuracy": 0.5}, {"accuracy": 0.75}, {"accuracy": 0.7}])["accuracy"]
         >>> found["mean"], found["worst"], round(found["low"], 3)
         (0.65, 0.5, 0.321)
     """
@@ -204,13 +205,9 @@ def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
         if key == "rows":
             continue
         values = [own[key] for own in scores]
-        mean, n = sum(values) / len(values), len(values)
-        reach = math.nan
-        if n > 1:
-            variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-            reach = float(t.isf(LEVEL / 2, n - 1)) * math.sqrt(variance / n)
-        worst = max(values) if key == "loss" else min(values)
-        found[key] = {"mean": mean, "worst": worst, "low": mean - reach, "high": mean + reach, "of_draws": values}
+        one = Mean(values[0], math.nan, math.nan)
+        whole = mean_interval(np.array([values]), bounded=False) if len(values) > 1 else one
+        found[key] = {**asdict(whole), "worst": worst(key, values), "of_draws": values}
     return found
 
 

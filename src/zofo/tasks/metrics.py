@@ -135,6 +135,16 @@ def score_by(metric: Function, predictions: Sequence[str], references: Reference
         raise ZofoError(f"metric {name} gave {value!r:.80}: return a number, or a dict of numbers") from error
 
 
+def worst(key: str, values: Sequence[float]) -> float:
+    """The worst of several values of a score: the largest loss, the smallest of any other.
+
+    Examples:
+        >>> worst("loss", [0.5, 0.25]), worst("accuracy", [0.5, 0.25])
+        (0.5, 0.25)
+    """
+    return max(values) if key == "loss" else min(values)
+
+
 def _mean_best(of_pair: Callable[[str, str], float], rows: Rows) -> float:
     """The mean over the rows of the best value over the right answers."""
     best = [max(of_pair(p, right) for right in r) for p, r in zip(rows.predictions, rows.references, strict=True)]

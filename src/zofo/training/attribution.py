@@ -69,16 +69,31 @@ def series(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 @torch.no_grad()
 def update_by_part(adapted: AdaptedModel, start: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """{part of the model: {"norm": |θ - θ_0|, "relative": |θ - θ_0| / |θ_0|}}, with θ_0 = `start` on the CPU."""
-    squares: dict[str, list[float]] = {}
+    totals: dict[str, list[float]] = {}
     for name, part in parts_of(adapted.base, adapted.backbone).items():
-        total = squares.setdefault(part, [0.0, 0.0])
-        for now, before in zip(*(p.flatten().split(_PART) for p in (adapted.backbone[name], start[name])), strict=True):
-            total[0] += float((now.cpu().double() - before.double()).square().sum())
-            total[1] += float(before.double().square().sum())
+        total = totals.setdefault(part, [0.0, 0.0])
+        moved, norm = squares(adapted.backbone[name], start[name])
+        total[0] += moved
+        total[1] += norm
     return {
         part: {"norm": moved**0.5, "relative": (moved / norm) ** 0.5 if norm else 0.0}
-        for part, (moved, norm) in squares.items()
+        for part, (moved, norm) in totals.items()
     }
+
+
+@torch.no_grad()
+def squares(now: Tensor, before: Tensor) -> tuple[float, float]:
+    """|now - before|² and |before|² of a weight, in double precision; `before` is on the CPU.
+
+    Examples:
+        >>> squares(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 5.0]))
+        (9.0, 26.0)
+    """
+    moved, norm = 0.0, 0.0
+    for new, old in zip(*(p.flatten().split(_PART) for p in (now, before)), strict=True):
+        moved += float((new.cpu().double() - old.double()).square().sum())
+        norm += float(old.double().square().sum())
+    return moved, norm
 
 
 @contextmanager

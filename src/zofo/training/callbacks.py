@@ -1,22 +1,16 @@
 """What watches a run: its cost (tokens, seconds of training, peak memory), its length, and its progress bar."""
 
-import contextlib
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from zofo.keys import Keys
 from zofo.scoring.scorer import Tokens
-
-_CLEAR_PEAK = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
+from zofo.training.peak import peak_memory, reset_peak_memory
 
 
 @dataclass
@@ -44,41 +38,6 @@ class CostCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._cost.wall_seconds += time.perf_counter() - self._started
         self._cost.peak_memory_bytes = max(self._cost.peak_memory_bytes, peak_memory(args.device))
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new measurement of `peak_memory`, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR_PEAK.exists():
-        with contextlib.suppress(OSError):  # some containers forbid it; the peak then includes what came before
-            _CLEAR_PEAK.write_text("5")  # Linux: sets the peak of this process to what it uses now
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since `reset_peak_memory`: of torch's allocator on a GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
-    peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
-    if peak is not None:
-        return int(peak) * 1024
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # which Windows does not have
-
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
-
-
-def resident_memory(device: torch.device) -> int:
-    """Bytes of this process on a CPU; 0 where a GPU's allocator is measured, which holds no libraries."""
-    return 0 if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had there."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 class StopBelowAdapters(TrainerCallback):

@@ -12,8 +12,9 @@ from zofo.errors import NonFiniteLossError, ZofoError, is_lack_of_memory
 from zofo.methods.method import Bundle, Method
 from zofo.scoring.batch import Batch, width
 from zofo.scoring.tokens import Example
-from zofo.training.callbacks import Cost, peak_memory, reset_peak_memory
+from zofo.training.callbacks import Cost
 from zofo.training.memory import enable_activation_checkpointing, optimizer_states
+from zofo.training.peak import peak_memory, reset_peak_memory
 from zofo.training.rehearsal import same_randomness
 
 
