@@ -1,4 +1,4 @@
-"""Which rows go into which step: a pure function of the data seed and the step, so that a run can resume anywhere."""
+"""Which rows go into which step: a pure function of the seed and the step, so that a run can resume anywhere."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -78,7 +78,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         ZofoError: if these do not go together, before any work.
 
     Examples:
-        In the README, under Use; `zofo.commands.train.train` is a complete run.
+        In the README, under Usage; `zofo.commands.train.train` is a complete run.
 
     References:
         R. Shirkavand et al., "Bilevel ZOFO" (arXiv 2502.03604).
