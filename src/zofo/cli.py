@@ -13,7 +13,7 @@ from typing import Any
 
 from zofo.commands import verbs
 from zofo.console import Lasting
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, in_one_line
 from zofo.spelling import require_known
 
 _TRAIN = """One run: loads a model and a task, trains, evaluates on test rows, and writes a run folder with backbone/,
@@ -82,7 +82,7 @@ def _status(words: list[str]) -> int:
     try:
         return _run(words)
     except ZofoError as error:
-        return _fail(" ".join(str(error).split()), 2)
+        return _fail(in_one_line(error), 2)
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or ''} - free space or choose another folder", 2)
     except KeyboardInterrupt as stop:

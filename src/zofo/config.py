@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from zofo import parse
-from zofo.errors import ZofoError
+from zofo.errors import ZofoError, in_one_line
 from zofo.habits import refuse_values
 from zofo.identity import anywhere, known
 from zofo.keys import (
@@ -107,7 +107,7 @@ class ZOFOConfig(Keys):
         try:
             super().__post_init__()
         except (ValueError, TypeError) as error:
-            raise ZofoError(" ".join(str(error).split())) from error
+            raise ZofoError(in_one_line(error)) from error
         self.do_eval = False  # transformers sets it, and nothing reads it
         settings.require_single_process(self)
         self._n_gpu = min(self.n_gpu, 1)  # more would make Trainer split batches between copies of the model

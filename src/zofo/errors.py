@@ -19,6 +19,12 @@ class NonFiniteLossError(ZofoError):
     """A loss or gradient that is not finite; nothing has changed because of it."""
 
 
+# what a forward of a model raises for inputs, weights or adapters that do not fit it
+FORWARD_ERRORS = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError,
+)  # fmt: skip
+
+
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an allocator failed, which says nothing of what was given: torch raises a plain RuntimeError on a CPU.
 
@@ -38,6 +44,16 @@ def first_line(error: BaseException) -> str:
     """
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def in_one_line(error: BaseException, most: int | None = None) -> str:
+    r"""An error's whole message in one line, of at most so many characters.
+
+    Examples:
+        >>> in_one_line(ValueError("no such\n  thing"))
+        'no such thing'
+    """
+    return " ".join(str(error).split())[:most]
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1) -> str:

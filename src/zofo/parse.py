@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 
-from zofo.errors import ZofoError, first_line
+from zofo.errors import ZofoError, first_line, in_one_line
 
 _DEEPEST = 50  # lists and mappings inside each other; Python's own limit depends on who calls
 _LARGEST_YAML = 100_000  # values, where an alias counts as all that it stands for
@@ -63,7 +63,7 @@ def read_yaml(source: str | Path, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise ZofoError(f"{where} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
     except yaml.YAMLError as error:
-        place, found = _bare_template(error, text) or ("", " ".join(str(error).split()))
+        place, found = _bare_template(error, text) or ("", in_one_line(error))
         raise ZofoError(f"{where}{place} is no valid YAML: {found}") from error
     except OSError:
         raise

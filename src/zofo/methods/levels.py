@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zofo.errors import NonFiniteLossError, ZofoError, first_line, is_lack_of_memory
+from zofo.errors import FORWARD_ERRORS, NonFiniteLossError, ZofoError, first_line, is_lack_of_memory
 from zofo.keys import AUTO, Keys
 from zofo.methods.first_order_optimizers import first_order_optimizer
 from zofo.methods.populations import Asked, member_losses, require_groups
@@ -100,7 +100,7 @@ class FirstOrderLevel:
                 with self._adapted.deployed_after(), below.shared(self._blocks_below):
                     self._adapted.use(self._adapter)
                     losses.append(float(scorer.loss(batch)))
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        except FORWARD_ERRORS as error:
             if is_lack_of_memory(error):
                 raise
             reason = f"fails ({first_line(error)})"

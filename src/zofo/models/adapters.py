@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zofo.errors import ZofoError, is_lack_of_memory
+from zofo.errors import FORWARD_ERRORS, ZofoError, in_one_line, is_lack_of_memory
 from zofo.models.export import save_model
 from zofo.models.load import load_weights
 from zofo.models.peft import UPPER, attach, mixing_layers, real_keys_and_values, with_adapters
@@ -153,12 +153,12 @@ class AdaptedModel:
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.base.device)
         try:
             self.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        except FORWARD_ERRORS as error:
             if is_lack_of_memory(error):
                 raise
             raise ZofoError(
                 f"this {self.base.config.model_type} model does not work with {PeftType(self._config.peft_type).value}"
-                f" of peft ({' '.join(str(error).split())[:200]}): choose another adapter, such as lora"
+                f" of peft ({in_one_line(error, 200)}): choose another adapter, such as lora"
             ) from error
 
     def require_checkpointing(self) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from zofo.errors import ZofoError, is_lack_of_memory
+from zofo.errors import ZofoError, in_one_line, is_lack_of_memory
 from zofo.models.load import DTYPES, DType, load_weights
 from zofo.models.outside import require_nothing_outside, require_plain_tokenizer
 
@@ -119,7 +119,7 @@ def with_adapters(
         kind = PeftType(config.peft_type).value
         raise ZofoError(
             f"peft cannot put {'several adapters of kind ' if others else ''}{kind} on this {base.config.model_type} "
-            f"model: {' '.join(str(error).split())}"
+            f"model: {in_one_line(error)}"
         ) from error
     return model
 
@@ -262,7 +262,7 @@ def attach(model: PreTrainedModel, adapter: str, name: str = UPPER, config: Peft
     except (*_PEFT_ERRORS, RuntimeError, OSError, SafetensorError) as error:
         if is_lack_of_memory(error):
             raise
-        raise ZofoError(f"the adapter {folder} does not fit this model: {' '.join(str(error).split())}") from error
+        raise ZofoError(f"the adapter {folder} does not fit this model: {in_one_line(error)}") from error
     missing = next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), "")
     if missing:
         raise ZofoError(f"the adapter {folder} is not complete: {' '.join(missing.split())[:300]}")

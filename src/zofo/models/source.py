@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from zofo.cache import cache_folder
-from zofo.errors import ZofoError, first_line
+from zofo.errors import ZofoError, first_line, in_one_line
 from zofo.packages import PACKAGE_SCHEME, package_file
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
@@ -226,7 +226,7 @@ def require_plausible(config: Any, source: Path, tensors: Tensors) -> None:
     try:
         needed = sum(p.numel() for p in empty_model(config, torch.float32).parameters())
     except Exception as error:  # a hostile config fails in any way
-        raise ZofoError(f"{source} makes no model: {' '.join(str(error).split())[:200]}") from error
+        raise ZofoError(f"{source} makes no model: {in_one_line(error, 200)}") from error
     if needed > 2 * stored:
         raise ZofoError(f"{source} asks for {needed:,} weights, but {stored:,} are stored: they do not belong together")
     for name, (dtype, shape) in tensors.items():

@@ -7,7 +7,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from zofo.errors import ZofoError, is_lack_of_memory
+from zofo.errors import FORWARD_ERRORS, ZofoError, in_one_line, is_lack_of_memory
 from zofo.models.adapters import AdaptedModel
 from zofo.scoring.batch import Batch, Layout, collate, padding_id
 from zofo.scoring.scorer import Scorer, Tokens, widest_layout
@@ -15,7 +15,6 @@ from zofo.scoring.tokens import Example
 
 _PROMPTS = (3, 10)  # tokens
 _ANSWERS = (2, 4)
-_FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 @torch.no_grad()
@@ -48,12 +47,12 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
     examples = _random_examples(adapted, tokenizer)
     try:
         alone = torch.cat([_alone(adapted, e.prompt, answer) for e in examples for answer in e.answers])
-    except _FORWARD_ERRORS as error:
+    except FORWARD_ERRORS as error:
         if is_lack_of_memory(error):
             raise
         raise ZofoError(
             f"this {adapted.base.config.model_type} model cannot score token ids alone "
-            f"({' '.join(str(error).split())[:200]}): choose another model"
+            f"({in_one_line(error, 200)}): choose another model"
         ) from error
     for layout in layouts:
         if _is_exact(alone, _in_a_batch(adapted, tokenizer, examples, layout), adapted.base.dtype):
@@ -101,7 +100,7 @@ def _in_a_batch(
     batch = collate(examples, "options", padding_id(tokenizer), scorer.layout)
     try:
         return scorer.log_probabilities(send_to_device(batch, adapted.base.device))
-    except _FORWARD_ERRORS as error:
+    except FORWARD_ERRORS as error:
         if is_lack_of_memory(error):
             raise
         return None

@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -276,7 +276,7 @@ class _Reader:
     def _has_rows(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) > 0 and len(value) % self._total == 0
 
-    def _refuse(self, func: Callable[..., Any], values: Iterable[Any]) -> Any:
+    def _refuse(self, func: Callable[..., Any], values: Iterable[Any]) -> NoReturn:
         leaves = _flat(values)
         named = [self.names[id(value)] for value in leaves if id(value) in self.names]
         named += [value.parameter for value in leaves if isinstance(value, _Apart)]

@@ -111,7 +111,7 @@ class Reader:
             return result
         if func is Tensor.__getitem__ and (result := self._item(*args)) is not None:
             return result
-        self._refuse(func, args, kwargs)
+        self._require_readable(func, args, kwargs)
         targets = self._targets_in(args) | (self._targets_in(kwargs.values()) if kwargs else {})
         # the largest first: a small one must not occupy the buffer that fits a large one
         order = sorted(targets, key=lambda key: -targets[key].numel()) if len(targets) > 1 else targets
@@ -259,7 +259,7 @@ class Reader:
         noise.write_sums([Sum(item, copy, terms, index * item.numel(), limit=limit)], self._blocks[0].distribution)
         return copy
 
-    def _refuse(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _require_readable(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises for what cannot be answered with a copy: a write, or the address of the weights."""
         if func is Tensor.data_ptr:
             raise ZofoError(
