@@ -145,11 +145,17 @@ class ZOFOConfig(Keys):
         """Of the division of the rows: `data_seed`, or `seed` if it is not given. Batches are drawn by `seed`."""
         return self.seed if self.data_seed is None else self.data_seed
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The keys that were given and that the method does not use."""
+        unused = self._given & (_method_keys() - self.method_class.keys_used)
+        return tuple(name for name in field_names() if name in unused)
+
     def notices(self) -> list[str]:
         """A line for each reason why a key that was given does nothing in this run, or another thing than it says."""
-        used = self.method_class.keys_used
-        idle = [name for name in field_names() if name in self._given & (_method_keys() - used)]
-        notices = [*self._notices, f"not used by {self.method}: {', '.join(idle)}"] if idle else [*self._notices]
+        notices = [*self._notices]
+        if self.idle:
+            notices.append(f"not used by {self.method}: {', '.join(self.idle)}")
         schedule = name_of(self.lr_scheduler_type)
         if self.warmup_steps and self.method_class.trains() and schedule in ("constant", *BY_EVALUATIONS):
             notices.append(f"not used by lr_scheduler_type {schedule}: warmup_steps (constant_with_warmup has it)")

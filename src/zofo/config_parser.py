@@ -34,6 +34,7 @@ def parse_config(stored: Path | Mapping[str, Any] | None, arguments: Sequence[st
 
 
 _ARGUMENT = re.compile(r"argument --(\w+)(?:/--[\w-]+)?: ")
+_TEXTS = ("model", "task", "data", "text", "label", "source", "output_dir", "adapter_init")
 _NESTED = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 
 
@@ -54,7 +55,7 @@ class _Parser(HfArgumentParser):
 
     def stored(self, stored: Path | Mapping[str, Any]) -> dict[str, Any]:
         """The keys of a YAML file, or of its content, where a key without a value is like no key."""
-        where, content = (f"{stored}: ", _read_config(stored)) if isinstance(stored, Path) else ("", stored)
+        where, content = (f"{stored}: ", read_config(stored)) if isinstance(stored, Path) else ("", stored)
         defaults = {f.name: f.default for f in dataclasses.fields(ZOFOConfig)}
         values: dict[str, Any] = {}
         for key, value in content.items():
@@ -80,6 +81,8 @@ class _Parser(HfArgumentParser):
         return made if several else made[0]
 
     def _one(self, action: Any, value: Any, where: str) -> Any:
+        if isinstance(value, bool) and action.dest in _TEXTS:
+            raise ZofoError(f"{where}{action.dest} is {value}, as YAML reads yes, no, on and off: put it into quotes")
         word = "no" if value is False and action.type is not string_to_bool else str(value)  # YAML reads no as false
         try:
             made = self._get_value(action, word)
@@ -96,7 +99,8 @@ class _Parser(HfArgumentParser):
         raise ZofoError(_ARGUMENT.sub(r"\1: ", message))
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The keys of a file, as YAML reads them."""
     try:
         content = parse.read_yaml(file, str(file))
     except FileNotFoundError as error:

@@ -63,7 +63,11 @@ def _content_of_task(value: str, source: str | None) -> str:
     files = [] if is_metaicl(value) else [task_file(value)]
     for place in places:
         files += sorted(place.iterdir()) if place.is_dir() else [place]
-    return hashlib.sha256("".join(_digest(file) for file in files if file.is_file()).encode()).hexdigest()[:16]
+    found = hashlib.sha256()
+    for file in [file for file in files if file.is_file()]:
+        with open(file, "rb") as rows:  # whole, as one label may have been corrected
+            found.update(hashlib.file_digest(rows, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def same(key: str, before: Any, now: Any) -> bool:

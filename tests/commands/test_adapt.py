@@ -197,6 +197,7 @@ def test_a_task_that_is_called_as_the_run_s_own_is_refused_whatever_its_file(fol
         ((), "second", "has trained on the task second"),
         (("--text", "text"), "third.yaml", "zofo adapt has no text"),
         (("--train_shots", "2"), "third.yaml", "zofo adapt has no train_shots"),
+        (("--reward", "r.py:f"), "third.yaml", "zofo adapt has no reward"),
         ((), "task.yaml", "has trained on the task tiny"),
         (("--shots", "100"), "third.yaml", "shots is 100, but task third has"),
         (("--start", "fourth"), "third.yaml", "has no task 'fourth', but tiny, second"),
@@ -260,3 +261,16 @@ def test_the_card_of_a_run_over_tasks_names_an_adapter_that_is_there(folder, tmp
     assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "run")]) == 0
     assert f'"{place}"' in (tmp_path / "run" / "README.md").read_text()
     assert (tmp_path / "run" / place / "adapter_config.json").is_file()
+
+
+def test_a_checkpoint_of_a_run_over_tasks_that_has_not_ended_is_scored(folder, tmp_path, capsys):
+    keys = {"method": "fo", "adapter": "lora", "max_steps": 2, "per_device_train_batch_size": 4}
+    tasks = [str(folder / "task.yaml"), str(folder / "second.yaml")]
+    config = write_config(tmp_path, "run", **keys, model=str(folder / "model"), task=tasks, save_steps=1)
+    assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "run")]) == 0
+    (tmp_path / "run" / "results.json").unlink()
+    place = tmp_path / "run" / "checkpoint-1"
+    given = ["--model", str(place / "backbone"), "--adapter", str(place / "tasks" / "second" / "upper")]
+    capsys.readouterr()
+    assert main(["eval", *given, "--task", str(folder / "second.yaml")]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"].keys() == {"second"}

@@ -241,6 +241,10 @@ CONFIGS = {
     "a list": (b"- a\n", "is no config: it must hold lines like"),
     "empty": (b"", "is no config"),
     "another encoding": ("model: ä".encode("latin-1"), "is not UTF-8"),
+    "a word that YAML reads as no": (
+        b"text: off",
+        "text is False, as YAML reads yes, no, on and off: put it into quotes",
+    ),
     "a nested value": (b"lower_steps: {a: 1}", "lower_steps is {'a': 1}, but takes one value"),
     "a list for a number": (b"lower_steps: [1, 2]", "lower_steps"),
     "a list for a text": (b"output_dir: [a, b]", "output_dir"),

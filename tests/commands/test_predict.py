@@ -155,6 +155,16 @@ def test_every_form_of_table_holds_the_same(capsys, tmp_path, model):
     assert frame.to_dict("records") == [{k: v for k, v in row.items() if k != "scores"} for row in said]
 
 
+def test_columns_that_parquet_has_no_type_for_are_texts(tmp_path, model):
+    run = trained(tmp_path, model)
+    rows = [{"text": "fine", "meta": {}, "id": 2**70}, {"text": "dull", "meta": {}, "id": 5}]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(arguments("predict", run=run, data=tmp_path / "new.jsonl", output=tmp_path / "o.parquet")) == 0
+    frame = pandas.read_parquet(tmp_path / "o.parquet")
+    assert frame["meta"].tolist() == ["{}", "{}"]
+    assert frame["id"].tolist() == [str(2**70), "5"]
+
+
 def test_a_table_that_was_trained_on_says_how_new_rows_are_answered(capsys, tmp_path, model):
     (tmp_path / "mine.csv").write_text(
         "review,stars\n"

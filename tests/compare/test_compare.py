@@ -471,7 +471,7 @@ def test_scores_over_several_tasks_are_the_mean_of_the_tasks_and_their_groups_ar
 
 def test_what_a_run_forgets_and_how_templates_spread_are_those_of_zofo_eval(tmp_path, made, here, capsys):
     other = named_task(tmp_path, "days")
-    two = named_task(tmp_path, "two", templates=[{"prompt": "Say of it: {{ text }}. It was"}])
+    two = named_task(tmp_path, "two", FILMS, templates=[{"prompt": "Say of it: {{ text }}. It was"}])
     runs = {"zero": {"method": "none", "adapter": "none"}, "lora": {"method": "fo"}}
     file = plan_of(
         tmp_path, made, tasks=[two], runs=runs, baseline="zero", seeds=[0, 1], forgetting=other, templates=True
@@ -618,6 +618,19 @@ BAD = {
         {"runs": {**RUNS, "last": {"method": "fo", "adapter_layers": "last 1"}},
          "adapt": {"tasks": ["tweets"], "shots": 4}}, "of adapter_layers last has last 1, lora has nothing"
     ),
+    "adapted by adapters of which one is the usual one": (
+        {"runs": {**RUNS, "lora": {"method": "fo", "lora_r": 2}}, "adapt": {"tasks": ["tweets"], "shots": 4}},
+        "of lora_r lora has 2, mezo has nothing",
+    ),
+    "seconds of generated text": (
+        {"runs": {**RUNS, "mezo": {"method": "zo", "adapter": "none", "objective": "token_f1",
+                                   "zo_shaping": "zscore"}}},
+        "the budget is of forward equivalents, but the run mezo generates text",
+    ),
+    "tuning on rows that are tested": (
+        {"data_seeds": [0, 1], "search": {"lora": {"learning_rate": [1e-3, 1e-2]}}, "trials": 2,
+         "tuning": {"seeds": [5]}}, "so that it would see test rows"
+    ),
     "adapted by a key that is none": (
         {"adapt": {"tasks": ["tweets"], "shots": 4, "keys": {"steps": 3}}}, "adapt: 'steps' is no key of adapting"
     ),
@@ -644,6 +657,37 @@ def test_bad_input_is_one_line_before_any_work(capsys, tmp_path, made, here, cha
     assert message in failed(capsys, ["compare", "--config", str(plan_of(tmp_path, made, **changes))])
     assert not here
     assert not (tmp_path / "out").exists()
+
+
+def test_forgetting_on_rows_that_are_trained_on_is_refused(capsys, tmp_path, made, here):
+    moods = named_task(tmp_path, "moods", FILMS, prompt="{{ text }}. It was")
+    line = failed(capsys, ["compare", "--config", str(plan_of(tmp_path, made, forgetting=moods))])
+    assert "moods" in line
+    assert not here
+
+
+def test_a_search_of_the_rate_under_its_other_name_is_no_search_without_effect(tmp_path, made):
+    search = {"search": {"mezo": {"learning_rate": [1e-3, 1e-2]}}, "trials": 2}
+    runs = {"lora": {"method": "fo"}, "mezo": {"method": "zo", "adapter": "none"}}
+    assert len(planned(plan_of(tmp_path, made, runs=runs, **search)).trials) == 2
+
+
+def test_scores_on_other_tasks_whose_files_were_edited_are_others(tmp_path, made):
+    other, held_back = named_task(tmp_path, "days"), named_task(tmp_path, "nights")
+    file = plan_of(tmp_path, made, forgetting=other, adapt={"tasks": [held_back], "shots": 4}, seeds=[0])
+
+    def evaluated():
+        contents.cache_clear()
+        cells = planned(file).cells()
+        return {path for cell in cells for path in cell.evaluations}, {cell.folder for cell in cells}
+
+    before = evaluated()
+    for task in (other, held_back):
+        rows = Path(task).with_name("rows.jsonl")
+        rows.write_text(rows.read_text().replace('"label": 1', '"label": 0', 1))
+    after = evaluated()
+    assert not before[0] & after[0]
+    assert before[1] == after[1]
 
 
 def test_a_folder_of_something_else_is_left_alone(capsys, tmp_path, made, here):

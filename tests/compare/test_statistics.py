@@ -42,6 +42,20 @@ def test_one_seed_and_independent_rows_give_the_t_interval_of_scipy(random):
     assert (mean.low, mean.high) == pytest.approx((interval.low, interval.high))
 
 
+def test_the_mean_of_several_tasks_varies_by_the_rows_within_each(random):
+    """Two tasks with 30 and 300 rows: the variances of their means add up, each a quarter."""
+    values = [random.random(size) for size in (30, 300)]
+    scaled = np.concatenate([own * 330 / (2 * own.size) for own in values])[None]
+    tasks = ["small"] * 30 + ["large"] * 300
+    found = mean_interval(scaled, tasks=tasks, bounded=False)
+    error = math.sqrt(sum(own.var(ddof=1) / own.size for own in values)) / 2
+    assert found.mean == pytest.approx(np.mean([own.mean() for own in values]))
+    assert found.high - found.mean == pytest.approx(t.isf(0.025, 329) * error, rel=0.02)
+    all_right = np.concatenate([np.full(own.size, 330 / (2 * own.size)) for own in values])[None]
+    perfect = paired_difference(all_right, 0 * all_right, tasks=tasks)
+    assert (perfect.difference, perfect.low, perfect.high) == pytest.approx((1, 1, 1))
+
+
 def test_clusters_of_one_size_count_as_one_observation_each(random):
     a, b = random.random((2, 1, 60)) * 0.5 + np.repeat(random.random((2, 1, 12)) * 0.5, 5, axis=2)
     found = paired_difference(a, b, groups=[f"passage {row // 5}" for row in range(60)])

@@ -62,9 +62,8 @@ def test_what_it_says_that_it_updates_is_updated(tmp_path, name, adapter):
     assert (trainer.cost.backward_tokens > 0) == method.backpropagates
 
 
-@pytest.mark.parametrize("keys", [{}, {"num_perturbations": 3, "zo_estimator": "one_sided", "penalty": 0.0}])
-@pytest.mark.parametrize(("name", "adapter"), TRAINED)
-def test_its_work_is_what_its_steps_are_made_of(tmp_path, monkeypatch, name, adapter, keys):
+def work_done(trainer, monkeypatch):
+    """What the steps of a run are made of, on average."""
     done, in_levels = Counter(), {}
     for level, kind in ((levels.Scorer, "loss"), (levels.Scorer, "losses")):
         in_levels[kind] = vars(level)[kind]
@@ -78,9 +77,6 @@ def test_its_work_is_what_its_steps_are_made_of(tmp_path, monkeypatch, name, ada
         "losses",
         lambda self, batches, names: done.update(forwards=len(batches)) or in_levels["losses"](self, batches, names),
     )
-    steps = 4
-    keys = {"gradient_accumulation_steps": 2, "two_stage_fraction": 0.5, **keys}
-    trainer = make_trainer(tmp_path, method=name, adapter=adapter, max_steps=steps, **keys)
     members = trainer.method.optimizer
     for member in members.members.values() if isinstance(members, JointOptimizer) else [members]:
         zeroth = isinstance(member, ZerothOrderOptimizer)
@@ -91,12 +87,34 @@ def test_its_work_is_what_its_steps_are_made_of(tmp_path, monkeypatch, name, ada
             )
         )
     trainer.train()
-    said = METHODS[name].work(trainer.args)
-    counted = Work(*(done[part] / steps for part in vars(said)))
+    return Work(*(done[part] / trainer.args.max_steps for part in vars(Work())))
+
+
+@pytest.mark.parametrize("keys", [{}, {"num_perturbations": 3, "zo_estimator": "one_sided", "penalty": 0.0}])
+@pytest.mark.parametrize(("name", "adapter"), TRAINED)
+def test_its_work_is_what_its_steps_are_made_of(tmp_path, monkeypatch, name, adapter, keys):
+    keys = {"gradient_accumulation_steps": 2, "two_stage_fraction": 0.5, "max_steps": 4, **keys}
+    trainer = make_trainer(tmp_path, method=name, adapter=adapter, **keys)
+    counted, said = work_done(trainer, monkeypatch), METHODS[name].work(trainer.args)
     if trainer.args.zo_estimator == "one_sided" and name == "bilevel":
         # the losses at θ are those of p's backpropagation: one forward less than is said
         counted = counted + Work(forwards=2)
     assert vars(counted) == pytest.approx(vars(said))
+
+
+@pytest.mark.parametrize("method", [{"method": "zo", "adapter": "none"}, {"method": "bilevel", "penalty": "infinite"}])
+def test_shaped_one_sided_values_need_no_loss_at_theta(tmp_path, monkeypatch, method):
+    keys = {"num_perturbations": 3, "zo_estimator": "one_sided", "zo_shaping": "zscore", "zo_learning_rate": 1e-5}
+    trainer = make_trainer(tmp_path, **method, **keys)
+    counted = work_done(trainer, monkeypatch)
+    assert counted.forwards == 3
+    assert vars(counted) == vars(trainer.args.method_class.work(trainer.args))
+
+
+def test_an_objective_without_a_gradient_has_no_backward_pass(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, objective="accuracy", penalty=1.0, zo_learning_rate=1e-5)
+    said = trainer.args.method_class.work(trainer.args)
+    assert work_done(trainer, monkeypatch).backwards == said.backwards == trainer.args.lower_steps + 1
 
 
 @pytest.mark.parametrize(("name", "adapter"), TRAINED)

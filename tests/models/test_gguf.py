@@ -40,7 +40,7 @@ def tensors_of(model):
     return tensors
 
 
-def write(path, model, tensors, layers=2, kind="llama"):
+def write(path, model, tensors, layers=2, kind="llama", base=None, scaling=None):
     config, words = model.config, json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
     writer = gguf.GGUFWriter(path, kind)
     writer.add_context_length(config.max_position_embeddings)
@@ -50,7 +50,9 @@ def write(path, model, tensors, layers=2, kind="llama"):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(base or config.rope_parameters["rope_theta"])
+    if scaling:
+        writer.add_rope_scaling_type(scaling)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(words["vocab"], key=words["vocab"].get)
@@ -127,6 +129,25 @@ def test_a_tensor_of_another_shape(tmp_path, model, cache):
 @pytest.mark.parametrize(("layers", "kind"), [(3, "llama"), (1, "llama"), (10**6, "llama"), (2, "qwen2")])
 def test_a_header_that_does_not_fit(tmp_path, model, cache, layers, kind):
     refused(write(tmp_path / "m.gguf", model, tensors_of(model), layers, kind), cache)
+
+
+@pytest.mark.parametrize(
+    ("more", "keys", "named"),
+    [
+        ({"rope_freqs.weight": np.linspace(1, 8, 4, dtype=np.float32)}, {}, "rope_freqs.weight"),
+        ({}, {"scaling": gguf.RopeScalingType.YARN}, "rope.scaling.type yarn"),
+    ],
+)
+def test_rotations_that_transformers_does_not_read(tmp_path, model, cache, more, keys, named):
+    path = write(tmp_path / "m.gguf", model, {**tensors_of(model), **more}, **keys)
+    message = refused(path, cache)
+    assert f"rotary embeddings ({named}) that transformers does not read" in message
+
+
+def test_rotations_without_scaling_and_with_another_base_are_read(tmp_path, model):
+    scaling = gguf.RopeScalingType.NONE
+    read, _ = load_model(str(write(tmp_path / "m.gguf", model, tensors_of(model), base=5e5, scaling=scaling)))
+    assert read.config.rope_parameters["rope_theta"] == 5e5
 
 
 def test_a_file_without_tensors(tmp_path, model, cache):

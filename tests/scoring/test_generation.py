@@ -6,7 +6,7 @@ from test_scorer import TOKENIZER, adapted, pytestmark  # noqa: F401
 from plain import make_trainer
 from zofo.errors import ZofoError
 from zofo.scoring.evaluation import Evaluator
-from zofo.scoring.generation import AnswerSpan, _with_room
+from zofo.scoring.generation import AnswerSpan, _with_room, end_tokens, generate
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import tokenize
 from zofo.tasks.records import Record
@@ -86,3 +86,18 @@ def test_what_was_learned_is_generated_to_its_end(tmp_path, answer):
     assert scores["exact_match"] == 1.0
     few = [Record("list 30:", " one")]  # the answers of training need room, whatever is evaluated
     assert trainer.score(trainer.examples(few))["upper"]["exact_match"] == 0.0
+
+
+def test_a_text_ends_where_the_model_ends_a_turn():
+    made = adapted()
+    settings = made.base.generation_config
+    settings.eos_token_id = None
+    assert end_tokens(made.base, TOKENIZER) == [TOKENIZER.eos_token_id]
+    (row,) = tokenize([Record("it was", " a")], TOKENIZER, 500)[0]
+    span = AnswerSpan(tokens=12, breaks=500)
+    (free,) = generate(Scorer(made, Tokens()), TOKENIZER, [row], span, 1)
+    first = TOKENIZER(f" {free}", add_special_tokens=False)["input_ids"][0]
+    settings.eos_token_id = [TOKENIZER.eos_token_id, first]
+    assert end_tokens(made.base, TOKENIZER) == settings.eos_token_id
+    (ended,) = generate(Scorer(made, Tokens()), TOKENIZER, [row], span, 1)
+    assert len(ended) < len(free)

@@ -48,3 +48,17 @@ def test_at_most_one_gradient_is_there_at_a_time_and_a_tied_or_unread_weight_cou
     flat = zip(theta.values(), gradients, strict=True)
     true = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in flat])
     assert alignment.cosine == pytest.approx(float(functional.cosine_similarity(estimate, true, dim=0)), abs=1e-5)
+
+
+def test_weights_beyond_a_limit_count_in_neither():
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 1, bias=False)
+    theta, limit = dict(layer.named_parameters()), float(layer.weight.detach().abs().median())
+    alignment = Alignment(theta, 1, 2, (1.0,), limits={"weight": limit})
+    slope = torch.randn(1, 40)
+    with alignment.watching():
+        (layer.weight * slope).sum().backward()
+    perturbed = layer.weight.detach().abs() <= limit
+    assert 0 < perturbed.sum() < 40
+    expected = functional.cosine_similarity(direction(theta, 1, 2, 0)["weight"][perturbed], slope[perturbed], dim=0)
+    assert alignment.cosine == pytest.approx(float(expected), abs=1e-5)

@@ -1,6 +1,5 @@
 """`zofo adapt`: a model on a new task from a few examples, in several draws of them."""
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,19 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from zofo.commands.eval import given_keys
 from zofo.commands.merge import new_folder
-from zofo.commands.results import strict
+from zofo.commands.results import as_json
 from zofo.commands.stored import StoredRun
 from zofo.compare.plan import FRESH
 from zofo.compare.statistics import over_draws
 from zofo.config import ZOFOConfig
-from zofo.config_parser import parse_config
+from zofo.config_parser import parse_config, read_config
 from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.keys import OF_ADAPTER
 from zofo.models.adapters import positions_of
 from zofo.models.load import load_model
 from zofo.models.peft import UPPER
-from zofo.parse import read_yaml
 from zofo.scoring.tokens import Example
 from zofo.spelling import ANY_TASK_KEYS
 from zofo.tasks.leakage import require_apart
@@ -36,13 +34,16 @@ from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits
 from zofo.tasks.task import Task, load_task
 from zofo.training.checkpoint import writing
-from zofo.training.rows import Posing, run_splits
-from zofo.training.trained_rows import trained_rows_of, was_trained_on, write_trained_rows
+from zofo.training.rows import Posing, run_splits, trained_on
+from zofo.training.trained_rows import trained_rows_of, write_trained_rows
 from zofo.training.trainer import ZOFOTrainer
 
 MEAN = "mean"
 _OF_RUN = (*OF_ADAPTER, "train_prompt", *ANY_TASK_KEYS)
-_NOT_HERE = ("data", "text", "label", "final_split", "train_shots")
+_NOT_HERE = (
+    "data", "text", "label", "final_split", "train_shots", "reward", "reward_weights", "diagnose", "zero_shot",
+    "resume_from_checkpoint",
+)  # fmt: skip
 _USUAL: dict[str, Any] = {
     "max_steps": 20,
     "learning_rate": 1e-3,
@@ -79,7 +80,7 @@ def adapt_config(asked: Asked, file: Path | None, arguments: Sequence[str], outp
 
     A run without adapters says nothing of the one that is trained here: it is LoRA, if nothing else is given.
     """
-    given: dict[str, Any] = read_yaml(file, str(file)) if file else {}
+    given = read_config(file) if file else {}
     named = {*given, *given_keys(arguments)}
     for key in _NOT_HERE:
         if key in named:
@@ -108,6 +109,8 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
     Raises:
         ZofoError: if the run has trained on the task or on some of its test rows, or anything cannot work.
     """
+    for notice in config.notices():
+        say(notice)
     if not config.method_class.trains() or config.method_class.zeroth_order:
         raise ZofoError(f"method is {config.method}, but a few examples are learned by backpropagation: set method: fo")
     task = load_task(asked.task, config.source)
@@ -128,8 +131,7 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
             say(f"draw {number}: {words} in {found[-1].seconds:.0f} s")
         results = _results(asked, task, config, found)
         with writing(output):
-            text = json.dumps(strict(results), indent=2, allow_nan=False)
-            (half / "results.json").write_text(text + "\n", encoding="utf-8")
+            (half / "results.json").write_text(as_json(results), encoding="utf-8")
     return results
 
 
@@ -218,7 +220,7 @@ def _require_new(run: StoredRun, place: str, task: Task, test: Sequence[Record])
 def _require_unseen(model: str, task: Task, test: Sequence[Record]) -> None:
     """Refuses test rows that the model says it was trained on, in whatever run before."""
     known = trained_rows_of(model) or frozenset()
-    if seen := [row for row in test if was_trained_on(row, known)]:
+    if seen := [row for row, was in zip(test, trained_on(task, test, known), strict=True) if was]:
         raise ZofoError(
             f"{len(seen)} of {len(test)} test rows of the task {task.name} are among the rows that {model} was trained "
             f"on, such as {seen[0].prompt[:60]!r}: name another task, or give other rows by source"

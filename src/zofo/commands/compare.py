@@ -1,12 +1,13 @@
 """`zofo compare`: many methods on many tasks under the same budget, and a report of what can be told apart."""
 
-import json
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
 from zofo.commands.adapt import splits_of_new
 from zofo.commands.estimate import estimate
+from zofo.commands.eval import eval_config
+from zofo.commands.results import as_json
 from zofo.compare.collect import as_csv, report
 from zofo.compare.page import page
 from zofo.compare.plan import Plan
@@ -35,7 +36,7 @@ def compare(file: Path, say: Say, dry_run: bool = False) -> None:
     work(plan, say)
     content = report(plan, notes)
     folder = plan.output_dir
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(as_json(content), encoding="utf-8")
     (folder / "report.csv").write_text(as_csv(plan), encoding="utf-8")
     (folder / "report.html").write_text(page(content), encoding="utf-8")
     for task in content["tasks"]:
@@ -46,16 +47,20 @@ def compare(file: Path, say: Say, dry_run: bool = False) -> None:
 
 
 def _require_new_tasks(plan: Plan) -> None:
-    """Refuses tasks to adapt to that have too few rows, or rows that a run would train on, before any run."""
+    """Refuses other tasks that have too few rows, or rows that a run would train on, before any run."""
     asked = plan.adapting
-    if asked is None:
-        return
-    for division in plan.divisions:
+    for division in plan.divisions if asked or plan.forgetting else ():
         config = plan.config(plan.baseline, division, {})
-        train = {task.name: run_splits(task, config).train for task in map(load_task, division.tasks)}
-        of_new = replace(config, train_size=None)  # `zofo adapt` draws from all of them
-        held_back = [load_task(place) for place in asked.tasks]
-        require_apart(train, {task.name: splits_of_new(task, of_new, asked.shots).test for task in held_back})
+        trained = [load_task(place, config.source) for place in division.tasks]
+        train = {task.name: run_splits(task, config).train for task in trained}
+        if plan.forgetting:
+            other = eval_config(str(plan.base["model"]), plan.forgetting, plan.of_other_task(plan.forgetting)[2:])
+            task = load_task(plan.forgetting, other.source)
+            require_apart(train, {task.name: run_splits(task, other).test})
+        of_new = replace(config, train_size=None, source=None)  # `zofo adapt` draws from all of them
+        held_back = [load_task(place) for place in asked.tasks] if asked else []
+        for task in held_back:
+            require_apart(train, {task.name: splits_of_new(task, of_new, asked.shots if asked else 0).test})
 
 
 def planned(plan: Plan) -> Generator[str]:

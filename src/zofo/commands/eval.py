@@ -24,8 +24,8 @@ from zofo.tasks.prompts import as_channel, as_chat, behind_premise, demonstratio
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits
 from zofo.tasks.task import Task
-from zofo.training.rows import run_splits, run_task
-from zofo.training.trained_rows import trained_rows_of, was_trained_on
+from zofo.training.rows import run_splits, run_task, trained_on
+from zofo.training.trained_rows import trained_rows_of
 
 ALL = "all"
 
@@ -183,7 +183,8 @@ class _EvalSet:
         rows, note = _honest_rows(task, splits, manner.split, known)
         templates = _templates(task, config, manner)
         for template in templates:
-            task.reworded(rows, template)
+            _require_scoring(task, task.reworded(rows, template), manner.scoring, config)
+        demonstrations(splits.train, manner.shots, config.seed, rows)
         return cls(task, splits, rows, note, counted, templates, config, manner)
 
     def score(
@@ -192,8 +193,6 @@ class _EvalSet:
         """The scores of the rows, rendered by one template, and a sample of each row."""
         task, config, manner = self.task, self.config, self.manner
         records = task.reworded(self.rows, template)
-        if manner.scoring != "mean" and not records[0].options:
-            raise ZofoError(f"scoring {manner.scoring} compares options, but task {task.name} has none: leave it out")
         shots = demonstrations(self.splits.train, manner.shots, config.seed, self.rows)
         shots = task.reworded(shots, template)
         width = min(config.max_length, loaded.adapted.positions)
@@ -240,10 +239,9 @@ def _sample(
 
 def _splits(task: Task, config: ZOFOConfig, manner: Manner) -> tuple[Splits, str]:
     """The rows of a task in train, dev and test, and what to say of their number."""
-    is_file = manner.whole and task.source.keys() == {"all"} and not (config.test_size or config.dev_size)
+    is_file = manner.whole and not (config.test_size or config.dev_size) and task.records().keys() == {"all"}
     if is_file and not manner.shots:
-        rows = [row for part in task.records().values() for row in part]
-        return Splits([], [], rows), ""
+        return Splits([], [], task.records()["all"]), ""
     splits = run_splits(task, config)
     part = f"{len(vars(splits)[manner.split])} of {splits.total} rows"
     if is_file:
@@ -258,15 +256,28 @@ def _honest_rows(task: Task, splits: Splits, split: str, known: frozenset[bytes]
         return rows, "this model says nothing of the rows that it was trained on: some of these may be among them"
     if split == "train":
         every = [*splits.train, *splits.dev, *splits.test]
-        rows = [row for row in every if was_trained_on(row, known)]
+        rows = [row for row, seen in zip(every, trained_on(task, every, known), strict=True) if seen]
         if not rows:
             raise ZofoError(f"this model was trained on no row of task {task.name}: leave out --split train")
         return rows, f"{len(rows)} rows that this model was trained on"
-    honest = [row for row in rows if not was_trained_on(row, known)]
+    honest = [row for row, seen in zip(rows, trained_on(task, rows, known), strict=True) if not seen]
     if not honest:
         raise ZofoError(f"this model was trained on all rows of {split} of task {task.name}: give other rows")
     left_out = len(rows) - len(honest)
     return honest, f"{left_out} of {len(rows)} rows were trained on, and are left out" if left_out else ""
+
+
+def _require_scoring(task: Task, records: Sequence[Record], scoring: Scoring, config: ZOFOConfig) -> None:
+    """Refuses a scoring that these rows cannot have."""
+    if scoring != "mean" and not records[0].options:
+        raise ZofoError(f"scoring {scoring} compares options, but task {task.name} has none: leave it out")
+    if scoring == "channel" and config.chat_template:
+        raise ZofoError(
+            "scoring is channel, which begins with the answer, but chat_template is true, and a chat begins with the "
+            "prompt: leave one of them out"
+        )
+    for record in records if scoring == "channel" else ():
+        as_channel(record)
 
 
 def _templates(task: Task, config: ZOFOConfig, manner: Manner) -> list[int]:
@@ -274,7 +285,7 @@ def _templates(task: Task, config: ZOFOConfig, manner: Manner) -> list[int]:
         return [config.template]
     if manner.template == ALL:
         return list(range(len(task.templates)))
-    if not manner.template.isdigit():
+    if not (manner.template.isascii() and manner.template.isdecimal()):
         raise ZofoError(f"template is {manner.template!r}, but must be a number from 0, or {ALL}")
     return [int(manner.template)]
 

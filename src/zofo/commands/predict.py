@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from zofo.commands.results import write_new
 from zofo.commands.stored import Loaded, StoredRun
 from zofo.config import ZOFOConfig
 from zofo.console import Say
@@ -87,9 +88,7 @@ def rows_of(data: str, output: Path | None) -> list[Row]:
 
 def write(rows: Sequence[Row], file: Path) -> None:
     """Writes rows as CSV, JSON lines or Parquet, by the name of the file, which must be new."""
-    content = _WRITERS[file.suffix.lower()](rows)
-    with open(file, "xb") as new:
-        new.write(content)
+    write_new(file, _WRITERS[file.suffix.lower()](rows))
 
 
 def as_jsonl(rows: Sequence[Row]) -> bytes:
@@ -129,7 +128,8 @@ def _as_parquet(rows: Sequence[Row]) -> bytes:
             continue
         try:
             columns[name] = pyarrow.array([str(value) if isinstance(value, str) else value for value in values])
-        except pyarrow.ArrowException:
+            pyarrow.parquet.write_table(pyarrow.table({name: columns[name]}), io.BytesIO())
+        except (pyarrow.ArrowException, OverflowError):  # several types, none, or no number of 64 bits
             columns[name] = pyarrow.array([None if value is None else str(_cell(value)) for value in values])
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), buffer)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from zofo.models.load import DType, load_weights
 from zofo.models.peft import UPPER
 from zofo.report.card import Shown, model_card
 from zofo.report.curves import plot_curves
+from zofo.scoring.generation import end_tokens
 from zofo.scoring.tokens import Example
 from zofo.tasks.records import Record
 from zofo.tasks.task import Task
@@ -72,11 +74,11 @@ def write_final(
     tasks = [test.task for test in tests.values()]
     place = f"{TASKS}/{tasks[0].name}/{UPPER}" if (new / TASKS).is_dir() else UPPER
     steps = trainer.state.global_step
-    card = model_card(config, results, tasks, steps, backbone, place, first.shown(trainer), trainer.span)
+    ends = end_tokens(trainer.adapted.base, cast(PreTrainedTokenizerBase, trainer.processing_class))
+    card = model_card(config, results, tasks, steps, backbone, place, first.shown(trainer), trainer.span, ends)
     title = f"{config.method} ({config.adapter}) on {', '.join(task.name for task in tasks)}"
     with writing(Path(str(config.output_dir))):
-        text = json.dumps(strict(results), indent=2, allow_nan=False)
-        (new / "results.json").write_text(text + "\n", encoding="utf-8")
+        (new / "results.json").write_text(as_json(results), encoding="utf-8")
         history, names = trainer.state.log_history, [*tests] if several else []
         plot_curves(history, title, new / "curves.png", names, config.objective)
         (new / "README.md").write_text(card, encoding="utf-8")
@@ -96,10 +98,35 @@ def _spans(trainer: ZOFOTrainer, tests: Mapping[str, Tested]) -> dict[str, Any]:
     return {"answer_span": spans} if len(tests) > 1 else {"answer_span": next(iter(spans.values()))}
 
 
-def strict(value: Any) -> Any:
-    """The same with null for a number that JSON does not have."""
+def as_json(value: Any) -> str:
+    """JSON on several lines, with null for a number that it does not have.
+
+    Examples:
+        >>> as_json({"low": math.nan, "of_draws": [0.5, math.inf]}).split()
+        ['{', '"low":', 'null,', '"of_draws":', '[', '0.5,', 'null', ']', '}']
+    """
+    return json.dumps(_strict(value), indent=2, allow_nan=False) + "\n"
+
+
+def write_new(file: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; what another process has written there meanwhile stays.
+
+    Raises:
+        FileExistsError: if there is one.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.link(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _strict(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: strict(part) for key, part in value.items()}
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in cast("list[Any]", value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,6 +16,7 @@ from zofo.parse import read_yaml
 from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.padding import probe
 from zofo.scoring.scorer import Scorer, Tokens
+from zofo.tasks.lists import name_of_task
 from zofo.tasks.table import TASK_FILE
 from zofo.training.folder import TASKS
 
@@ -34,7 +35,7 @@ class StoredRun:
         places = [Path(part).expanduser().resolve() for part in parts if part]
         found: Self | None = None
         for place in [place for place in places if place.is_dir()]:
-            of_task = place.parent.parent.name == TASKS
+            of_task = place.parent.parent.name == TASKS and _keys(place.parent) is None
             folder = place.parent.parent.parent if of_task else place.parent
             folder = folder.parent if folder.name.startswith("checkpoint-") else folder
             keys = _keys(folder)
@@ -51,7 +52,7 @@ class StoredRun:
         if not (folder / "results.json").is_file():
             raise ZofoError(
                 f"the run in {folder} has not ended: go on with resume_from_checkpoint: true, or give a checkpoint as "
-                "--model checkpoint-N/backbone --adapter checkpoint-N/upper"
+                "--model checkpoint-N/backbone --adapter checkpoint-N/upper (of several tasks tasks/NAME/upper)"
             )
         return cls(folder, keys)
 
@@ -85,8 +86,8 @@ class StoredRun:
             return {Path(place).stem: place}
         names = self._results().get("task")
         places = [str(place) for place in cast("list[Any]", given)]
-        if not isinstance(names, list) or len(cast("list[Any]", names)) != len(places):
-            raise ZofoError(f"the run in {self.folder} has not ended: go on with resume_from_checkpoint: true")
+        if not isinstance(names, list) or len(cast("list[Any]", names)) != len(places):  # it has not ended
+            names = [name_of_task(place) for place in places]
         return dict(zip(map(str, cast("list[Any]", names)), places, strict=True))
 
     @property

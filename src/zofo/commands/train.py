@@ -30,10 +30,10 @@ from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal,
 from zofo.training.diagnosable import cost_line
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
 from zofo.training.objective import run_rewards
-from zofo.training.rows import Posing, level_rows, require_prompt, run_splits, run_tasks
+from zofo.training.rows import Posing, level_rows, require_prompt, run_splits, run_tasks, trained_on
 from zofo.training.start import require_tasks
 from zofo.training.tasks import Scores, mean_scores
-from zofo.training.trained_rows import rows_of_folders, was_trained_on
+from zofo.training.trained_rows import rows_of_folders
 from zofo.training.trainer import ZOFOTrainer
 
 _ZERO_SHOT = "zero_shot"
@@ -157,7 +157,7 @@ class _Part:
 
 
 def _part(task: Task, config: ZOFOConfig, say: Say) -> _Part:
-    splits = _unseen(_splits(task, config, say), task.name, rows_of_folders(config.model, config.adapter_init), say)
+    splits = _unseen(_splits(task, config, say), task, rows_of_folders(config.model, config.adapter_init), say)
     train = level_rows(splits.train, config)
     named = train | {"dev": splits.dev, "test": splits.test}
     say(f"{task.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in named.items()) + " rows")
@@ -168,12 +168,13 @@ def _part(task: Task, config: ZOFOConfig, say: Say) -> _Part:
     return _Part(task, splits, train, named[final])
 
 
-def _unseen(splits: Splits, task: str, known: frozenset[bytes], say: Say) -> Splits:
+def _unseen(splits: Splits, task: Task, known: frozenset[bytes], say: Say) -> Splits:
     """The splits without the rows of dev and test that the model was trained on in an earlier run."""
-    kept = {name: [row for row in vars(splits)[name] if not was_trained_on(row, known)] for name in ("dev", "test")}
-    for name, rows in kept.items():
-        if left_out := len(vars(splits)[name]) - len(rows):
-            say(f"{task}: this model was trained on {left_out} rows of {name} before: they are left out")
+    kept: dict[str, list[Record]] = {}
+    for name, rows in {"dev": splits.dev, "test": splits.test}.items():
+        kept[name] = [row for row, seen in zip(rows, trained_on(task, rows, known), strict=True) if not seen]
+        if left_out := len(rows) - len(kept[name]):
+            say(f"{task.name}: this model was trained on {left_out} rows of {name} before: they are left out")
     return replace(splits, **kept)
 
 

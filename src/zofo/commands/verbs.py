@@ -1,7 +1,6 @@
 """What each verb of the command line does with its options. Libraries are imported when it runs: they take seconds."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ def evaluate(options: argparse.Namespace, keys: list[str]) -> None:
     from zofo.commands.eval import Manner, eval_config, evaluate_model, given_keys, settings_of
     from zofo.commands.harness import evaluate_with_harness
     from zofo.commands.predict import write
+    from zofo.commands.results import as_json
 
     for name in ("text", "label", "log_samples") if options.harness else ():
         if vars(options)[name]:
@@ -71,7 +71,7 @@ def evaluate(options: argparse.Namespace, keys: list[str]) -> None:
                 report["settings"][name], report["tasks"][name] = settings_of(config, manner), own
         if options.log_samples:
             write(samples, options.log_samples)
-    _say(json.dumps(report, indent=2))
+    _say(as_json(report).rstrip("\n"))
     _write(report, options.output)
 
 
@@ -180,6 +180,7 @@ def _note(line: str) -> None:
 
 
 def _write(report: Any, file: Path | None) -> None:
+    from zofo.commands.results import as_json, write_new
+
     if file:
-        with open(file, "x", encoding="utf-8") as new:  # what another process has written meanwhile stays
-            new.write(json.dumps(report, indent=2) + "\n")
+        write_new(file, as_json(report).encode())

@@ -223,8 +223,8 @@ class _Task:
 
     def _method(self, run: str, found: Sequence[_Run]) -> dict[str, Any]:
         costs = [one.cost for one in found]
-        metric = self._metric(found[0])
-        mean = mean_interval(self._scores(run), self._groups(found[0]), bounded=found[0].metric != REWARD)
+        bounded, tasks = found[0].metric != REWARD, self._tasks(found[0])
+        mean = mean_interval(self._scores(run), self._groups(found[0]), bounded=bounded, tasks=tasks)
         return {
             "name": run,
             **vars(mean),
@@ -232,7 +232,7 @@ class _Task:
             "difference": self._judged.get(run),
             "cost": {key: _mean([cost[key] for cost in costs]) for key in costs[0]},
             "batch": found[0].config.per_device_train_batch_size * found[0].config.gradient_accumulation_steps,
-            "curve": found[0].curve(metric),
+            "curve": found[0].curve(found[0].metric),
             "templates": self._templates(found),
             "forgetting": self._forgetting(found),
             "adapted": self._held_back.get(run),
@@ -289,11 +289,12 @@ class _Task:
         base = self._plan.baseline
         if base not in self._runs:
             return {}
-        groups, b = self._groups(self._runs[base][0]), self._scores(base)
+        first, b = self._runs[base][0], self._scores(base)
+        clusters = self._groups(first), self._tasks(first)
         found: dict[str, Difference] = {}
         for run in self._runs:
             if run != base:
-                found[run] = difference_of_methods(self._scores(run), b, len(self._plan.seeds), groups)
+                found[run] = difference_of_methods(self._scores(run), b, len(self._plan.seeds), *clusters)
         return found
 
     def _scores(self, run: str) -> Array:
@@ -313,6 +314,10 @@ class _Task:
         if not any(row["group"] for row in rows):
             return None
         return [str((row.get("task"), row["group"] or number)) for number, row in enumerate(rows)]
+
+    def _tasks(self, run: _Run) -> Groups:
+        """The task of each row, where a run has several."""
+        return [row["task"] for row in run.rows] if any("task" in row for row in run.rows) else None
 
     def _require_same_rows(self) -> None:
         rows = {tuple(row["row"] for row in one.rows) for found in self._runs.values() for one in found}

@@ -190,7 +190,7 @@ class Plan:
             manner += ["--scoring", CHANNEL] if "max_steps" in keys and keys.get("train_prompt") == CHANNEL else []
             found[templates_file(folder)] = self._eval(keys, "--run", str(folder), "--template", "all", *manner)
         if self.forgetting and "max_steps" in keys:  # it trains
-            options = self._of_other_task(self.forgetting)
+            options = self.of_other_task(self.forgetting)
             found[before_file(self)] = self._eval(keys, "--model", str(self.base["model"]), *options)
             adapter = ["--adapter", str(folder / "upper")] if keys.get("adapter") != "none" else []
             model = str(folder / "backbone")
@@ -218,15 +218,17 @@ class Plan:
         taken = _ADAPTED if self.base.get("adapter") == "none" else (*_ADAPTED, *OF_ADAPTER)
         return {key: self.base[key] for key in taken if key in self.base}
 
-    def _of_other_task(self, task: str) -> list[str]:
+    def of_other_task(self, task: str) -> list[str]:
+        """The words by which `zofo eval` scores a task that is not trained on."""
         given = [(f"--{key}", str(self.base[key])) for key in ANY_TASK_KEYS if key in self.base]
         return ["--task", task, *(word for pair in given for word in pair)]
 
     @property
     def forgetting_mark(self) -> str:
         """Names the results on the other task, so that those of an earlier plan, with another task, do not count."""
-        asked = [self.base["model"], *self._of_other_task(str(self.forgetting))]
-        return _mark(asked)
+        asked = [self.base["model"], *self.of_other_task(str(self.forgetting))]
+        read = _contents({"model": self.base["model"], "task": self.forgetting})
+        return _mark([*asked, read] if read else asked)
 
 
 def varies(config: ZOFOConfig) -> bool:
@@ -251,7 +253,8 @@ def before_file(plan: Plan) -> Path:
 
 def adapted_file(plan: Plan, folder: Path, task: str) -> Path:
     """Where the scores of a run on a held-back task are, after it was adapted to that."""
-    mark = _mark([str(plan.adapting), plan.adapting_keys])
+    read = _contents({**plan.adapting_keys, **(plan.adapting.keys if plan.adapting else {}), "task": task})
+    mark = _mark([str(plan.adapting), plan.adapting_keys, *([read] if read else [])])
     return folder.with_suffix(f".adapted-{mark}") / Path(task).stem / "results.json"
 
 

@@ -10,6 +10,7 @@ from zofo.compare.search import Settings, points
 from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, did_you_mean
 from zofo.keys import OF_ADAPTER
+from zofo.methods.objective_settings import GENERATED
 from zofo.parse import read_yaml
 from zofo.tasks.lists import task_files
 from zofo.tasks.task import load_task
@@ -108,7 +109,13 @@ def _check(plan: Plan) -> None:
     for key in ("templates", "forgetting"):
         if vars(plan)[key] and any(len(division.tasks) > 1 for division in plan.divisions):
             raise ZofoError(f"{key} is given, but runs over several tasks have no such scores: leave it out")
+    generates = plan.base.get("objective") in GENERATED
     for run, keys in plan.runs.items():
+        if plan.budget[0] != "steps" and (generates or keys.get("objective") in GENERATED):
+            raise ZofoError(
+                f"the budget is of {plan.budget[0].replace('_', ' ')}, but the run {run} generates text, which takes "
+                "many more forwards than it has rows: give budget: {steps: ...}, and compare the seconds of the report"
+            )
         tried = {key for settings in plan.search.get(run, ()) for key in settings}
         for key in (*keys, *tried):
             if key in _SHARED:
@@ -118,7 +125,7 @@ def _check(plan: Plan) -> None:
         if plan.budget[0] != "seconds":
             plan.keys(*first)  # whether the budget pays for an iteration
         for key in tried:
-            if any(key in notice for notice in config.notices()):
+            if key in config.idle:
                 raise ZofoError(f"search: {key} has no effect on the run {run}: leave it out")
         start = plan.adapting.start.get(run, FRESH) if plan.adapting else FRESH
         if start != FRESH and not config.method_class.trains():
@@ -131,12 +138,18 @@ def _require_one_fresh_adapter(plan: Plan, asked: Adapting) -> None:
     """Refuses runs that would be adapted by adapters of different shapes; a run without one takes the usual one."""
     fresh = [run for run in plan.runs if asked.start.get(run, FRESH) == FRESH]
     for key in OF_ADAPTER:
-        values = {run: plan.runs[run].get(key) for run in fresh if plan.runs[run].get("adapter") != "none"}
+        values = {run: _of_fresh(plan.runs[run], key) for run in fresh}
         if key not in (*plan.adapting_keys, *asked.keys) and len(set(map(str, values.values()))) > 1:
             said = ", ".join(f"{run} has {value or 'nothing'}" for run, value in values.items())
             raise ZofoError(
                 f"adapt: a fresh adapter must be the same for all runs, but of {key} {said}: say it in keys of adapt"
             )
+
+
+def _of_fresh(keys: Mapping[str, Any], key: str) -> Any:
+    """What a run says of the adapter that it would be adapted by; a run without one takes the usual one."""
+    alone = keys.get("adapter") == "none"
+    return None if alone or (key == "adapter" and keys.get(key) == ZOFOConfig.adapter) else keys.get(key)
 
 
 def _divisions(content: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Division, ...]:
@@ -192,6 +205,12 @@ def _tuning(
     if "tasks" in given:
         rows = divisions[0].data_seed, divisions[0].train_size
         places = [Division(task, *rows, _name(task)) for task in _tasks(given, "tasks")]
+    shared = {place.tasks for place in places} & {division.tasks for division in divisions}
+    if shared and len({division.data_seed for division in divisions}) > 1:
+        raise ZofoError(
+            "tuning is on tasks of the table, which data_seeds divides several times, so that it would see test rows: "
+            "tune on other tasks, or leave tuning out"
+        )
     tuned = _numbers(given, "seeds") if "seeds" in given else seeds[:1]
     return tuple((place, seed) for place in places for seed in tuned)
 

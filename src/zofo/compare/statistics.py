@@ -69,7 +69,7 @@ class _Part(NamedTuple):
     freedom: int
 
 
-def mean_interval(scores: Array, groups: Groups = None, *, bounded: bool = True) -> Mean:
+def mean_interval(scores: Array, groups: Groups = None, *, bounded: bool = True, tasks: Groups = None) -> Mean:
     """The mean over seeds and rows with its 95 % interval.
 
     Args:
@@ -77,6 +77,7 @@ def mean_interval(scores: Array, groups: Groups = None, *, bounded: bool = True)
         groups: the source of each row, where rows share one.
         bounded: whether they are of a metric in [0, 1]; then the interval stays there, and is at least 3 / R wide on
             each side.
+        tasks: of each row, where the mean is that of several tasks; each has a number of rows that no chance decides.
 
     Raises:
         ZofoError: with fewer than two rows or two groups.
@@ -90,14 +91,16 @@ def mean_interval(scores: Array, groups: Groups = None, *, bounded: bool = True)
         where all rows are right.
     """
     mean, rows = float(scores.mean()), scores.shape[1]
-    reach = _reach([_row_part(scores.mean(0), _codes(groups, rows)), *_seed_part(scores)], LEVEL / 2)
+    reach = _reach([_row_part(scores.mean(0), _codes(groups, rows), tasks), *_seed_part(scores)], LEVEL / 2)
     if not bounded:
         return Mean(mean, mean - reach, mean + reach)
     reach = max(reach, 3 / rows)
     return Mean(mean, max(mean - reach, 0.0), min(mean + reach, 1.0))
 
 
-def paired_difference(a: Array, b: Array, groups: Groups = None, *, same_seeds: bool = True) -> Difference:
+def paired_difference(
+    a: Array, b: Array, groups: Groups = None, *, same_seeds: bool = True, tasks: Groups = None
+) -> Difference:
     """The mean difference of two methods on the same test rows.
 
         difference = mean over seeds and rows of a - b
@@ -112,6 +115,7 @@ def paired_difference(a: Array, b: Array, groups: Groups = None, *, same_seeds: 
             without training, has the same row for every seed of `a`.
         groups: the source of each row, where rows share one: rows of a source count as one observation.
         same_seeds: whether run i of both has the same seed; else the runs of both count as independent.
+        tasks: of each row, where the mean is that of several tasks.
 
     Raises:
         ZofoError: with fewer than two rows or two groups.
@@ -129,7 +133,7 @@ def paired_difference(a: Array, b: Array, groups: Groups = None, *, same_seeds: 
     clusters = int(codes.max()) + 1
     of_rows = a.mean(0) - b.mean(0)
     of_seeds = _seed_part(a - b) if same_seeds else _seed_part(a) + _seed_part(b)
-    parts = [_row_part(of_rows, codes), *of_seeds]
+    parts = [_row_part(of_rows, codes, tasks), *of_seeds]
     difference, reach = float(of_rows.mean()), _reach(parts, LEVEL / 2)
     return Difference(
         difference=difference,
@@ -144,7 +148,7 @@ def paired_difference(a: Array, b: Array, groups: Groups = None, *, same_seeds: 
     )
 
 
-def difference_of_methods(a: Array, b: Array, seeds: int, groups: Groups = None) -> Difference:
+def difference_of_methods(a: Array, b: Array, seeds: int, groups: Groups = None, tasks: Groups = None) -> Difference:
     """`paired_difference` of two methods that were to have `seeds` runs each, of which some may be missing.
 
     Runs are paired by their seeds only if none is missing: it is not known which ones are. The one run of a method that
@@ -155,12 +159,13 @@ def difference_of_methods(a: Array, b: Array, seeds: int, groups: Groups = None)
         b: scores of the second method, (S', R).
         seeds: how many runs both were to have.
         groups: the source of each row, where rows share one.
+        tasks: of each row, where the mean is that of several tasks.
 
     Examples:
         >>> difference_of_methods(np.array([[1.0, 1, 0], [1, 0, 0]]), np.zeros((2, 3)), 2).difference
         0.5
     """
-    return paired_difference(a, b, groups, same_seeds=len(a) == len(b) == seeds)
+    return paired_difference(a, b, groups, same_seeds=len(a) == len(b) == seeds, tasks=tasks)
 
 
 def row_values(statistic: Callable[[NDArray[np.intp]], float], rows: int) -> Array:
@@ -222,9 +227,11 @@ def _codes(groups: Groups, rows: int) -> NDArray[np.intp]:
     return codes
 
 
-def _row_part(scores: Array, codes: NDArray[np.intp]) -> _Part:
-    """The variance of the mean of `scores` (R,) over rows in clusters, which may differ in size."""
-    deviations = np.bincount(codes, scores - scores.mean()) / scores.size
+def _row_part(scores: Array, codes: NDArray[np.intp], tasks: Groups) -> _Part:
+    """The variance of the mean of `scores` (R,) over rows in clusters, which may differ in size, within each task."""
+    of_task = np.zeros(scores.size, np.intp) if tasks is None else np.unique(np.asarray(tasks), return_inverse=True)[1]
+    means = np.bincount(of_task, scores) / np.bincount(of_task)
+    deviations = np.bincount(codes, scores - means[of_task]) / scores.size
     clusters = deviations.size
     return _Part(clusters / (clusters - 1) * float(deviations @ deviations), clusters - 1)
 

@@ -87,10 +87,10 @@ class Bilevel(Method):
         micro, moves = keys.gradient_accumulation_steps, int(keys.zo_learning_rate != 0)
         coupled = int(_weight(keys) > 0)
         return Work(
-            backwards=micro * (keys.lower_steps + 1 + coupled),
+            backwards=micro * (keys.lower_steps + int(keys.objective == LOSS) + coupled),
             resumed=micro * (keys.lower_steps - cls.streams(keys)["lower"].batches),
             updates=keys.lower_steps + 1,
-            forwards=moves * micro * evaluations(keys) * (1 + 2 * coupled),
+            forwards=moves * micro * (evaluations(keys) + 2 * coupled * evaluations(keys, shaped=False)),
             zo_updates=moves,
         )
 

@@ -385,10 +385,12 @@ def asked_probes(keys: Keys) -> Probes:
     return Probes(*asked, keys.zo_distribution)
 
 
-def evaluations(keys: Keys) -> float:
+def evaluations(keys: Keys, shaped: bool = True) -> float:
     """Losses over a whole batch that a zeroth-order step measures, on average; an automatic rate measures curvatures.
 
-    Where directions have rows of their own, all of them together measure two such losses.
+    Where directions have rows of their own, all of them together measure two such losses. One-sided values that are
+    `shaped` need none at θ.
     """
     probes = RULES[keys.zo_optimizer]().probes(asked_probes(keys))
-    return probes.passes + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)
+    spared = shaped and keys.shaping != "none" and keys.zo_estimator == "one_sided" and not probes.own
+    return probes.passes - spared + (1 / CURVATURE_EVERY if keys.zo_learning_rate == AUTO else 0.0)

@@ -8,6 +8,7 @@ from zofo.methods.method import Method
 from zofo.tasks.metrics import MEANS, TEXT_METRICS
 from zofo.tasks.rewards import REWARD, require_name
 
+GENERATED = (REWARD, *TEXT_METRICS)  # objectives of the text that is generated
 NEW_TOKENS = 64  # of a completion, if nobody says
 
 
@@ -24,7 +25,7 @@ def settle_objective(keys: Keys, method: type[Method], given: Collection[str]) -
     _require_population(keys, method)
     if keys.zo_distribution == "low_rank":
         _settle_rows(keys, given)
-    if keys.objective in (REWARD, *TEXT_METRICS) and not method.backpropagates and "loss" not in given:
+    if keys.objective in GENERATED and not method.backpropagates and "loss" not in given:
         keys.loss = "lm"  # options are not compared
     choosing = keys.load_best_model_at_end or name_of(keys.lr_scheduler_type) in BY_EVALUATIONS
     if choosing and keys.metric_for_best_model is None and keys.objective != LOSS:

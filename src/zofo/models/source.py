@@ -9,7 +9,7 @@ import shutil
 from contextlib import redirect_stderr
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import torch
@@ -27,7 +27,8 @@ NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # without it, transforme
 _OTHER_PARTS = re.compile(
     r"vision|visual|audio|image|multi_modal|v_head|mtp|inv_freq|masked_bias|attention\.bias$|attn\.bias$|position_ids"
 )
-_OTHER_GGUF = re.compile(r"^rope_(freqs|factors)|\.nextn\.")  # rotations, and layers that predict a second token
+_ROTATIONS = ("rope_freqs", "rope_factors")
+_OTHER_GGUF = re.compile(rf"^({'|'.join(_ROTATIONS)})|\.nextn\.")  # and layers that predict a second token
 
 
 def local_source(name: str) -> str:
@@ -55,7 +56,7 @@ def _converted(file: Path) -> Path:
     its name only when it is complete.
     """
     stat = file.stat()
-    version = hashlib.sha256(f"3/{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    version = hashlib.sha256(f"4/{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{file.stem}-{version}"
     if folder.is_dir():
         return folder
@@ -85,6 +86,7 @@ def _convert(file: Path, folder: Path) -> None:
     except Exception as error:  # a damaged file fails in any way
         raise ZofoError(f"cannot read {file}: {first_line(error)}; is it a complete GGUF of a causal model?") from error
     model, report = loaded
+    _require_plain_rotation(reader, model, file)
     needed = dict(model.named_parameters(remove_duplicate=False))  # buffers are made anew
     missing = [name for name in report["missing_keys"] if name in needed]
     extra = _without_place(reader, model)  # transformers does not report these
@@ -124,6 +126,40 @@ def _without_place(reader: gguf.GGUFReader, model: PreTrainedModel) -> list[str]
     names = gguf.get_tensor_name_map(arch, model.config.get_text_config().num_hidden_layers)
     known = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
     return [name for name in stored if name not in known]
+
+
+def _require_plain_rotation(reader: gguf.GGUFReader, model: PreTrainedModel, file: Path) -> None:
+    """Refuses rotary embeddings that transformers does not read from a GGUF file, so that the model would be another.
+
+    They are scaled by tensors (Llama 3.1, Phi 3), or by keys of the header, or have another base.
+    """
+    scaled = [t.name for t in reader.tensors if t.name.startswith(_ROTATIONS) and not (t.data == 1).all()]
+    rotations = _rotations(model.config.get_text_config())
+    kind, base = _header(reader, "rope.scaling.type"), _header(reader, "rope.freq_base")
+    if kind not in (None, "none") and all(one.get("rope_type", "default") == "default" for one in rotations):
+        scaled.append(f"rope.scaling.type {kind}")
+    known = [one["rope_theta"] for one in rotations if "rope_theta" in one]
+    if base is not None and known and not any(math.isclose(base, theta, rel_tol=1e-4) for theta in known):
+        scaled.append(f"rope.freq_base {base:g}")
+    if scaled:
+        raise ZofoError(
+            f"{file} has rotary embeddings ({', '.join(scaled)}) that transformers does not read from GGUF files: give "
+            "the folder or the Hub id of the original model"
+        )
+
+
+def _rotations(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings of a model: of all its layers, or of each kind of layer."""
+    found: dict[str, Any] = vars(config).get("rope_parameters") or {}
+    nested = [value for value in found.values() if isinstance(value, dict)]
+    return cast("list[dict[str, Any]]", nested) or [found]
+
+
+def _header(reader: gguf.GGUFReader, key: str) -> Any:
+    """The value of a key of the header that is named after the architecture; None if it is not there."""
+    architecture = reader.fields["general.architecture"].contents()
+    field = reader.fields.get(f"{architecture}.{key}")
+    return None if field is None else field.contents()
 
 
 def _require_model_folder(path: Path) -> None:

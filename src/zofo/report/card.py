@@ -62,11 +62,13 @@ def model_card(
     place: str,
     shown: Shown,
     span: AnswerSpan,
+    ends: Sequence[int],
 ) -> str:
     """The card as Markdown, with front matter that the Hub reads.
 
     `results` is the content of results.json, `backbone` a folder or the name of a model that did not change, `place`
-    the folder of the adapter in the example, `shown` its row, and `span` how much generated text is an answer.
+    the folder of the adapter in the example, `shown` its row, `span` how much generated text is an answer, and `ends`
+    the tokens that end it.
     """
     before = {"zero-shot": results["zero_shot"]} if results["zero_shot"] else {}
     scores = {**before, **{f"`{name}`": row for name, row in results["metrics"].items()}}
@@ -91,6 +93,7 @@ def model_card(
         tokenizer="backbone" if backbone == "backbone" else "tokenizer",
         shown=shown,
         span=span,
+        ends=ends,
         licence=base_licence(config.model or ""),
         adapter_tag=config.adapter if config.adapter in KINDS else "peft",
         columns=columns,

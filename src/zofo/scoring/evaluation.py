@@ -11,7 +11,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from zofo.errors import ZofoError
+from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.models.adapters import AdaptedModel
 from zofo.scoring.batch import answer_tokens, by_length, collate, padding_id
 from zofo.scoring.generation import ONE_LINE, AnswerSpan, Near, Place, generate, room_wanted
@@ -181,6 +181,11 @@ class Evaluator:
             values = (totals.means if self.scoring == "mean" else totals.sums).cpu()
             by_index.update({i: row[: len(examples[i].answers)] for i, row in zip(indices, values, strict=True)})
         scores = [by_index[i] for i in range(len(examples))]
+        if any(row.isnan().any() for row in scores):
+            raise NonFiniteLossError(
+                "the scores of options are nan: lower the learning rates or zo_eps, or set dtype: float32; in a run "
+                "on_nonfinite: skip passes over such a step"
+            )
         if self.scoring != "pmi":
             return scores
         unconditional: dict[tuple[Any, ...], Tensor] = {}  # most examples share one premise and its options

@@ -107,6 +107,14 @@ class AnswerSpan:
 ONE_LINE = AnswerSpan()
 
 
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a generated text: the tokenizer's token, and those that the model names, such as the end of a turn."""
+    stored: Any = model.generation_config.eos_token_id if model.generation_config else None
+    named: list[Any] = stored if isinstance(stored, list) else [stored]
+    every: list[Any] = [tokenizer.eos_token_id, *named]
+    return list(dict.fromkeys(int(token) for token in every if token is not None))
+
+
 @torch.no_grad()
 def generate(
     scorer: Scorer,
@@ -139,7 +147,7 @@ def generate(
             max_new_tokens=max(1, min(span.tokens, adapted.positions - ids.shape[1])),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_tokens(adapted.base, tokenizer),
         )
         ends = [] if span.is_whole else [_AnswerEnds(tokenizer, span, ids.shape[1])]
         with near(len(indices)), _plain_generation(adapted):

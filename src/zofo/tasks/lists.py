@@ -28,7 +28,7 @@ def task_files(words: Sequence[str]) -> list[str]:
         raise ZofoError("task is an empty list: name at least one task, task file or folder of tasks")
     names: dict[str, str] = {}
     for entry in [entry for word in words for entry in _expanded(word)]:
-        name = _name(entry)
+        name = name_of_task(entry)
         if name in names:
             raise ZofoError(f"two of the tasks are called {name}: {names[name]} and {entry}; leave one of them out")
         names[name] = entry
@@ -73,7 +73,8 @@ def _expanded(word: Any) -> list[str]:
     return [f"{entry}#{draw}" if draw else str(entry) for entry in folders]
 
 
-def _name(entry: str) -> str:
+def name_of_task(entry: str) -> str:
+    """The name of the task that a name, a task file or a folder in MetaICL's form stands for."""
     if entry not in task_names() and is_metaicl(entry):
         return metaicl_name(entry)
     path = task_file(entry)

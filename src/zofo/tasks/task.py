@@ -1,5 +1,6 @@
 """A task: where its rows come from, and how a row becomes a prompt, an answer and options. A page of YAML."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -95,6 +96,15 @@ class Task:
         rows = [record.row for record in records if record.row is not None]
         assert len(rows) == len(records), "records that were made from no rows"
         return self._render(rows, template, f", template {template}")
+
+    def wordings(self, records: Sequence[Record]) -> list[list[Record]]:
+        """The same rows as they are, and by each template that suits them."""
+        rows = [record.row for record in records if record.row is not None]
+        found = [list(records)]
+        for template in range(len(self.templates)) if len(self.templates) > 1 and len(rows) == len(records) else ():
+            with contextlib.suppress(ZofoError):
+                found.append(self._render(rows, template, ""))
+        return found
 
     def questions(self, rows: Sequence[Row], template: int, example: str = "") -> list[Record]:
         """Rows without their answers, which they need not have, and whatever `where` says: for predictions.

@@ -17,6 +17,7 @@ from zofo.tasks.table import make_table_task
 from zofo.tasks.task import Task, load_task
 from zofo.training.bundles import planned_steps
 from zofo.training.start import is_channel
+from zofo.training.trained_rows import was_trained_on
 
 _T = TypeVar("_T")
 
@@ -48,6 +49,12 @@ def _loaded(name: str, config: ZOFOConfig, source: str | None = None) -> Task:
     if config.needs_answers:
         task.require_answers()
     return task
+
+
+def trained_on(task: Task, rows: Sequence[Record], known: frozenset[bytes]) -> list[bool]:
+    """Whether each row, by any template of its task, is among those that a model says it was trained on."""
+    wordings = task.wordings(rows) if known else [rows]
+    return [any(was_trained_on(record, known) for record in each) for each in zip(*wordings, strict=True)]
 
 
 def run_tasks(config: ZOFOConfig) -> dict[str, tuple[Task, dict[str, Any] | None]]:

@@ -90,7 +90,7 @@ class Alignment:
             estimate = estimate.double() * perturbed
             self._of_estimate += float(estimate.dot(estimate))
             if gradient is not None:
-                true = gradient.flatten()[start : start + _PART].double()
+                true = gradient.flatten()[start : start + _PART].double() * perturbed  # the others are not moved
                 self._product += float(estimate.dot(true))
                 self._of_gradient += float(true.dot(true))
 
