@@ -1,8 +1,13 @@
-"""`python benchmarks/report_table.py FOLDER`: the table that a page shows of the report of a comparison.
+"""The table that a page shows of the report of a comparison, and differences of two of its methods.
 
-FOLDER holds `report.json` and `report.csv`, as `zofo compare` writes them. Prints Markdown: a row for each task and
-method, with what the search chose, the mean of its metric with the 95 % interval, the difference to the baseline in
-points (* where significant after Holm's correction), and the mean and range over seeds of the test loss.
+    python benchmarks/report_table.py FOLDER
+    python benchmarks/report_table.py FOLDER METHOD OTHER
+
+FOLDER holds `report.json` and `report.csv`, as `zofo compare` writes them. The first form prints Markdown: a row for
+each task and method, with what the search chose, the mean of its metric with the 95 % interval, the difference to the
+baseline in points (* where significant after Holm's correction), and the mean and range over seeds of the test loss.
+The second prints for each task the difference of two methods, paired by rows and seeds, with its p-value, which is not
+corrected; it needs the `predictions.jsonl` of the run folders.
 """
 
 from __future__ import annotations
@@ -13,6 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from zofo.compare.statistics import paired_difference
 
 
 def rows(report: dict[str, Any], runs: Sequence[dict[str, str]]) -> list[list[str]]:
@@ -51,12 +60,25 @@ def points(difference: dict[str, Any] | None) -> str:
     return f"{mean:+.1f} ({low:.1f} to {high:.1f}){'*' if difference['significant'] else ''}"
 
 
+def scores(runs: Sequence[dict[str, str]], task: str, method: str) -> Any:
+    """Of each run and test row, float64 (S, R)."""
+    own = sorted((r for r in runs if (r["task"], r["run"]) == (task, method)), key=lambda r: int(r["seed"]))
+    files = [(Path(r["folder"]) / "predictions.jsonl").read_text(encoding="utf-8").splitlines() for r in own]
+    return np.array([[json.loads(line)["score"] for line in lines] for lines in files], dtype=np.float64)
+
+
 def main() -> None:
-    """Prints the table of the folder that the command names."""
-    folder = Path(sys.argv[1])
+    """Prints what the command asks for."""
+    folder, pair = Path(sys.argv[1]), sys.argv[2:]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
-        table = rows(report, list(csv.DictReader(file)))
+        runs = list(csv.DictReader(file))
+    if pair:
+        for task in [task["name"] for task in report["tasks"]]:
+            found = paired_difference(*(scores(runs, task, method) for method in pair))
+            print(f"{task}: {points(vars(found) | {'significant': False})}, p = {found.p:.3f}")
+        return
+    table = rows(report, runs)
     title = [
         "task",
         "method",
