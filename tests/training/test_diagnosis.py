@@ -195,7 +195,8 @@ def test_the_cosine_is_that_of_materialised_directions_with_plain_autograd(tmp_p
     side = 0.0 if args.zo_estimator == "one_sided" else -args.zo_eps
     scales = [at(theta, z, args.zo_eps, objective) - at(theta, z, side, objective) for z in directions]
     estimate = [sum(g * z[n].double() for g, z in zip(scales, directions, strict=True)) for n in theta]
-    true = [torch.zeros(()) if g is None else g for g in gradients]
+    pairs = zip(theta, gradients, strict=True)
+    true = [torch.zeros(()) if g is None else g * inside[n] for n, g in pairs]  # of the weights that are moved
     product = sum(float((e * g.double()).sum()) for e, g in zip(estimate, true, strict=True))
     norms = [math.sqrt(sum(float(v.double().square().sum()) for v in many)) for many in (estimate, true)]
     assert logs["cosine"] == pytest.approx(product / math.prod(norms), rel=0.02, abs=1e-6)

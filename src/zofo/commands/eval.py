@@ -15,7 +15,7 @@ from zofo.config_parser import parse_config
 from zofo.console import Say
 from zofo.errors import ZofoError
 from zofo.models.peft import note_of_move
-from zofo.scoring.evaluation import Answer, Evaluator, Scoring
+from zofo.scoring.evaluation import Answer, Evaluator, Scoring, require_numbers
 from zofo.scoring.generation import ONE_LINE, AnswerSpan
 from zofo.scoring.tokens import Example, tokenize
 from zofo.spelling import ANY_TASK_KEYS, EVAL_KEYS, key_of
@@ -213,6 +213,7 @@ class _EvalSet:
             manner.batch_size, loaded.place, manner.scoring, span=span, progress=words,
         )  # fmt: skip
         answers = evaluator.answers(examples, premises)
+        require_numbers(answers)
         scores = evaluator.measure(examples, answers, premises)
         samples = [_sample(task, template, loaded.tokenizer, *pair) for pair in zip(examples, answers, strict=True)]
         if not manner.shots:

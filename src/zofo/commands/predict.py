@@ -15,7 +15,7 @@ from zofo.commands.stored import Loaded, StoredRun
 from zofo.config import ZOFOConfig
 from zofo.console import Say
 from zofo.errors import ZofoError
-from zofo.scoring.evaluation import Answer, Evaluator
+from zofo.scoring.evaluation import Answer, Evaluator, require_numbers
 from zofo.scoring.generation import ONE_LINE
 from zofo.scoring.tokens import Example, tokenize
 from zofo.tasks.prompts import as_chat
@@ -63,6 +63,7 @@ def predict(
         span=span, progress="predict",
     )  # fmt: skip
     answers = evaluator.answers(examples)
+    require_numbers(answers)
     return [{**row, **_columns(e, answer)} for row, e, answer in zip(rows, examples, answers, strict=True)]
 
 

@@ -181,11 +181,6 @@ class Evaluator:
             values = (totals.means if self.scoring == "mean" else totals.sums).cpu()
             by_index.update({i: row[: len(examples[i].answers)] for i, row in zip(indices, values, strict=True)})
         scores = [by_index[i] for i in range(len(examples))]
-        if any(row.isnan().any() for row in scores):
-            raise NonFiniteLossError(
-                "the scores of options are nan: lower the learning rates or zo_eps, or set dtype: float32; in a run "
-                "on_nonfinite: skip passes over such a step"
-            )
         if self.scoring != "pmi":
             return scores
         unconditional: dict[tuple[Any, ...], Tensor] = {}  # most examples share one premise and its options
@@ -210,6 +205,19 @@ class Evaluator:
     def _bar(self, batches: list[list[int]]) -> Iterable[list[int]]:
         """The batches, with a progress bar if somebody looks at it."""
         return tqdm(batches, self.progress, leave=False, disable=None if self.progress else True)
+
+
+def require_numbers(answers: Sequence[Answer]) -> None:
+    """Refuses scores that are nan, of which the best option is the first, so that a broken model would seem to answer.
+
+    A run that meets them has more to say of their cause.
+    """
+    broken = [answer for answer in answers if answer.scores is not None and bool(answer.scores.isnan().any())]
+    if broken:
+        raise NonFiniteLossError(
+            f"the scores of {len(broken)} of {len(answers)} rows are nan: the weights are not finite, or dtype "
+            "overflows: try dtype: float32"
+        )
 
 
 def records_of(examples: Sequence[Example]) -> list[Record]:
