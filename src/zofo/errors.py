@@ -20,9 +20,7 @@ class NonFiniteLossError(ZofoError):
 
 
 # what a forward of a model raises for inputs, weights or adapters that do not fit it
-FORWARD_ERRORS = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError,
-)  # fmt: skip
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from zofo.config_parser import parse_config
 from zofo.console import Say
 from zofo.report.words import duration
 from zofo.tasks.leakage import require_apart
+from zofo.tasks.records import Record
 from zofo.tasks.task import load_task
 from zofo.training.rows import run_splits
 
@@ -48,19 +49,25 @@ def compare(file: Path, say: Say, dry_run: bool = False) -> None:
 
 def _require_new_tasks(plan: Plan) -> None:
     """Refuses other tasks that have too few rows, or rows that a run would train on, before any run."""
-    asked = plan.adapting
-    for division in plan.divisions if asked or plan.forgetting else ():
+    for division in plan.divisions if plan.adapting or plan.forgetting else ():
         config = plan.config(plan.baseline, division, {})
         trained = [load_task(place, config.source) for place in division.tasks]
         train = {task.name: run_splits(task, config).train for task in trained}
-        if plan.forgetting:
-            other = eval_config(str(plan.base["model"]), plan.forgetting, plan.of_other_task(plan.forgetting)[2:])
-            task = load_task(plan.forgetting, other.source)
-            require_apart(train, {task.name: run_splits(task, other).test})
+        for name, test in _tests_of_other_tasks(plan, config):
+            require_apart(train, {name: test})
+
+
+def _tests_of_other_tasks(plan: Plan, config: ZOFOConfig) -> Generator[tuple[str, list[Record]]]:
+    """The tasks that runs are scored on after training on those of `config`, each with its test rows."""
+    if plan.forgetting:
+        other = eval_config(str(plan.base["model"]), plan.forgetting, plan.of_other_task(plan.forgetting)[2:])
+        task = load_task(plan.forgetting, other.source)
+        yield task.name, run_splits(task, other).test
+    if plan.adapting:
         of_new = replace(config, train_size=None, source=None)  # `zofo adapt` draws from all of them
-        held_back = [load_task(place) for place in asked.tasks] if asked else []
-        for task in held_back:
-            require_apart(train, {task.name: splits_of_new(task, of_new, asked.shots if asked else 0).test})
+        for place in plan.adapting.tasks:
+            task = load_task(place)
+            yield task.name, splits_of_new(task, of_new, plan.adapting.shots).test
 
 
 def planned(plan: Plan) -> Generator[str]:

@@ -1,5 +1,6 @@
 """What a run ends with: results, card and curves, beside the backbone and the adapters."""
 
+import errno
 import json
 import math
 import os
@@ -117,7 +118,9 @@ def write_new(file: Path, content: bytes) -> None:
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
-        os.link(part, file)
+        if file.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(file))
+        part.rename(file)
     finally:
         part.unlink(missing_ok=True)
 
