@@ -192,9 +192,7 @@ class Plan:
         if self.forgetting and "max_steps" in keys:  # it trains
             options = self.of_other_task(self.forgetting)
             found[before_file(self)] = self._eval(keys, "--model", str(self.base["model"]), *options)
-            adapter = ["--adapter", str(folder / "upper")] if keys.get("adapter") != "none" else []
-            model = str(folder / "backbone")
-            found[forgetting_file(self, folder)] = self._eval(keys, "--model", model, *adapter, *options)
+            found[forgetting_file(self, folder)] = self._eval(keys, "--run", str(folder), *options)
         for task in self.adapting.tasks if self.adapting else ():
             found[adapted_file(self, folder, task)] = self._adapt(run, folder, task)
         return found
