@@ -1,7 +1,7 @@
 """`ZOFOConfig`: what goes together, what is stored, what a resumed run must share."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import InitVar, dataclass
 from enum import Enum
 from typing import Any, Self
@@ -45,7 +45,6 @@ _FREE = (
     "final_split", "zero_shot", "overwrite_output_dir", "on_nonfinite", "early_stopping_patience", "diagnose",
     "reward_timeout",
 )  # fmt: skip
-_ORDER = "batch_order"  # the key whose seed it follows; older versions took data_seed
 _CHOOSING = ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity")
 _OF_ONE_METHOD = (  # which another one would refuse
     *_CHOOSING, "zo_weight_decay", "zo_anchor", "optimizer_in_backward", "upper_learning_rate", "penalty_schedule",
@@ -266,7 +265,7 @@ class ZOFOConfig(Keys):
         free = {*_FREE, *(_method_keys() - self.method_class.keys_used)}
         keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in free)]
         keys += ["max_steps", "num_train_epochs"] if lasting else []  # what a step does depends on how many there are
-        return {_ORDER: "seed", **{key: _as_json(known(key, vars(self)[key])) for key in keys}}
+        return {key: _as_json(known(key, vars(self)[key])) for key in keys}
 
     def resolved(self) -> dict[str, Any]:
         """Every key that differs from its default, or is one of zofo's own: what reading it back needs."""
@@ -289,14 +288,10 @@ class ZOFOConfig(Keys):
         return kept
 
 
-def identity_of_before(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of an older run, with the keys that it does not know yet at their defaults of then.
-
-    So a key that is added later never makes an older run impossible to resume.
-    """
-    defaults = {f.name: _as_json(f.default) for f in dataclasses.fields(ZOFOConfig) if f.name in own_keys()}
-    order = "seed" if stored.get("data_seed") in (None, stored.get("seed")) else "data_seed"
-    return {**defaults, _ORDER: order, "zo_learning_rate": AUTO, "penalty": 1.0, **stored}
+def identity_defaults() -> dict[str, Any]:
+    """What a run is known by where it leaves every key of zofo out, as JSON values."""
+    keys = [key for key in dataclasses.fields(ZOFOConfig) if key.name in own_keys()]
+    return {**{key.name: _as_json(default_of(key)) for key in keys}, "zo_learning_rate": AUTO}
 
 
 def _is_default(key: dataclasses.Field[Any], value: Any) -> bool:

@@ -71,20 +71,15 @@ def _content_of_task(value: str, source: str | None) -> str:
 
 
 def same(key: str, before: Any, now: Any) -> bool:
-    """Whether a key names the same for a stored run as for this one.
-
-    Older versions stored absolute paths. Weights that are gone from there count as moved if their name is the same.
-    """
+    """Whether a key names the same for a stored run as for this one: weights may have another name or place."""
     if isinstance(before, list) and isinstance(now, list):
         pairs = zip(cast("list[Any]", before), cast("list[Any]", now), strict=False)
         return len(cast("list[Any]", before)) == len(cast("list[Any]", now)) and all(same(key, *pair) for pair in pairs)
-    if key in _DESCRIBED and _FILE in (known(key, before), now):
+    if before == now or (key in _DESCRIBED and _FILE in (before, now)):
         return True
-    if before == now or key not in _WEIGHTS or not isinstance(before, str) or not isinstance(now, str):
-        return before == now
-    if _is_absolute(before) and not Path(before).exists():
-        return now.startswith(f"{Path(before).name}{_SHA}")
-    return _SHA in now and str(known(key, before)).rpartition(_SHA)[2] == now.rpartition(_SHA)[2]
+    if key not in _WEIGHTS or not isinstance(before, str) or not isinstance(now, str):
+        return False
+    return _SHA in now and before.rpartition(_SHA)[1:] == now.rpartition(_SHA)[1:]
 
 
 def _named(name: str, of_file: Callable[[Path, str], str]) -> str:

@@ -278,8 +278,8 @@ def test_parts_that_are_replaced_while_they_are_read_are_not_used(tmp_path):
 # ---- whose files
 
 
-def older(run, **left_out):
-    """A run of a version that left no marker."""
+def without_marker(run, **left_out):
+    """A run that was copied without its marker."""
     config = {"model": "m", "method": "fo", "adapter": "lora", "zo_eps": 1e-3, "penalty": 1.0}
     results = {"method": "fo", "metrics": {}, "zero_shot": {}, "cost": {}}
     put(run / "config.yaml", yaml.safe_dump({k: v for k, v in config.items() if k not in left_out}))
@@ -289,12 +289,12 @@ def older(run, **left_out):
     return run
 
 
-def test_a_run_of_an_older_version_is_known_by_what_its_files_say(tmp_path):
-    run = older(tmp_path / "run")
+def test_a_run_without_marker_is_known_by_what_its_files_say(tmp_path):
+    run = without_marker(tmp_path / "run")
     assert set(written(run)) == {"config.yaml", "results.json", "README.md", "backbone"}
     require_free(run, True, {})
     for key in ("zo_eps", "zero_shot"):
-        assert written(older(tmp_path / key, **{key: True})) == []
+        assert written(without_marker(tmp_path / key, **{key: True})) == []
     (run / "results.json").unlink()
     assert written(run) == []
     put(run / "checkpoint-1" / "weights", "w")

@@ -56,15 +56,6 @@ def moved(project, monkeypatch, how="moved"):
     return place
 
 
-def as_of_before(project, **places):
-    """Gives the seals the identity of older versions: absolute paths."""
-    for seal in project.glob("run/checkpoint-*/seal.json"):
-        content = json.loads(seal.read_text())
-        assert content["config"].keys() >= places.keys()
-        content["config"].update(places)
-        seal.write_text(json.dumps(content))
-
-
 def started(**keys):
     """A run with the keys, after a run whose adapter it may start from."""
     if "adapter_init" in keys:
@@ -86,20 +77,6 @@ def test_a_project_that_was_moved_goes_on_bit_for_bit(project, monkeypatch, keys
         assert not (project / "run" / "checkpoint-3").exists()
 
 
-@pytest.mark.parametrize("how", ["moved", "copied", "stayed"])
-@pytest.mark.parametrize("keys", [{}, {"adapter": "mine.json"}, {"adapter_init": "p"}, TABLE], ids=str)
-def test_an_older_checkpoint_goes_on(project, monkeypatch, keys, how):
-    started(**keys)
-    paths = ("model", "task", "adapter", "adapter_init", "data")
-    places = {key: str(project / str(given)) for key in paths if (given := {**KEYS, **keys}.get(key))}
-    if "adapter_init" in keys:
-        places["adapter"] = places["adapter_init"]
-    as_of_before(project, **places)
-    if how != "stayed":
-        moved(project, monkeypatch, how)
-    run(**{**MORE, **keys})
-
-
 def test_a_file_may_be_renamed(project):
     run(**KEYS, adapter="mine.json")
     for old, new in (("model", "base"), ("task.yaml", "words.yaml"), ("mine.json", "lora.json")):
@@ -107,11 +84,8 @@ def test_a_file_may_be_renamed(project):
     run(**{**MORE, "model": "base", "task": "words.yaml", "adapter": "lora.json"})
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_another_model_is_refused(capsys, project, older):
+def test_another_model_is_refused(capsys, project):
     run(**KEYS)
-    if older:
-        as_of_before(project, model=str(project / "model"))
     save_tiny_model(project / "other", seed=1)
     line = failed(capsys, arguments(**{**MORE, "model": "other"}))
     assert re.search(
@@ -131,19 +105,8 @@ def test_another_model_at_the_same_place_is_refused(capsys, project, change):
     assert "checkpoint-2 was written with model = 'model (sha256 " in failed(capsys, arguments(**MORE))
 
 
-def test_an_older_model_that_is_gone_is_not_taken_for_one_of_another_name(capsys, project):
-    run(**KEYS)
-    as_of_before(project, model=str(project / "model"))
-    os.replace("model", "other")
-    line = failed(capsys, arguments(**{**MORE, "model": "other"}))
-    assert f"written with model = '{project / 'model'}', but now it is 'other (sha256 " in line
-
-
-@pytest.mark.parametrize("older", [False, True])
-def test_another_task_or_adapter_at_the_same_place_is_refused(capsys, project, older):
+def test_another_task_or_adapter_at_the_same_place_is_refused(capsys, project):
     started(adapter="mine.json")
-    if older:
-        as_of_before(project, task=str(project / "task.yaml"), adapter=str(project / "mine.json"))
     before = (project / "task.yaml").read_text()
     write_task(project, prompt="{{ text }} It seemed")
     assert "on other training rows" in failed(capsys, arguments(**MORE, adapter="mine.json"))

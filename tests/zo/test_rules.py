@@ -377,7 +377,7 @@ def test_the_rate_is_multiplied_by_the_part_of_signal_where_it_is_small(q, popul
         assert found[-1] == 1.0 if errors_of < 1 else found[-1] < 0.1
 
 
-def test_a_rule_rests_nine_steps_of_ten_without_signal_and_an_older_state_is_trusted():
+def test_a_rule_rests_nine_steps_of_ten_without_signal():
     rule = Automatic(SGD())
     state = rule.init()
     assert not rule.rests(3, state)
@@ -386,9 +386,6 @@ def test_a_rule_rests_nine_steps_of_ten_without_signal_and_an_older_state_is_tru
         assert (state["trust"] == 0) == (step >= 1)
         assert rule.rests(41, state) == rule.without_signal(state) == (step >= 9)
     assert [rule.rests(step, state) for step in range(40, 60)] == [bool(step % 10) for step in range(40, 60)]
-    older = {key: state[key] for key in ("total", "weight", "curvatures", "rate")}
-    assert not rule.rests(41, older)
-    assert rule.update(Estimate(0, 41, (1.0,), None, 0.0), 1.0, older, no_more)[1]["trust"] == 1.0
 
 
 @pytest.mark.parametrize("rows", [4, 16])

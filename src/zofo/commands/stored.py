@@ -119,7 +119,7 @@ class StoredRun:
         found: Any = self._results().get("answer_span")
         try:
             return AnswerSpan(**(found[self.named(task)] if len(self.tasks) > 1 else found))
-        except (KeyError, TypeError):  # of an older version, or not ended
+        except (KeyError, TypeError):  # answers that are chosen, or a run that has not ended
             return ONE_LINE
 
     def _results(self) -> dict[str, Any]:

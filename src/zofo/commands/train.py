@@ -350,7 +350,7 @@ def _begun(run: Path, resume: Path | None, texts: Mapping[str, str]) -> Generato
         with replacing(run, texts):
             yield
         return
-    claim(run, *written(run))  # an older version has left no marker
+    claim(run, *written(run))  # a copied one may have no marker
     yield
 
 

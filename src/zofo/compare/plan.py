@@ -226,7 +226,7 @@ class Plan:
         """Names the results on the other task, so that those of an earlier plan, with another task, do not count."""
         asked = [self.base["model"], *self.of_other_task(str(self.forgetting))]
         read = _contents({"model": self.base["model"], "task": self.forgetting})
-        return _mark([*asked, read] if read else asked)
+        return _mark([*asked, read])
 
 
 def varies(config: ZOFOConfig) -> bool:
@@ -252,7 +252,7 @@ def before_file(plan: Plan) -> Path:
 def adapted_file(plan: Plan, folder: Path, task: str) -> Path:
     """Where the scores of a run on a held-back task are, after it was adapted to that."""
     read = _contents({**plan.adapting_keys, **(plan.adapting.keys if plan.adapting else {}), "task": task})
-    mark = _mark([str(plan.adapting), plan.adapting_keys, *([read] if read else [])])
+    mark = _mark([str(plan.adapting), plan.adapting_keys, read])
     return folder.with_suffix(f".adapted-{mark}") / Path(task).stem / "results.json"
 
 

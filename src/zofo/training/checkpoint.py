@@ -11,13 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import safe_globals
 
-from zofo.config import identity_of_before
+from zofo.config import identity_defaults
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.identity import same
 from zofo.parse import is_texts
@@ -27,7 +25,6 @@ _HALF = f"{SEAL}.half"
 _DIGESTS = "sha256"  # as fast as blake2b where the processor has instructions for it
 _READ: dict[tuple[int, int, int, int], str] = {}  # digests by device, inode, time and size
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 _UNWRITTEN = ("inline_container", "PytorchStreamWriter", "iostream error", "(os error ")  # the last of Rust
 _UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError, EOFError,
@@ -65,7 +62,7 @@ def share(whole: Path, folder: Path, part: str) -> bool:
     False if that part is not, or no longer, what was sealed, or lies elsewhere by a symbolic link.
     """
     try:
-        digests: dict[str, str] = _content(whole).get(_DIGESTS, {})
+        digests: dict[str, str] = _content(whole)[_DIGESTS]
         names = [name for name in digests if name.startswith(f"{part}/")]
         home = whole.parent.resolve() / whole.name
         if not names or any((whole / name).resolve() != home / name for name in names):
@@ -148,21 +145,13 @@ def read_seal(folder: Path) -> dict[str, Any]:
 
 
 def require_whole(folder: Path) -> dict[str, Any]:
-    """What `seal` wrote; refuses a checkpoint of which any file is not what it was when it was sealed.
-
-    Seals of older versions hold sizes only, so that what will be read is opened as well.
-    """
+    """What `seal` wrote; refuses a checkpoint of which any file is not what it was when it was sealed."""
     content = read_seal(folder)
-    for name, digest in content.get(_DIGESTS, {}).items():
+    for name, digest in content[_DIGESTS].items():
         with loading(folder):
             found = _digest(folder / name)
         if found != digest:
             raise _damaged(folder, f"{name} is not what was written")
-    steps_of(folder)
-    for name in _PICKLED:
-        if (folder / name).is_file():
-            with loading(folder), safe_globals():
-                torch.load(folder / name, map_location="meta", weights_only=True)
     return content
 
 
@@ -231,16 +220,15 @@ def require_optimizer_state(folder: Path) -> None:
 def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Refuses to resume a run under another configuration, or on other rows.
 
-    A key that the stored run does not know yet counts as if it had been at its default.
+    A key that the stored run does not know counts as if it had been at its default, so that a key that is added later
+    never makes an older run impossible to resume.
     """
-    rows = list(dict.fromkeys(stored.get("rows") or ()))  # rows of two levels at once stood there twice
-    if "rows" in current and rows != current["rows"]:
+    if "rows" in current and stored.get("rows") != current["rows"]:
         raise ZofoError(
             f"{folder} was written by a run on other training rows: give it the same data and task file, or start a "
             "new run in another output_dir"
         )
-    # the words of the chat template, which older versions did not store, count as unchanged
-    before = {"chat_template_digest": current.get("chat_template_digest"), **identity_of_before(stored)}
+    before = {**identity_defaults(), **stored}
     for key, value in current.items():
         if key != "rows" and not same(key, before.get(key), value):
             found, given = before.get(key), value
@@ -277,7 +265,7 @@ def _content(folder: Path) -> dict[str, Any]:
     files = content.get("files") if isinstance(content, dict) else None
     if not files or not isinstance(files, dict) or not all(isinstance(size, int) for size in files.values()):
         raise _damaged(folder, f"{SEAL} cannot be read")
-    digests = content.get(_DIGESTS, dict.fromkeys(files, ""))  # which older versions did not write
+    digests = content.get(_DIGESTS)
     if not isinstance(digests, dict) or digests.keys() != files.keys() or not is_texts([*digests.values()]):
         raise _damaged(folder, f"{SEAL} cannot be read")
     return content

@@ -99,13 +99,17 @@ def _settle_interrupted(run: Path) -> None:
 def written(run: Path) -> list[str]:
     """The names of what runs of zofo have written in a folder, as far as it is there.
 
-    By the marker; without one, a folder is a run of an older version if its files say so, and not only their names; a
-    sealed checkpoint says so of itself.
+    By the marker. A copy of a run may have none: then its files say so, and not only their names; a sealed checkpoint
+    says so of itself.
     """
     marker = _marker(run)
     if (run / MARKER).exists():
         return [name for name in marker["written"] if lexists(run / name)]
-    return _present(run) if _is_older_run(run) else [folder.name for folder in checkpoints(run) if _is_sealed(folder)]
+    return (
+        _present(run)
+        if _is_run_without_marker(run)
+        else [folder.name for folder in checkpoints(run) if _is_sealed(folder)]
+    )
 
 
 def is_written(run: Path) -> bool:
@@ -257,7 +261,7 @@ def _require_no_guests(run: Path, own: Sequence[str]) -> None:
         sealed = sealed_files(run / name)
         known = [f"{name}/{file}" for file in (*sealed, SEAL)] if sealed else final
         if (run / name).is_symlink() or not any(file.startswith(f"{name}/") for file in known):
-            continue  # of an older version, or half written: nothing says what belongs there
+            continue  # half written: nothing says what belongs there
         found = [file.relative_to(run).as_posix() for file in sorted((run / name).rglob("*")) if file.is_file()]
         if guests := [file for file in found if file not in known]:
             raise ZofoError(
@@ -272,8 +276,8 @@ def _present(run: Path) -> list[str]:
     return [*named, *(folder.name for folder in checkpoints(run))]
 
 
-def _is_older_run(run: Path) -> bool:
-    """Whether a folder without a marker was written by a run: its configuration, and its results or a checkpoint."""
+def _is_run_without_marker(run: Path) -> bool:
+    """Whether a folder without a marker holds a run: its configuration, and its results or a checkpoint."""
     try:
         config: Any = read_yaml(run / "config.yaml", "config.yaml")
     except (OSError, ZofoError):

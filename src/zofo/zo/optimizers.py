@@ -201,6 +201,5 @@ class JointOptimizer(Optimizer):
         return {name: member.state_dict() for name, member in self.members.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """By position, so that renaming a member does not make older checkpoints unreadable."""
-        for member, state in zip(self.members.values(), state_dict.values(), strict=True):
-            member.load_state_dict(state)
+        for name, member in self.members.items():
+            member.load_state_dict(state_dict[name])

@@ -181,7 +181,7 @@ class Automatic(Rule):
 
     def without_signal(self, state: State) -> bool:
         """From ten estimates on: fewer say too little, whatever the rate makes of them."""
-        return not state.get("trust", 1.0) and state["count"] > _PRIOR - 1  # as the older ones count a little less
+        return not state["trust"] and state["count"] > _PRIOR - 1  # as the older ones count a little less
 
     def weigh(self, projected: tuple[float, ...]) -> tuple[float, ...]:
         return self.rule.weigh(projected)
@@ -198,7 +198,7 @@ class Automatic(Rule):
         rms, bend = math.sqrt(total / weight), statistics.median(curvatures or [0.0])
         bounds = [factor / size for factor, size in ((REACH * self.eps, rms), (caution, bend)) if size > 0]
         factor = math.sqrt(queries) if self.population else queries
-        judged = self._judged(estimate, {**self.init(), **state}, _CAUTION * factor / queries)
+        judged = self._judged(estimate, state, _CAUTION * factor / queries)
         rate = learning_rate * factor * min(bounds, default=0.0) * judged["trust"]
         update, inner = self.rule.update(estimate, rate, state, evaluate)
         return update, {**inner, **judged, "total": total, "weight": weight, "curvatures": curvatures, "rate": rate}
