@@ -24,7 +24,7 @@ from clock import timed_run
 from table import Row, write_table
 from timing import MODEL, batches, child, device, interleaved, step_of, trainer, write
 from zofo import direction, noise
-from zofo.methods.levels import FirstOrderLevel
+from zofo.methods.first_order_level import FirstOrderLevel
 from zofo.models.load import load_model
 from zofo.models.peft import LOWER, UPPER
 from zofo.models.source import local_source

@@ -16,6 +16,7 @@ from zofo.identity import anywhere, known
 from zofo.keys import (
     AUTO,
     BY_EVALUATIONS,
+    CHANNEL,
     LORA_KEYS,
     OBJECTIVE_KEYS,
     POSITIVE,
@@ -138,6 +139,11 @@ class ZOFOConfig(Keys):
     def needs_answers(self) -> bool:
         """Whether rows must have right answers; a reward alone needs prompts alone."""
         return self.objective != REWARD or self.method_class.backpropagates
+
+    @property
+    def is_channel(self) -> bool:
+        """Whether it trains on prompts given their answers."""
+        return self.method_class.trains() and self.train_prompt == CHANNEL
 
     @property
     def division_seed(self) -> int:

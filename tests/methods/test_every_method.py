@@ -9,10 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 from plain import Watch, make_trainer, moved, same, trained, weights
 from zofo import ZOFOConfig, ZofoError
-from zofo.methods import METHODS, levels
+from zofo.methods import METHODS
 from zofo.methods.method import Work
 from zofo.scoring import scorer
-from zofo.training import start
+from zofo.scoring.scorer import Scorer
+from zofo.training import trainer as training
 from zofo.zo.optimizers import JointOptimizer, ZerothOrderOptimizer
 
 # A row for every method: the adapters that it is tried with.
@@ -65,15 +66,15 @@ def test_what_it_says_that_it_updates_is_updated(tmp_path, name, adapter):
 def work_done(trainer, monkeypatch):
     """What the steps of a run are made of, on average."""
     done, in_levels = Counter(), {}
-    for level, kind in ((levels.Scorer, "loss"), (levels.Scorer, "losses")):
+    for level, kind in ((Scorer, "loss"), (Scorer, "losses")):
         in_levels[kind] = vars(level)[kind]
     monkeypatch.setattr(
-        levels.Scorer,
+        Scorer,
         "loss",
         lambda self, batch: done.update(backwards=torch.is_grad_enabled()) or in_levels["loss"](self, batch),
     )
     monkeypatch.setattr(
-        levels.Scorer,
+        Scorer,
         "losses",
         lambda self, batches, names: done.update(forwards=len(batches)) or in_levels["losses"](self, batches, names),
     )
@@ -143,7 +144,7 @@ def test_a_step_one_of_whose_losses_is_nan_changes_no_bit(tmp_path, monkeypatch,
         before, spoiled, measured = after, spoiled + 1 if skipped else 1, 0
 
     before = state()
-    monkeypatch.setattr(start, "_SKIPPED_IN_A_ROW", math.inf)
+    monkeypatch.setattr(training, "_SKIPPED_IN_A_ROW", math.inf)
     monkeypatch.setattr(scorer, "_loss", spoil)
     trainer.add_callback(Watch(after=check))
     trainer.train()

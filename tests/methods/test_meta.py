@@ -5,7 +5,7 @@ import torch
 
 from plain import make_rows, make_trainer, same, weights
 from zofo import ZOFOConfig, ZofoError
-from zofo.methods.levels import FirstOrderLevel
+from zofo.methods.first_order_level import FirstOrderLevel
 
 TASKS = {name: make_rows(12, first=20 * place) for place, name in enumerate("ab")}
 PLAIN = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "tasks_per_step": 2, "max_steps": 1}

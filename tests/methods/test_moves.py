@@ -9,7 +9,8 @@ from peft import LoraConfig
 
 from plain import Watch, make_rows, make_trainer, micro_steps, moved, same, trained, weights
 from zofo import ZOFOConfig, ZofoError
-from zofo.methods import bilevel, levels
+from zofo.methods import bilevel
+from zofo.scoring.scorer import Scorer
 
 DROPOUT = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
 
@@ -158,7 +159,7 @@ def test_the_losses_that_one_sided_uses_again_are_those_it_would_measure(tmp_pat
     found = []
     for draws in (False, True):
         if draws:
-            monkeypatch.setattr(bilevel, "random_state", lambda: [torch.rand(1)])  # as if something had been drawn
+            monkeypatch.setattr(bilevel, "_random_state", lambda: [torch.rand(1)])  # as if something had been drawn
         trainer = make_trainer(tmp_path, zo_estimator="one_sided", max_steps=1)
         propose = trainer.method.theta.propose
         trainer.method.theta.propose = lambda *args, propose=propose, **more: (
@@ -183,7 +184,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_whole_or_raises(tmp_path, mo
         numbers = {f"{i}/{k}/{n}": v.clone() for i, s in enumerate(states) for k, e in s.items() for n, v in e.items()}
         return {part: weights(adapted, part) for part in parts} | {"optimizers": numbers}
 
-    whole_loss, calls = levels.Scorer.loss, {"lower": 0, "upper": 0, "theta": 0}
+    whole_loss, calls = Scorer.loss, {"lower": 0, "upper": 0, "theta": 0}
 
     def loss(self, batch):
         return whole_loss(self, batch) * spoiled(self.adapted.model.active_adapter)
@@ -197,8 +198,8 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_whole_or_raises(tmp_path, mo
         per_step = {"lower": 2, "upper": 2, "theta": 2}[called]
         return math.nan if called == where and calls[called] == 2 * per_step else 1.0  # the last one of step 1
 
-    monkeypatch.setattr(levels.Scorer, "loss", loss)
-    monkeypatch.setattr(levels.Scorer, "losses", losses)
+    monkeypatch.setattr(Scorer, "loss", loss)
+    monkeypatch.setattr(Scorer, "losses", losses)
     if kind == "raise":
         with pytest.raises(ZofoError, match=r"step 1: .* is nan"):
             trainer.train()
@@ -276,13 +277,13 @@ def test_a_run_without_training_rows_of_its_own_upper_level_divides_them(tmp_pat
 def test_no_gradient_is_left_of_a_step_whose_second_batch_is_not_finite(tmp_path, monkeypatch, keys, kind):
     keys = {"method": "fo", **keys, "gradient_accumulation_steps": 2, "max_steps": 2, "on_nonfinite": kind}
     trainer = make_trainer(tmp_path, **keys)
-    whole_loss, calls = levels.Scorer.loss, []
+    whole_loss, calls = Scorer.loss, []
 
     def loss(self, batch):
         calls.append([p.grad is not None for p in self.adapted.model.parameters()])
         return whole_loss(self, batch) * (math.nan if len(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(levels.Scorer, "loss", loss)
+    monkeypatch.setattr(Scorer, "loss", loss)
     if kind == "raise":
         with pytest.raises(ZofoError, match=r"step 0: the training loss is nan"):
             trainer.train()

@@ -21,14 +21,14 @@ from zofo import ZOFOConfig
 from zofo.commands.estimate import estimate
 from zofo.compare.budget import iteration_cost
 from zofo.errors import ZofoError
-from zofo.methods import METHODS, levels
+from zofo.methods import METHODS, first_order_level
 from zofo.models import below
 
 LAST = {"adapter_layers": "last 1", "lower_steps": 4, "lower_pool": 2, "per_device_train_batch_size": 2}
 
 
 def as_if_nothing_were_below(monkeypatch):
-    monkeypatch.setattr(levels, "blocks_below", lambda adapted: [])
+    monkeypatch.setattr(first_order_level, "blocks_below", lambda adapted: [])
 
 
 @pytest.mark.parametrize("keys", [{}, {"gradient_accumulation_steps": 2}, {"loss": "lm", "family": "gpt2"}])

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zofo import noise
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
+from zofo.methods.first_order_level import FirstOrderLevel
 from zofo.methods.method import Work
+from zofo.methods.zeroth_order_level import ZerothOrderLevel
 from zofo.models.adapters import AdaptedModel, positions_of
 from zofo.models.below import Below
 from zofo.models.kinds import adapter_config

@@ -29,9 +29,9 @@ from zofo.tasks.task import Task
 from zofo.training.checkpoint import checkpoints, is_of, last_sealed, read_seal, require_same, steps_of
 from zofo.training.diagnosable import cost_line
 from zofo.training.folder import PREDICTIONS, claim, final_parts, owned, replacing, require_free, require_own, written
+from zofo.training.given_rows import require_tasks
 from zofo.training.objective import run_rewards
 from zofo.training.rows import Posing, level_rows, require_prompt, run_splits, run_tasks, trained_on
-from zofo.training.start import require_tasks
 from zofo.training.tasks import Scores, mean_scores
 from zofo.training.trained_rows import rows_of_folders
 from zofo.training.trainer import ZOFOTrainer

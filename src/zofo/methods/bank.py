@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zofo.methods.levels import FirstOrderLevel
+from zofo.methods.first_order_level import FirstOrderLevel
 
 _FILE = "tasks.pt"
 _SHARED = ""

@@ -20,15 +20,10 @@ from zofo.keys import (
     ZEROTH_ORDER_KEYS,
     Keys,
 )
-from zofo.methods.levels import (
-    FirstOrderLevel,
-    ZerothOrderLevel,
-    evaluations,
-    random_state,
-    root_mean_square,
-)
+from zofo.methods.first_order_level import FirstOrderLevel
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batches, by_stream
 from zofo.methods.signal import contributions
+from zofo.methods.zeroth_order_level import ZerothOrderLevel, evaluations, root_mean_square
 from zofo.models.below import Below
 from zofo.models.peft import LOWER, UPPER
 from zofo.scoring.batch import Batch
@@ -304,12 +299,12 @@ class _Iteration:
         self._rows_at_theta: list[Tensor] = []  # where they are noted, of F(θ, p) and G(θ, p)
 
     def upper_gradient(self) -> Losses:
-        before = random_state()
+        before = _random_state()
         of_upper, of_coupling = self.penalty.factors
         upper = self._p_gradient(self._upper, "F(θ, p)", of_upper) if self._method.has_gradient else 0.0
         coupled = self._p_gradient(self._penalty_batches, "G(θ, p)", of_coupling) if self._penalty_batches else 0.0
         losses = Losses(upper, coupled)
-        if all(map(torch.equal, before, random_state())):
+        if all(map(torch.equal, before, _random_state())):
             self._at_theta = losses  # no dropout: the same numbers as in eval mode
         return losses
 
@@ -348,3 +343,9 @@ class _Iteration:
 
     def propose(self, measure: Measure) -> tuple[float, ...]:
         return self._method.propose(self._number, measure)
+
+
+def _random_state() -> list[Tensor]:
+    """The global random state of torch, on the CPU and on the accelerator, if there is one: what dropout advances."""
+    accelerator = [torch.get_device_module().get_rng_state()] if torch.accelerator.is_available() else []
+    return [torch.get_rng_state(), *accelerator]

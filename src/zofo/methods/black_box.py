@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.keys import LOSS, Keys
-from zofo.methods.levels import ZerothOrderLevel
+from zofo.methods.zeroth_order_level import ZerothOrderLevel
 from zofo.scoring.batch import Batch
 from zofo.scoring.evaluation import Answer, Evaluator
 from zofo.scoring.generation import AnswerSpan

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from zofo.keys import FIRST_ORDER_KEYS, FULL_KEYS, STEP_KEYS, Keys
-from zofo.methods.levels import FirstOrderLevel
+from zofo.methods.first_order_level import FirstOrderLevel
 from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zofo.keys import FIRST_ORDER_KEYS, SHARED, STEP_KEYS, Keys
-from zofo.methods.levels import FirstOrderLevel, first_order_optimizer
+from zofo.methods.first_order_level import FirstOrderLevel
+from zofo.methods.first_order_optimizers import first_order_optimizer
 from zofo.methods.method import Bundle, Logs, Method, Stream, Work, batches
 from zofo.models.peft import UPPER
 from zofo.zo.optimizers import JointOptimizer

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from zofo.errors import ZofoError
 from zofo.keys import Keys
 from zofo.methods.black_box import BlackBox
-from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
+from zofo.methods.first_order_level import FirstOrderLevel
+from zofo.methods.zeroth_order_level import ZerothOrderLevel
 from zofo.models.adapters import AdaptedModel
 from zofo.models.peft import UPPER
 from zofo.models.selection import select

@@ -25,7 +25,7 @@ _CLEAR = 0.2
 
 
 class Near(Protocol):
-    """A model near θ; `methods.levels.ZerothOrderLevel` is one."""
+    """A model near θ; `ZerothOrderLevel` is one."""
 
     def perturbed(self, step: int, scale: float, query: int) -> AbstractContextManager[None]:
         """All rows at one point."""

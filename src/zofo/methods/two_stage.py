@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from zofo.keys import FIRST_ORDER_KEYS, STAGE_KEYS, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.first_order import FirstOrder
-from zofo.methods.levels import FirstOrderLevel, ZerothOrderLevel
+from zofo.methods.first_order_level import FirstOrderLevel
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work
 from zofo.methods.zeroth_order import ZerothOrder
+from zofo.methods.zeroth_order_level import ZerothOrderLevel
 from zofo.scoring.batch import Batch
 from zofo.zo.optimizers import JointOptimizer
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from zofo.keys import OBJECTIVE_KEYS, STEP_KEYS, ZEROTH_ORDER_KEYS, Keys
 from zofo.methods.black_box import BlackBox
-from zofo.methods.levels import ZerothOrderLevel, evaluations, root_mean_square
 from zofo.methods.method import Bundle, Logs, Method, Part, Stream, Work, batches
+from zofo.methods.zeroth_order_level import ZerothOrderLevel, evaluations, root_mean_square
 from zofo.scoring.batch import Batch
 from zofo.zo.estimators import Point
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from zofo.errors import NonFiniteLossError, first_line
-from zofo.methods.levels import ZerothOrderLevel, mean_losses
+from zofo.methods.mean_losses import mean_losses
 from zofo.methods.method import Bundle, Method, Part, by_stream
 from zofo.methods.signal import Points
+from zofo.methods.zeroth_order_level import ZerothOrderLevel
 from zofo.models.adapters import AdaptedModel
 from zofo.models.peft import LOWER, UPPER
 from zofo.scoring.scorer import Scorer, Tokens, count

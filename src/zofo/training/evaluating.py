@@ -17,7 +17,7 @@ from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import as_chat
 from zofo.tasks.records import Record, Rows, questions
 from zofo.tasks.rewards import Rewards
-from zofo.training import objective, start
+from zofo.training import given_rows, objective
 from zofo.training.diagnosis import Diagnosis
 from zofo.training.storing import StoringTrainer
 from zofo.training.tasks import ALONE, Scores, mean_scores
@@ -76,7 +76,7 @@ class EvaluatingTrainer(StoringTrainer):
         """
         each = self._scores_of_tasks() if eval_dataset is None else {}
         if eval_dataset is not None:
-            each[ALONE] = self._scored_aloud(self.examples(start.rows_of(self.args, eval_dataset, "eval_dataset")))
+            each[ALONE] = self._scored_aloud(self.examples(given_rows.rows_of(self.args, eval_dataset, "eval_dataset")))
         if not each:
             raise ZofoError("there is nothing to evaluate on: pass eval_dataset to ZOFOTrainer")
         metrics = _named(mean_scores([*each.values()]), metric_key_prefix)
@@ -151,7 +151,7 @@ class EvaluatingTrainer(StoringTrainer):
             self.args.loss,
             self.args.per_device_eval_batch_size,
             place=lambda batch: self._prepare_inputs(batch),
-            scoring="channel" if start.is_channel(self.args) else "mean",
+            scoring="channel" if self.args.is_channel else "mean",
             span=self.span,
             progress="" if self.args.disable_tqdm else progress,
             rewards=self.rewards,

@@ -16,7 +16,6 @@ from zofo.tasks.splits import Splits, split_records, two_levels
 from zofo.tasks.table import make_table_task
 from zofo.tasks.task import Task, load_task
 from zofo.training.bundles import planned_steps
-from zofo.training.start import is_channel
 from zofo.training.trained_rows import was_trained_on
 
 _T = TypeVar("_T")
@@ -106,7 +105,7 @@ def run_splits(task: Task, config: ZOFOConfig) -> Splits:
 
 def require_prompt(rows: Sequence[Record], task: str, config: ZOFOConfig) -> None:
     """Refuses `train_prompt: channel` for rows that cannot be turned around; `task` is the name of theirs."""
-    bad = next((row for row in rows if not row.options or row.suffix), None) if is_channel(config) else None
+    bad = next((row for row in rows if not row.options or row.suffix), None) if config.is_channel else None
     if bad is not None:
         lacks = "a text behind its options" if bad.options else "no options"
         raise ZofoError(
@@ -138,7 +137,7 @@ class Posing:
 
     def alone(self, rows: Sequence[Record]) -> list[Record]:
         """Rows without examples."""
-        return [as_channel(row) for row in rows] if is_channel(self.config) else [*rows]
+        return [as_channel(row) for row in rows] if self.config.is_channel else [*rows]
 
     def trained(self, rows: Sequence[Record]) -> list[Record]:
         """Training rows, each behind others that are drawn for it."""

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from zofo.config import ZOFOConfig
-from zofo.errors import NonFiniteLossError
+from zofo.errors import NonFiniteLossError, ZofoError
 from zofo.keys import name_of
 from zofo.methods.first_order_optimizers import require_optimizer
 from zofo.methods.method import Bundle
@@ -28,7 +28,7 @@ from zofo.scoring.tokens import Example
 from zofo.tasks.metrics import Metric
 from zofo.tasks.prompts import chat_identity
 from zofo.tasks.records import Record, digest
-from zofo.training import objective, start
+from zofo.training import given_rows, objective, start
 from zofo.training.bundles import BundleCollator, IterationSampler, planned_steps
 from zofo.training.callbacks import Cost, LossBar, own_callbacks
 from zofo.training.checkpoint import (
@@ -45,11 +45,14 @@ from zofo.training.checkpoint import (
 from zofo.training.diagnosis import Diagnosis
 from zofo.training.evaluating import EvaluatingTrainer
 from zofo.training.folder import owned
+from zofo.training.given_rows import Metrics, TasksOrRows
 from zofo.training.interrupt import Interrupt
 from zofo.training.rehearsal import require_schedule_and_batches
 from zofo.training.tasks import Joint, RunTask, TaskRows, draws_of
 from zofo.training.trained_rows import digests, rows_of_folders
 from zofo.training.trial import Trial, trial
+
+_SKIPPED_IN_A_ROW = 20
 
 
 class ZOFOTrainer(EvaluatingTrainer):
@@ -88,12 +91,12 @@ class ZOFOTrainer(EvaluatingTrainer):
         self,
         model: PreTrainedModel | PeftModel | str,
         args: ZOFOConfig | None = None,
-        train_dataset: start.TasksOrRows | None = None,
-        upper_dataset: start.TasksOrRows | None = None,
-        eval_dataset: start.TasksOrRows | None = None,
+        train_dataset: TasksOrRows | None = None,
+        upper_dataset: TasksOrRows | None = None,
+        eval_dataset: TasksOrRows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
-        metrics: start.Metrics | Mapping[str, start.Metrics] = (),
+        metrics: Metrics | Mapping[str, Metrics] = (),
         callbacks: list[TrainerCallback] | None = None,
         reward_funcs: objective.RewardFuncs | None = None,
         **others: Any,
@@ -102,9 +105,9 @@ class ZOFOTrainer(EvaluatingTrainer):
         self.rewards = objective.run_rewards(args, reward_funcs)
         set_seed(args.seed)
         self.adapted, processing_class, kind = start.starting_model(model, args, processing_class, peft_config)
-        rows = start.rows_of_tasks(args, train_dataset, upper_dataset, eval_dataset)
+        rows = given_rows.rows_of_tasks(args, train_dataset, upper_dataset, eval_dataset)
         self._identify(args, processing_class, kind, [part for task in rows.values() for part in task.train.values()])
-        scored_by = start.metrics_of_tasks(args, metrics, rows, rewarded=self.rewards is not None)
+        scored_by = given_rows.metrics_of_tasks(args, metrics, rows, rewarded=self.rewards is not None)
         if args.method_class.backpropagates:
             require_optimizer(args)
         self.args = args
@@ -181,7 +184,7 @@ class ZOFOTrainer(EvaluatingTrainer):
         every = [example for part in train.values() for example in part]
         span = objective.answer_span(self.args, AnswerSpan.of(every, self._tokenizer), self.rewards is not None)
         task = RunTask(train, self.examples(rows.dev), metrics, span)
-        start.require_rows_for_a_batch(self.args, task.sizes, name)
+        given_rows.require_rows_for_a_batch(self.args, task.sizes, name)
         scored = [*every, *task.dev] if self.rewards else task.dev
         require_scorable(self.adapted, metrics, scored)
         objective.require_rewardable(self.rewards, self.adapted, span, scored)
@@ -278,7 +281,7 @@ class ZOFOTrainer(EvaluatingTrainer):
                 raise
             self._skipped += 1
             self._skipped_in_a_row += 1
-            start.require_progress(self._skipped_in_a_row, number, self.state.max_steps)
+            _require_progress(self._skipped_in_a_row, number, self.state.max_steps)
             return nothing
         self._skipped_in_a_row = 0
         self._rates = dict(self.method.learning_rates())
@@ -342,3 +345,15 @@ class ZOFOTrainer(EvaluatingTrainer):
     def planned_steps(self) -> int:
         """Iterations of the whole run."""
         return planned_steps(self.args, self._sizes, self.method.streams(self.args))
+
+
+def _require_progress(skipped: int, number: int, steps: int) -> None:
+    """Ends a run that only skips: step `number` of `steps` is the last of so many that were skipped in a row.
+
+    A bad batch or a bad direction is followed by a good one; weights that are not finite stay so.
+    """
+    if skipped >= min(_SKIPPED_IN_A_ROW, steps):
+        raise ZofoError(
+            f"step {number}: the loss was not finite in {skipped} steps in a row, so skipping does not help: start "
+            "again with lower learning rates, or with dtype: float32"
+        )

@@ -1,28 +1,23 @@
-"""The two kinds of level that methods are made of: one updated by backpropagation, one by forward passes."""
+"""A level that forward passes update."""
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zofo.errors import FORWARD_ERRORS, NonFiniteLossError, ZofoError, first_line, is_lack_of_memory
 from zofo.keys import AUTO, Keys
-from zofo.methods.first_order_optimizers import first_order_optimizer
+from zofo.methods.mean_losses import mean_losses
 from zofo.methods.populations import Asked, member_losses, require_groups
-from zofo.methods.signal import Points, Signal, contributions, mean_error
+from zofo.methods.signal import Points, Signal, mean_error
 from zofo.methods.signal import Rows as RowValues
 from zofo.models.adapters import AdaptedModel
-from zofo.models.below import Below, blocks_below
 from zofo.models.selection import magnitude_limits
 from zofo.models.starting import StartingWeights
 from zofo.scoring.batch import Batch
-from zofo.scoring.scorer import Scorer, Tokens, count
+from zofo.scoring.scorer import Scorer
 from zofo.zo import precision
 from zofo.zo.buffers import Scratch
 from zofo.zo.estimators import Estimate, Measure, Point, Probes, mean_estimate
@@ -33,128 +28,6 @@ from zofo.zo.population import Rows, population
 from zofo.zo.rules import CURVATURE_EVERY, RULES, Automatic
 
 logger = logging.getLogger(__name__)
-
-_TOGETHER = 2048  # tokens of a forward, beyond which one of more batches saves no time and takes their memory
-
-
-class FirstOrderLevel:
-    """Parameters that backpropagation updates: an adapter, or the whole model where there is none.
-
-    `remedy` names the keys to lower where a loss is not finite.
-    """
-
-    def __init__(
-        self,
-        adapted: AdaptedModel,
-        scorer: Scorer,
-        adapter: str,
-        learning_rate: float,
-        keys: Keys,
-        remedy: str = "learning_rate",
-    ) -> None:
-        self._adapted = adapted
-        self._scorer = scorer
-        self._adapter = adapter
-        self._keys = keys
-        self._remedy = remedy
-        self._blocks_below = blocks_below(adapted) if adapted.adapters and keys.lower_pool else []
-        self.norm = 0.0  # of the last gradient
-        named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
-        self.parameters = list(named.values())
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        self.optimizer = first_order_optimizer(self.parameters, learning_rate, keys)
-
-    def gradient(self, batches: Sequence[Batch], label: str, factor: float = 1.0, below: Sequence[Below] = ()) -> float:
-        """Adds the gradient of `factor` times the mean loss over all batches to `.grad`; returns the mean loss.
-
-        One batch at a time goes forward and backward, so memory is that of one. Train mode: dropout is on. With
-        `optimizer_in_backward` the parameters are updated when it returns, and have no `.grad`. With `below`, one for
-        each batch, its forward begins above the blocks that have run for this batch before.
-        """
-        self._adapted.use(self._adapter)
-        self._adapted.model.train()
-        total = sum(map(count, batches))
-        loss, norms = 0.0, list[Tensor]()
-        for batch, kept in zip(batches, below or [Below() for _ in batches], strict=True):
-            with kept.shared(self._blocks_below if below else ()):
-                part = self._scorer.loss(batch) / total
-            loss += float(part.detach())
-            self._require_finite(loss, label)
-            norms += self._backward(part * factor)
-            self._scorer.tokens.backward_tokens += int(batch["attention_mask"].sum())
-        gradients = norms or [p.grad for p in self.parameters if p.grad is not None]
-        self.norm = float(torch.nn.utils.get_total_norm(gradients))
-        self._require_finite(self.norm, f"{label} (its gradient)")
-        return loss
-
-    @torch.no_grad()
-    def require_below(self, batch: Batch) -> None:
-        """Refuses a model whose loss is another one where its forward begins above the blocks below the adapter."""
-        scorer, below = Scorer(self._adapted, Tokens(), self._scorer.layout), Below()
-        self._adapted.model.eval()
-        losses: list[float] = []
-        reason = "gives another loss"
-        try:
-            for _ in range(2):
-                with self._adapted.deployed_after(), below.shared(self._blocks_below):
-                    self._adapted.use(self._adapter)
-                    losses.append(float(scorer.loss(batch)))
-        except FORWARD_ERRORS as error:
-            if is_lack_of_memory(error):
-                raise
-            reason = f"fails ({first_line(error)})"
-        if not all(map(math.isfinite, losses)):
-            return  # it shows nothing; the run itself has more to say of it
-        tolerance = torch.finfo(self._adapted.base.dtype).eps ** 0.5
-        if len(losses) < 2 or not math.isclose(*losses, rel_tol=tolerance):
-            raise ZofoError(
-                f"lower_pool is set, but a forward of this {self._adapted.base.config.model_type} model that begins "
-                f"above the blocks below its adapter {reason}: leave lower_pool out"
-            )
-
-    def _backward(self, loss: Tensor) -> list[Tensor]:
-        """Backpropagation; with `optimizer_in_backward`, the norm of each gradient, which is used and dropped in it.
-
-        A hook runs when all uses of a parameter, as of a tied one, have added to its gradient. The optimizer passes
-        over the other parameters, as they have none. Hooks are there for this pass only: the model may get another
-        optimizer.
-        """
-        norms: list[Tensor] = []
-
-        def update(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            norms.append(torch.linalg.vector_norm(parameter.grad))
-            self.optimizer.step()
-            parameter.grad = None
-
-        with ExitStack() as hooks:
-            for parameter in self.parameters if self._keys.optimizer_in_backward else ():
-                hooks.callback(parameter.register_post_accumulate_grad_hook(update).remove)
-            loss.backward()
-        return norms
-
-    def step(self) -> None:
-        """One optimizer step of its own, clipped as the trainer clips, for a level that the trainer does not step."""
-        if self._keys.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self._keys.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def snapshot(self) -> tuple[list[Tensor], dict[str, Any]]:
-        """A copy of the parameters and of the optimizer's state."""
-        return [p.detach().clone() for p in self.parameters], copy.deepcopy(self.optimizer.state_dict())
-
-    @torch.no_grad()
-    def restore(self, snapshot: tuple[list[Tensor], dict[str, Any]]) -> None:
-        """Back to a snapshot, bit for bit."""
-        for parameter, value in zip(self.parameters, snapshot[0], strict=True):
-            parameter.copy_(value)
-        self.optimizer.load_state_dict(snapshot[1])
-
-    def _require_finite(self, value: float, label: str) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteLossError(f"{label} is {value}: lower {self._remedy}, or set on_nonfinite: skip")
 
 
 class ZerothOrderLevel:
@@ -332,49 +205,6 @@ def _anchor(adapted: AdaptedModel, parameters: Mapping[str, Tensor], keys: Keys)
 def root_mean_square(projected: Sequence[float]) -> float:
     """The size of projected gradients, as it is logged."""
     return math.sqrt(sum(g * g for g in projected) / len(projected))
-
-
-@torch.no_grad()
-def mean_losses(scorer: Scorer, asked: Asked, rows: list[Tensor] | None = None) -> list[float]:
-    """The mean loss over the batches of each entry in eval mode, summed in double precision.
-
-    The n-th batches of all entries go through the model together, in one forward; in one for each adapter, where rows
-    of one forward cannot go through different ones; one by one if they are large. `asked` is the loss's name -> the
-    adapter and the batches. What the rows of each entry contribute to its mean is added to `rows`, where there are any:
-    (B,) float64.
-    """
-    scorer.adapted.model.eval()
-    adapters = list(dict.fromkeys(adapter for adapter, _ in asked.values()))
-    sums, shares = dict.fromkeys(asked, 0.0), {label: list[Tensor]() for label in asked}
-    for together in [adapters] if scorer.adapted.mixes else [[adapter] for adapter in adapters]:
-        group = {label: pair for label, pair in asked.items() if pair[0] in together}
-        names = [adapter for adapter, _ in group.values()]
-        for batches in zip(*(batches for _, batches in group.values()), strict=True):
-            with scorer.noting_rows(rows is not None) as noted:
-                found = _losses(scorer, batches, names)
-            for label, loss in zip(group, found, strict=True):
-                sums[label] += float(loss)
-            for label, part in zip(group, noted, strict=False):
-                shares[label].append(part)
-    means = {label: sums[label] / sum(map(count, batches)) for label, (_, batches) in asked.items()}
-    for label, mean in means.items():
-        if not math.isfinite(mean):
-            raise NonFiniteLossError(f"{label} is {mean}: lower zo_learning_rate or zo_eps, or set on_nonfinite: skip")
-    if rows is not None:
-        rows += [contributions(shares[label], batches) for label, (_, batches) in asked.items()]
-    return list(means.values())
-
-
-def _losses(scorer: Scorer, batches: Sequence[Batch], names: Sequence[str]) -> list[Tensor]:
-    if sum(batch["input_ids"].numel() for batch in batches) <= _TOGETHER:
-        return scorer.losses(batches, names)
-    return [scorer.losses([batch], [name])[0] for batch, name in zip(batches, names, strict=True)]
-
-
-def random_state() -> list[Tensor]:
-    """The global random state of torch, on the CPU and on the accelerator, if there is one: what dropout advances."""
-    accelerator = [torch.get_device_module().get_rng_state()] if torch.accelerator.is_available() else []
-    return [torch.get_rng_state(), *accelerator]
 
 
 def asked_probes(keys: Keys) -> Probes:
