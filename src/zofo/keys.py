@@ -143,7 +143,7 @@ _SETTLED: dict[str, Any] = {"debug": [], "accelerator_config": AcceleratorConfig
 def require_honoured(given: Mapping[str, Any], stated: bool) -> None:
     """Refuses keys of `TrainingArguments` that nothing in zofo reads, unless they are at their defaults.
 
-    `stated`: whether all of `given` was written by somebody, so that a default among it is no silence.
+    `stated`: whether all of `given` was written by somebody, so that a default was asked for as well.
     """
     own = {f.name: f.default for f in dataclasses.fields(Keys)}
     for inherited in dataclasses.fields(TrainingArguments):

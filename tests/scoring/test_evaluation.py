@@ -12,13 +12,19 @@ from test_scorer import MULTI, PAD, PROMPTS, SINGLE, TOKENIZER, WIDE, adapted, p
 from zofo.commands.eval import Manner, eval_config, settings_of
 from zofo.errors import ZofoError
 from zofo.scoring.batch import Layout, collate
-from zofo.scoring.evaluation import Evaluator, option_totals
+from zofo.scoring.evaluation import Evaluator
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import tokenize
 from zofo.tasks.prompts import as_channel, behind_premise
 from zofo.tasks.records import Record
 
 SUFFIX = " and i would see it again"
+
+
+@torch.no_grad()
+def totals(made, rows):
+    scorer = Scorer(made, Tokens())
+    return scorer.option_totals(collate(rows, "options", PAD, scorer.layout))
 
 
 def plain_totals(model, record, scored=None):
@@ -97,7 +103,7 @@ def test_channel_scores_are_those_of_the_prompt_behind_each_option(family):
     rows, _ = tokenize(records, TOKENIZER, 128)
     for row, record, prompt in zip(rows, records, PROMPTS, strict=True):
         expected = plain_totals(made.model, record, lambda _, prompt=prompt: len(TOKENIZER(prompt)["input_ids"]))
-        found = option_totals(Scorer(made, Tokens()), [row], TOKENIZER).sums[0]
+        found = totals(made, [row]).sums[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -124,12 +130,12 @@ TEXTS = st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=6)
 def test_batch_size_and_order_change_no_score(prompts, batch_size, random, partial):
     records = [Record(f"{p} {i}", MULTI[0], MULTI, suffix=SUFFIX, partial=partial) for i, p in enumerate(prompts)]
     rows, _ = tokenize(records, TOKENIZER, 128)
-    alone = [option_totals(Scorer(MODEL, Tokens()), [row], TOKENIZER).sums[0] for row in rows]
+    alone = [totals(MODEL, [row]).sums[0] for row in rows]
     order = list(range(len(rows)))
     random.shuffle(order)
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        found = option_totals(Scorer(MODEL, Tokens()), [rows[i] for i in numbers], TOKENIZER).sums
+        found = totals(MODEL, [rows[i] for i in numbers]).sums
         for i, own in zip(numbers, found, strict=True):
             torch.testing.assert_close(own, alone[i], rtol=0, atol=1e-4)
 

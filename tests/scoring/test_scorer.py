@@ -144,7 +144,7 @@ def test_options_are_side_by_side_where_a_mask_alone_keeps_them_apart(family, ki
     scorer = Scorer(made, Tokens())
     assert scorer.layout.max_width == room
     rows = examples([" great film" * 4, " it was", " the"], PROMPTS[:2])
-    found = evaluation.option_totals(scorer, rows, TOKENIZER).means
+    found = scorer.option_totals(collate(rows, "options", PAD, scorer.layout)).means
     for row, example in zip(found, rows, strict=True):
         torch.testing.assert_close(row, torch.tensor(plain_scores(made.model, example)), **CLOSE)
 

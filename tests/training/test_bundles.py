@@ -6,7 +6,8 @@ import pytest
 
 from plain import make_trainer
 from zofo.methods.method import Stream
-from zofo.training.bundles import BundleCollator, IterationSampler
+from zofo.training.bundles import BundleCollator, IterationSampler, sizes_of
+from zofo.training.draws import Draws
 
 
 def plan(lower=0, penalty=0, upper=0):
@@ -19,7 +20,8 @@ def plan(lower=0, penalty=0, upper=0):
 
 
 def sampler_of(lower, upper, streams, size, accumulation, seed):
-    return IterationSampler([{"lower": lower, "upper": upper}], streams, size, accumulation, seed)
+    tasks = [{"lower": lower, "upper": upper}]
+    return IterationSampler(tasks, streams, size, accumulation, seed, Draws(sizes_of(tasks)))
 
 
 FULL = plan(lower=3, penalty=1, upper=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -138,7 +139,7 @@ class Bilevel(Method):
             iteration.upper_gradient,
             iteration.evaluate,
             iteration.penalty,
-            iteration.propose,
+            partial(self.propose, number),
         )
         logs = {"loss": found.upper.upper if self.has_gradient else found.upper.upper_penalty}
         if found.projected:
@@ -340,9 +341,6 @@ class _Iteration:
         each = level.losses(scorer, self._number, points, named, lambda rows: by_stream(self._parts, [*before, *rows]))
         first = [known.upper, known.upper_penalty] if known else [0.0] if self._black_box else []
         return [Losses(*first, *found) for found in each]
-
-    def propose(self, measure: Measure) -> tuple[float, ...]:
-        return self._method.propose(self._number, measure)
 
 
 def _random_state() -> list[Tensor]:

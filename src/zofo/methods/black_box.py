@@ -35,7 +35,7 @@ class BlackBox:
     Args:
         keys: name the objective and the shaping.
         evaluator: answers rows, with the scorer of the run, whose tokens count.
-        told: whether a population without spread is no news any more.
+        told: whether it has been said that a population has no spread.
     """
 
     keys: Keys

@@ -86,7 +86,7 @@ class FirstOrderLevel:
                 raise
             reason = f"fails ({first_line(error)})"
         if not all(map(math.isfinite, losses)):
-            return  # it shows nothing; the run itself has more to say of it
+            return  # it shows nothing, and the run itself will say it
         tolerance = torch.finfo(self._adapted.base.dtype).eps ** 0.5
         if len(losses) < 2 or not math.isclose(*losses, rel_tol=tolerance):
             raise ZofoError(

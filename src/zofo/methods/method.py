@@ -101,7 +101,7 @@ class Method(ABC):
         zeroth_order: whether it takes zeroth-order steps.
         freezes: whether it takes none where zo_learning_rate is 0, and goes on with the others.
         depends_on_length: whether a step depends on how many there will be.
-        stages: points of a run, in [0, 1], between which the steps differ.
+        stages: a point of the run, in [0, 1], for each kind of step that it takes.
         upper_rate: what `upper_learning_rate` is if it is not given; None for `learning_rate`.
         keys_used: the keys that count for it, of those that do not count for every method.
         optimizer: what the trainer steps, schedules and stores.

@@ -140,7 +140,7 @@ def require_groups(near: Near, scorer: Scorer, adapters: Sequence[str], batch: B
                 torch.tensor(member_losses(near, scorer, 0, points, asked, most=most)) for most in (1, len(points))
             )
         except NonFiniteLossError:
-            return  # it shows nothing; the run itself has more to say of it
+            return  # it shows nothing, and the run itself will say it
         spread = (single - single.mean(0)).square().mean().sqrt()
         if spread > _CLEAR * single.abs().mean():
             break

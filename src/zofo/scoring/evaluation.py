@@ -191,7 +191,10 @@ class Evaluator:
         return [row - unconditional[e.prompt, e.answers] for row, e in zip(scores, premises, strict=True)]
 
     def _totals(self, examples: Sequence[Example]) -> OptionTotals:
-        return option_totals(self.scorer, examples, self.tokenizer, self.place)
+        """The log-probabilities of all options, from one batch."""
+        return self.scorer.option_totals(
+            self.place(collate(examples, "options", padding_id(self.tokenizer), self.scorer.layout))
+        )
 
     def _lm_loss(self, examples: Sequence[Example]) -> float:
         total, parts = 0.0, 0
@@ -210,7 +213,7 @@ class Evaluator:
 def require_numbers(answers: Sequence[Answer]) -> None:
     """Refuses scores that are nan, of which the best option is the first, so that a broken model would seem to answer.
 
-    A run that meets them has more to say of their cause.
+    A run that meets them says more of the cause.
     """
     broken = [answer for answer in answers if answer.scores is not None and bool(answer.scores.isnan().any())]
     if broken:
@@ -238,17 +241,6 @@ def mean_reward(answers: Sequence[Answer]) -> float:
             "or leave such rows out"
         )
     return sum(values) / len(values)
-
-
-@torch.no_grad()
-def option_totals(
-    scorer: Scorer,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    place: Place = lambda batch: batch,
-) -> OptionTotals:
-    """The log-probabilities of all options, from one batch."""
-    return scorer.option_totals(place(collate(examples, "options", padding_id(tokenizer), scorer.layout)))
 
 
 def _of_few_answers(examples: Sequence[Example], batches: Sequence[list[int]]) -> Generator[list[int]]:

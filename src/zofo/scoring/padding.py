@@ -1,4 +1,4 @@
-"""Where the rows of a batch are padded: what a model does with padding is measured at the start, not believed."""
+"""Where the rows of a batch are padded: what a model does with padding is measured at the start."""
 
 from collections.abc import Sequence
 

@@ -26,7 +26,7 @@ class IterationSampler(Sampler[list[int]]):
     Args:
         tasks: for each task, split -> how many rows it has, in the order of the dataset.
         accumulation: micro-steps per iteration.
-        draws: which tasks an iteration reads; only one if not given.
+        draws: which tasks an iteration reads.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class IterationSampler(Sampler[list[int]]):
         batch_size: int,
         accumulation: int,
         seed: int,
-        draws: Draws | None = None,
+        draws: Draws,
     ) -> None:
         self.batch_size = batch_size
         self.drop_last = False
@@ -45,7 +45,7 @@ class IterationSampler(Sampler[list[int]]):
         self._streams = [stream for stream in streams.values() if stream.batches]
         self._accumulation = accumulation
         self._seed = seed
-        self._draws = draws or Draws(sizes_of(tasks))
+        self._draws = draws
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

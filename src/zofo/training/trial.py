@@ -35,7 +35,7 @@ def trial(
 ) -> Trial | None:
     """Runs a step on the longest rows, which must fit, and one on the first rows, which is timed; nothing is changed.
 
-    None if a loss is not finite, of which the run itself has more to say.
+    None if a loss is not finite, which the run says itself, with the step.
     """
     by_width = sorted(rows, key=lambda example: width(example, config.loss), reverse=True)
     longest, typical = (collated(part[: config.per_device_train_batch_size]) for part in (by_width, rows))

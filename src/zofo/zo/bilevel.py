@@ -71,7 +71,7 @@ def bilevel_step(
     upper_gradient: Callable[[], Losses],
     evaluate: Callable[[Sequence[Point]], Sequence[Losses]],
     penalty: Penalty,
-    estimator: Callable[[Measure], tuple[float, ...]],
+    propose: Callable[[Measure], tuple[float, ...]],
 ) -> BilevelStep:
     """Algorithm 2: T steps on s, then the gradients of p and of θ at one point, with which the caller updates p and θ.
 
@@ -81,7 +81,7 @@ def bilevel_step(
         upper_gradient: leaves grad_p of the objective in p's `.grad`; returns F and G at (θ, p).
         evaluate: points (scale, query) -> the three losses at each θ + scale·z_query.
         penalty: λ.
-        estimator: `estimators.two_sided` or `one_sided` with ε and q filled in.
+        propose: (measure) -> the projected gradients; measures the objective near θ, and has a rule propose an update.
 
     Examples:
         >>> near = lambda points: [Losses(0.5 + 2.0 * scale) for scale, _ in points]
@@ -92,5 +92,5 @@ def bilevel_step(
     """
     lower = tuple(lower_step(t) for t in range(lower_steps))
     upper = upper_gradient()
-    projected = estimator(lambda points: [penalty.objective(losses) for losses in evaluate(points)])
+    projected = propose(lambda points: [penalty.objective(losses) for losses in evaluate(points)])
     return BilevelStep(lower, upper, projected)
