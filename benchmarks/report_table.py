@@ -30,14 +30,14 @@ def rows(report: dict[str, Any], runs: Sequence[dict[str, str]]) -> list[list[st
     for task in report["tasks"]:
         for method in task["methods"]:
             losses = [float(r["loss"]) for r in runs if (r["task"], r["run"]) == (task["name"], method["name"])]
-            cost = method["cost"]
+            cost, peak = method["cost"], method["cost"]["peak_bytes"]
             found.append(
                 [
                     task["name"].replace("_", " "),
                     f"`{method['name']}`",
                     chosen(method["search"]),
                     f"{cost['steps']:.0f}",
-                    f"{cost['peak_bytes'] / 2**20:,.0f}",
+                    f"{peak / 2**20:,.0f}" if peak else "",
                     f"{method['mean']:.3f} ({method['low']:.3f} to {method['high']:.3f})",
                     points(method["difference"]),
                     f"{sum(losses) / len(losses):.3f} ({min(losses):.3f} - {max(losses):.3f})",

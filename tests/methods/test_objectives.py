@@ -341,13 +341,20 @@ def test_a_reward_that_is_only_measured_gets_the_columns_of_the_rows(tmp_path):
     assert sorted(itertools.chain(*seen)) == [*range(6)]
 
 
-def test_other_columns_of_the_rows_are_other_rows_for_a_reward(tmp_path):
+def lengths(completions):
+    return [float(len(text)) for text in completions]
+
+
+def test_other_columns_or_other_functions_are_another_run_for_a_reward(tmp_path):
     keys = {"method": "zo", "adapter": "none", "objective": "reward", "zo_learning_rate": 1e-3, "zo_eps": EPS}
     keys |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "reward_funcs": [vowels]}
     make_trainer(tmp_path, rows_of(12), **keys).train()
     other = [{**row, "kind": 5} for row in rows_of(12)]
     with pytest.raises(ZofoError, match="was written by a run on other training rows"):
         make_trainer(tmp_path, other, **keys).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    keys["reward_funcs"] = [lengths]
+    with pytest.raises(ZofoError, match=r"with reward_funcs = \['vowels'\], but now it is \['lengths'\]: resume"):
+        make_trainer(tmp_path, rows_of(12), **keys).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_the_part_of_prompts_without_spread_is_logged(tmp_path):

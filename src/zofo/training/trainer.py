@@ -160,7 +160,8 @@ class ZOFOTrainer(EvaluatingTrainer):
         """What a checkpoint must have in common with this run, and the rows that its model has seen, in the end."""
         chat = {"chat_template_digest": chat_identity(tokenizer)} if args.chat_template else {}
         rows = [digest(part, columns=self.rewards is not None) for part in parts]
-        self.identity = {**args.identity(), "peft_config": kind, **chat, "rows": rows}
+        functions = {"reward_funcs": [*self.rewards.functions]} if self.rewards and not args.reward else {}
+        self.identity = {**args.identity(), "peft_config": kind, **chat, **functions, "rows": rows}
         self.trained_rows = rows_of_folders(self.adapted.base.config.name_or_path, args.adapter_init)
         if args.method_class.trains():
             self.trained_rows |= digests([row for part in parts for row in part])
