@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from zofo.errors import ZofoError
-from zofo.tasks.records import Record, rewarded
+from zofo.tasks.records import Record, records
 from zofo.tasks.rewards import load_rewards, made_rewards
 
-ROWS = rewarded([{"prompt": "a b", "n": 3}, {"prompt": "c", "n": 4, "more": "x"}])
+ROWS = records([{"prompt": "a b", "n": 3}, {"prompt": "c", "n": 4, "more": "x"}], answered=False)
 
 
 def of(function, records=ROWS, texts=("one", "two"), seconds=5.0):
@@ -132,11 +132,11 @@ def test_a_function_that_needs_what_is_no_column_is_refused_before_it_is_called(
         ZofoError, match=r"reward f cannot be called \(missing a required argument: 'solution'\): .*'n'"
     ):
         made_rewards({"f": reward}, None, 5.0).require_columns(ROWS)
-    made_rewards({"f": reward}, None, 5.0).require_columns(rewarded([{"prompt": "a", "solution": "b"}]))
+    made_rewards({"f": reward}, None, 5.0).require_columns(records([{"prompt": "a", "solution": "b"}], answered=False))
 
 
 def test_a_column_that_some_rows_lack_is_none_there_also_where_all_of_a_batch_do():
-    rows = rewarded([{"prompt": "a"}, {"prompt": "b", "hint": "c"}])
+    rows = records([{"prompt": "a"}, {"prompt": "b", "hint": "c"}], answered=False)
     seen = []
 
     def reward(completions, hint):
@@ -151,11 +151,12 @@ def test_a_column_that_some_rows_lack_is_none_there_also_where_all_of_a_batch_do
 
 
 def test_a_column_called_completions_is_refused():
+    rows = records([{"prompt": "a", "completions": 1}], answered=False)
     with pytest.raises(ZofoError, match="a column of the rows is called completions"):
-        made_rewards({"f": len}, None, 5.0).require_columns(rewarded([{"prompt": "a", "completions": 1}]))
+        made_rewards({"f": len}, None, 5.0).require_columns(rows)
 
 
 def test_a_row_needs_no_answer_and_keeps_one_that_it_has():
-    with_answer, without = rewarded([{"prompt": "a", "completion": " b"}, {"prompt": "a"}])
+    with_answer, without = records([{"prompt": "a", "completion": " b"}, {"prompt": "a"}], answered=False)
     assert (with_answer.completion, with_answer.answered) == (" b", True)
     assert (without, without.answered) == (Record("a", " a"), False)

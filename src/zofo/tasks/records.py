@@ -77,26 +77,19 @@ class Conversation(Record):
 Rows = Sequence[Record] | Sequence[Row]
 
 
-def records(rows: Rows, name: str = "the data set") -> list[Record]:
+def records(rows: Rows, name: str = "the data set", answered: bool = True) -> list[Record]:
     """Rows with the texts `prompt` and `completion`, and perhaps `options`, or conversations, as records.
 
-    `rows` may be a list, a datasets.Dataset or a pandas DataFrame; `name` is for messages.
+    `rows` may be a list, a datasets.Dataset or a pandas DataFrame; `name` is for messages. Where the objective is a
+    reward, they need not be `answered`.
     """
-    return [
-        row if isinstance(row, Record) else replace(_record(row, where, None), row=row)
-        for row, where in _numbered(rows, name)
-    ]
-
-
-def rewarded(rows: Rows, name: str = "the data set") -> list[Record]:
-    """The same for an objective that is a reward, which needs no answers."""
     made: list[Record] = []
     for row, where in _numbered(rows, name):
         if isinstance(row, Record):
             made.append(row)
             continue
-        answered = "completion" in row or "messages" in row
-        made.append(replace(_record(row, where, None if answered else ""), row=row, answered=answered))
+        has_answer = answered or "completion" in row or "messages" in row
+        made.append(replace(_record(row, where, None if has_answer else ""), row=row, answered=has_answer))
     return made
 
 

@@ -8,7 +8,7 @@ from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
 from zofo.models.peft import UPPER
 from zofo.tasks.metrics import Metric, metric_name
-from zofo.tasks.records import Record, Rows, records, rewarded
+from zofo.tasks.records import Record, Rows, records
 from zofo.tasks.rewards import REWARD
 from zofo.tasks.splits import halves
 from zofo.training.objective import objective_metrics
@@ -160,7 +160,7 @@ def rows_of(args: ZOFOConfig, rows: Rows, name: str, learned: bool = False) -> l
     Where θ follows a reward, only answers that are `learned` by adapters are needed: rows of the upper level and of
     evaluations have rewards.
     """
-    made = rewarded(rows, name) if args.objective == REWARD else records(rows, name)
+    made = records(rows, name, answered=args.objective != REWARD)
     if learned and not all(record.answered for record in made):
         raise ZofoError(
             f"a row of {name} has no completion, which method {args.method} needs for its adapters even where "
