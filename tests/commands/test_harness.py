@@ -1,5 +1,6 @@
 """`zofo eval --harness`: the same model, adapter and rows score alike in lm-evaluation-harness."""
 
+import functools
 import importlib.util
 import json
 
@@ -39,13 +40,24 @@ def test_a_task_file_that_is_no_yaml_is_refused_in_one_line(tmp_path):
         harness._task(str(tmp_path / "t.yaml"), [])
 
 
+@pytest.fixture(scope="module")
+def task_manager():
+    """One for all tests: it reads every task of the harness."""
+    tasks = importlib.import_module("lm_eval.tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TaskManager", functools.cache(tasks.TaskManager))
+        yield
+
+
 @needs_harness
+@pytest.mark.usefixtures("task_manager")
 def test_an_unknown_task_is_refused_before_the_model_is_loaded():
     with pytest.raises(ZofoError, match=r"no task 'rtee'.*lm_eval --tasks list"):
         harness.evaluate_with_harness("no such model", None, ["rtee"], harness.Manner(batch_size=2))
 
 
 @needs_harness
+@pytest.mark.usefixtures("task_manager")
 @pytest.mark.filterwarnings("ignore")
 def test_harness_and_own_task_agree_with_an_adapter(tmp_path, capsys):
     save_tiny_model(tmp_path / "model")

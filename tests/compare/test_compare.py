@@ -73,6 +73,7 @@ def here(monkeypatch):
         return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
     monkeypatch.setattr(work, "ended", run)
+    monkeypatch.setattr("zofo.compare.figures._svg", lambda *args: "")
     return begun
 
 
@@ -110,9 +111,9 @@ def test_numbers_are_those_of_the_run_folders(tmp_path, made, here):
     assert lora["difference"] is None
     paired = np.mean(by_hand["mezo"], 0) - np.mean(by_hand["lora"], 0)
     assert mezo["difference"]["difference"] == pytest.approx(paired.mean())
-    if np.any(paired):
-        found = stats.permutation_test((paired,), np.mean, permutation_type="samples", n_resamples=3999, rng=0)
-        assert mezo["difference"]["p"] >= found.pvalue - 0.05
+    assert np.any(paired)
+    found = stats.permutation_test((paired,), np.mean, permutation_type="samples", n_resamples=3999, rng=0)
+    assert mezo["difference"]["p"] >= found.pvalue - 0.05
     table = list(csv.DictReader(io.StringIO((tmp_path / "out" / "report.csv").read_text())))
     assert [(row["run"], row["seed"]) for row in table] == [(c.run, str(c.seed)) for c in cells]
     page = (tmp_path / "out" / "report.html").read_text()
@@ -120,7 +121,7 @@ def test_numbers_are_those_of_the_run_folders(tmp_path, made, here):
 
 
 def test_the_search_never_sees_a_test_row(tmp_path, made, here):
-    file = plan_of(tmp_path, made, search={"lora": {"learning_rate": [1e-3, 1e-1]}}, trials=2)
+    file = plan_of(tmp_path, made, seeds=[0], search={"lora": {"learning_rate": [1e-3, 1e-1]}}, trials=2)
     (task,) = compared(file)["tasks"]
     plan = planned(file)
     tried = {row["row"] for cell in plan.trials for row in rows_of(cell)}
@@ -239,7 +240,7 @@ def test_a_budget_of_seconds_is_measured_once_for_all_processes_and_seeds(tmp_pa
 def test_tuning_chooses_one_setting_for_all_tasks_by_the_mean_over_its_own(tmp_path, made, here):
     days = named_task(tmp_path, "days")
     file = plan_of(
-        tmp_path, made, seeds=[5, 6], tasks=[made["task"], days], trials=2, tuning={"tasks": [days], "seeds": [8, 9]},
+        tmp_path, made, seeds=[5], tasks=[made["task"], days], trials=2, tuning={"tasks": [days], "seeds": [8, 9]},
         search={"mezo": {"zo_learning_rate": [1e-3, 1e-1]}},
     )  # fmt: skip
     report = compared(file)
@@ -256,7 +257,7 @@ def test_tuning_chooses_one_setting_for_all_tasks_by_the_mean_over_its_own(tmp_p
         scores[rate] = (np.mean([one["accuracy"] for one in upper]), -np.mean([one["loss"] for one in upper]))
     best = max(scores, key=scores.get)
     assert {c.keys["zo_learning_rate"] for c in plan.cells() if c.run == "mezo" and c.trial is None} == {best}
-    assert len(here) == 4 + 2 * 2 * 2
+    assert len(here) == 4 + 2 * 2
     for task in report["tasks"]:
         trials = task["methods"][1]["search"]
         assert [trial["score"] for trial in trials] == pytest.approx([scores[rate][0] for rate in (1e-3, 1e-1)])
@@ -288,7 +289,7 @@ def test_train_sizes_are_compared_on_the_same_test_rows(tmp_path, made, here):
 
 
 def test_ctrl_c_begins_no_other_run_and_the_same_command_goes_on(tmp_path, made, here, monkeypatch, capsys):
-    file, run = plan_of(tmp_path, made), work.ended
+    file, run = plan_of(tmp_path, made, seeds=[0]), work.ended
     interrupted = subprocess.CompletedProcess([], 130, "", "zofo: interrupted")
     monkeypatch.setattr(work, "ended", lambda words: run(words) if not here else interrupted)
     assert main(["compare", "--config", str(file)]) == 130
@@ -298,11 +299,11 @@ def test_ctrl_c_begins_no_other_run_and_the_same_command_goes_on(tmp_path, made,
     assert not list((tmp_path / "out").rglob("*fail*"))
     monkeypatch.setattr(work, "ended", run)
     assert compared(file)["tasks"][0]["failed"] == []
-    assert len(here) == 4
+    assert len(here) == 2
 
 
 def test_a_run_that_outlived_its_comparison_is_waited_for(tmp_path, made, here, monkeypatch):
-    file = plan_of(tmp_path, made)
+    file = plan_of(tmp_path, made, seeds=[0])
     plan = planned(file)
     folder = plan.cells()[0].folder
     folder.mkdir(parents=True)
@@ -311,10 +312,10 @@ def test_a_run_that_outlived_its_comparison_is_waited_for(tmp_path, made, here, 
     with FileLock(folder / ".zofo.lock"), ThreadPoolExecutor(1) as pool:
         pool.submit(work.work, plan, lambda line: None)
         end = time.monotonic() + 60
-        while len(here) < 3 and time.monotonic() < end:
+        while not here and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(0.3)
-        assert len(here) == 3
+        assert len(here) == 1
         assert (folder / "live.txt").exists()
         (folder / ".zofo.lock").unlink()  # as the run does at its end
     assert all(cell.is_done for cell in plan.cells())
@@ -346,7 +347,7 @@ def test_rows_without_a_reward_in_some_run_are_left_out_of_all(tmp_path, made, h
         "def even(prompts, completions):\n"
         "    return [None if int(p.split()[1]) % 5 == 0 else float(int(p.split()[1]) % 2 == 0) for p in prompts]\n"
     )
-    file = plan_of(tmp_path, made)
+    file = plan_of(tmp_path, made, seeds=[0])
     plan = yaml.safe_load(file.read_text())
     plan["base"] |= {"reward": f"{tmp_path / 'rewards.py'}:even", "max_new_tokens": 2}
     file.write_text(yaml.safe_dump(plan))

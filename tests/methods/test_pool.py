@@ -16,7 +16,7 @@ from plain import (
     weights,
     whole_and_resumed,
 )
-from tiny import ALL_FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
+from tiny import ALL_FAMILIES, FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 from zofo import ZOFOConfig
 from zofo.commands.estimate import estimate
 from zofo.compare.budget import iteration_cost
@@ -24,6 +24,7 @@ from zofo.errors import ZofoError
 from zofo.methods import METHODS, first_order_level
 from zofo.models import below
 
+OF_OTHER_BLOCKS = ("gemma3_text", "deepseek_v3", "mamba", "lfm2")
 LAST = {"adapter_layers": "last 1", "lower_steps": 4, "lower_pool": 2, "per_device_train_batch_size": 2}
 
 
@@ -92,7 +93,13 @@ def test_a_run_with_a_pool_goes_on_with_the_bits_of_one_that_was_not_stopped(tmp
     assert all(moved(weights(start, part), weights(again.adapted, part)) for part in ("backbone", *start.adapters))
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in FAMILIES or name in OF_OTHER_BLOCKS else pytest.mark.full)
+        for name in ALL_FAMILIES
+    ],
+)
 def test_a_forward_that_begins_above_the_blocks_below_is_right_or_refused(tmp_path, family):
     """Right on all families of the tests, as their blocks hand on nothing but what they return."""
     trainer = make_trainer(tmp_path, make_rows(12, options=MORE_TOKENS), family=family, zo_learning_rate=0.0, **LAST)

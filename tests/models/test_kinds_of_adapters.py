@@ -71,14 +71,28 @@ def logits_of(model):
     return model.eval()(input_ids=token_batch(vocab_size=320)).logits
 
 
+@pytest.fixture
+def forwards(monkeypatch):
+    """Of each scored forward, whether it kept its graph."""
+    done, forward = [], Scorer.log_probabilities
+    monkeypatch.setattr(
+        Scorer, "log_probabilities", lambda *given: done.append(torch.is_grad_enabled()) or forward(*given)
+    )
+    return done
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_twins_start_equal_train_apart_resume_bitwise_and_are_read_by_peft(kind, tmp_path):
+def test_twins_start_equal_train_apart_resume_bitwise_and_are_read_by_peft(kind, tmp_path, forwards):
     trainer = trainer_of(kind, tmp_path)
     adapted = trainer.adapted
     start = {part: weights(adapted, part) for part in ("backbone", UPPER, LOWER)}
     assert [n.replace(UPPER, LOWER) for n in start[UPPER]] == list(start[LOWER])
     assert all(torch.equal(p, start[LOWER][n.replace(UPPER, LOWER)]) for n, p in start[UPPER].items())
+    forwards.clear()  # of how it pads
     trainer.train()
+    assert adapted.mixes == (kind in ("rslora", "orthogonal lora", "lora with dropout"))
+    # of two steps: those of s, F(θ, p) and G(θ, p); near θ, both twins in one forward or in one each
+    assert (forwards.count(True), forwards.count(False)) == (2 * (2 + 2), 2 * (2 if adapted.mixes else 4))
     end = {part: weights(adapted, part) for part in start}
     assert moved(start["backbone"], end["backbone"]) == adapted.movable.keys()
     for part in (UPPER, LOWER):
@@ -92,20 +106,6 @@ def test_twins_start_equal_train_apart_resume_bitwise_and_are_read_by_peft(kind,
         found = logits_of(PeftModel.from_pretrained(plain, tmp_path / "run" / adapter))
         adapted.use(adapter)
         torch.testing.assert_close(found, logits_of(adapted.model), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_plain_lora_reads_the_rows_of_both_twins_in_one_forward(kind, tmp_path, monkeypatch):
-    mixes = kind in ("rslora", "orthogonal lora", "lora with dropout")
-    forwards: list[bool] = []
-    trainer = trainer_of(kind, tmp_path, max_steps=1, lower_steps=1)  # probes how it pads, which is not counted
-    forward = Scorer.log_probabilities
-    monkeypatch.setattr(
-        Scorer, "log_probabilities", lambda *given: forwards.append(torch.is_grad_enabled()) or forward(*given)
-    )
-    trainer.train()
-    assert trainer.adapted.mixes == mixes
-    assert (forwards.count(True), forwards.count(False)) == (3, 2 if mixes else 4)
 
 
 def test_a_layer_that_gets_tokens_without_their_rows_keeps_the_twins_apart(tmp_path):

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -349,6 +349,17 @@ def convert_slowly(cache, gguf, log):
     sys.exit(0 if (folder / "config.json").read_text() == "whole" else 1)
 
 
+_THREE = """
+import os, sys
+from pathlib import Path
+from test_load import convert_slowly
+for _ in range(3):
+    if not os.fork():  # each in a process of its own, with the libraries loaded once
+        convert_slowly(*map(Path, sys.argv[1:]))
+print(sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(3)))
+"""
+
+
 @pytest.fixture
 def gguf(tmp_path):
     file = tmp_path / "m.gguf"
@@ -358,19 +369,15 @@ def gguf(tmp_path):
 
 def test_of_processes_that_start_at_once_one_converts_and_when_it_is_killed_another_one(tmp_path, gguf):
     cache, log = tmp_path / "cache", tmp_path / "log"
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=convert_slowly, args=(cache, gguf, log)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + 120
-    while not list((cache / "models").glob("*/config.json")):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    killed = int(log.read_text())
-    os.kill(killed, signal.SIGKILL)
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes if process.pid != killed] == [0, 0]
+    command = [sys.executable, "-c", _THREE, str(cache), str(gguf), str(log)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        end = time.monotonic() + 120
+        while not list((cache / "models").glob("*/config.json")):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        os.kill(int(log.read_text()), signal.SIGKILL)
+        assert process.communicate(timeout=120)[0] == f"{[-signal.SIGKILL, 0, 0]}\n"
     assert len(log.read_text().split()) == 2  # the killed one, one more, and the third took what that one made
     folders = [path for path in (cache / "models").iterdir() if path.is_dir()]
     assert [(path / "config.json").read_text() for path in folders] == ["whole"]

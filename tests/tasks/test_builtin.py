@@ -171,7 +171,13 @@ def test_local_files_may_have_any_form(name, form, tmp_path):
     assert lines == others
 
 
-@pytest.mark.parametrize("name", FIELD)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("cb", "multirc", "record", "winogrande", "squad") else pytest.mark.full)
+        for name in FIELD
+    ],
+)
 def test_a_task_of_the_field_scores_trains_two_steps_and_is_evaluated(name, tmp_path, capsys):
     save_tiny_model(tmp_path / "model", max_position_embeddings=1024)
     write_source(tmp_path / "rows", name)

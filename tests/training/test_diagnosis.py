@@ -18,6 +18,7 @@ from tiny import save_tiny_model
 from zofo import direction, noise
 from zofo.cli import main
 from zofo.config_parser import parse_config
+from zofo.report.curves import plot_curves
 from zofo.zo.alignment import expected_cosine
 
 DROPOUT = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
@@ -335,7 +336,8 @@ def test_the_run_says_its_diagnosis_in_results_log_and_card(folder):
     card = (folder / "run" / "README.md").read_text()
     for words in ("| signal to noise", "| penalty gap", "| cosine with", "| block 1 |", "| loss |", "| embeddings |"):
         assert words in card
-    assert (folder / "run" / "curves.png").exists()
+    assert plot_curves(history, "a run", folder / "curves.png")
+    assert (folder / "curves.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -152,13 +152,12 @@ def test_a_final_save_killed_at_any_moment_is_finished_or_undone(tmp_path, kill)
 
 
 def test_settling_may_be_killed_as_well(tmp_path, kill):
+    seen = set()
     for first in range(8, 60, 5):  # of a run's changes
         for second in range(1, 30):  # of what settling changes
             run = tmp_path / f"{first}-{second}"
             begin(run, "old")
-            if not kill(first, lambda run=run: begin(run, "new")):
-                return
-            if not kill(second, lambda run=run: settle(run)):
+            if not kill(first, lambda run=run: begin(run, "new")) or not kill(second, lambda run=run: settle(run)):
                 break
             settle(run)
             found = words(run)
@@ -166,6 +165,8 @@ def test_settling_may_be_killed_as_well(tmp_path, kill):
             if "old" in found.values():
                 assert finals(found) == dict.fromkeys(PARTS, "old")
                 assert {"config.yaml", "checkpoint-1/weights"} < found.keys()
+            seen |= set(found.values())
+    assert seen == {"old", "new"}
 
 
 def test_a_run_that_fails_puts_back_the_old_one_and_one_with_a_checkpoint_does_not(tmp_path):
@@ -220,21 +221,26 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from zofo.training.folder import owned
-with owned(Path(sys.argv[1])):
+with owned(Path(sys.argv[1])), owned(Path(sys.argv[2])):
     print("held", flush=True)
     time.sleep(100)
 """
 
 
 def test_a_folder_is_written_by_one_process_until_it_ends_or_is_killed(tmp_path):
-    run = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True) as process:
+    run, old = tmp_path / "run", tmp_path / "old"
+    begin(old, "old")
+    command = [sys.executable, "-c", HOLD, str(run), str(old)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "held\n"
             before = sorted(run.iterdir())
             with pytest.raises(ZofoError, match=r"run is being written by another run: wait until it has ended, or"):
                 owned(run).__enter__()
             assert sorted(run.iterdir()) == before
+            (old / ".zofo.old").mkdir()  # of an interrupted replacement, which is not settled
+            with pytest.raises(ZofoError, match="is being written by another run"):
+                settle_parts(str(old / "backbone"), None)
         finally:
             process.kill()
     with owned(run):
@@ -248,19 +254,6 @@ def test_a_process_may_enter_its_own_folder_twice_by_any_name(tmp_path, monkeypa
     with owned(Path("run")), owned(tmp_path / "link"), owned(tmp_path / "run"):
         claim(tmp_path / "run", "config.yaml")
     assert [f.name for f in (tmp_path / "run").iterdir()] == [".zofo.json"]
-
-
-def test_an_interrupted_replacement_is_not_settled_while_its_run_is_alive(tmp_path, kill):
-    begin(tmp_path, "old")
-    (tmp_path / ".zofo.old").mkdir()
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            process.stdout.readline()
-            (tmp_path / ".zofo.old").mkdir(exist_ok=True)
-            with pytest.raises(ZofoError, match="is being written by another run"):
-                settle_parts(str(tmp_path / "backbone"), None)
-        finally:
-            process.kill()
 
 
 def test_parts_that_are_replaced_while_they_are_read_are_not_used(tmp_path):

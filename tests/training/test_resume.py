@@ -40,17 +40,8 @@ COMMON = {
 # an epoch has 3 steps in bilevel and 5 in the others: step 5, and checkpoint 4 before it, lie in the middle of one
 RUNS = {
     "bilevel": {"method": "bilevel", "penalty": 1.0, "num_perturbations": 2, "per_device_train_batch_size": 1},
-    "infinite": {"method": "bilevel", "num_perturbations": 2, "per_device_train_batch_size": 1},
     "zo": {"method": "zo", "adapter": "none", "num_perturbations": 2, "per_device_train_batch_size": 2},
-    "auto": {
-        "method": "zo",
-        "adapter": "none",
-        "zo_learning_rate": "auto",
-        "zo_weight_decay": 0.0,
-        "per_device_train_batch_size": 2,
-    },
     "fo": {"method": "fo", "per_device_train_batch_size": 2},
-    "full": {"method": "fo", "adapter": "none", "per_device_train_batch_size": 2, "learning_rate": 1e-3},
     "two_stage": {"method": "two_stage", "two_stage_fraction": 0.8, "per_device_train_batch_size": 2},
     "tasks": {
         "method": "bilevel",
@@ -58,6 +49,17 @@ RUNS = {
         "task_sampling": "temperature",
         "per_device_train_batch_size": 1,
     },
+}
+MORE = {
+    "infinite": {"method": "bilevel", "num_perturbations": 2, "per_device_train_batch_size": 1},
+    "auto": {
+        "method": "zo",
+        "adapter": "none",
+        "zo_learning_rate": "auto",
+        "zo_weight_decay": 0.0,
+        "per_device_train_batch_size": 2,
+    },
+    "full": {"method": "fo", "adapter": "none", "per_device_train_batch_size": 2, "learning_rate": 1e-3},
     "bfloat16": {
         "method": "bilevel",
         "penalty": 1.0,
@@ -66,6 +68,7 @@ RUNS = {
         "per_device_train_batch_size": 1,
     },
 }
+NAMES = [*RUNS, *(pytest.param(name, marks=pytest.mark.full) for name in MORE)]
 MOMENTS = ("writing_weights", "writing_optimizer", "before_seal", "before_rotation")
 AT_THE_END = ("in_final_save", "between_renames")
 
@@ -80,16 +83,40 @@ def environment():
 def runs(tmp_path_factory):
     """A folder with the runs NAME (never stopped) and NAME-MOMENT (killed and resumed), and a report on each."""
     folder = write_task(tmp_path_factory.mktemp("resume"))
-    jobs = []
     spec = yaml.safe_load((folder / "task.yaml").read_text())
     (folder / "other.yaml").write_text(yaml.safe_dump({**spec, "name": "other", "prompt": "of {{ text }} it was"}))
-    for name, keys in RUNS.items():
-        tasks = {"task": [str(folder / f"{task}.yaml") for task in ("task", "other")]} if name == "tasks" else {}
-        config = write_config(folder, name, **{**COMMON, **keys, **tasks})
-        jobs += [(config, name, None, 0), (config, f"{name}-in_step", "in_step", 5)]
+    tasks = {"task": [str(folder / f"{task}.yaml") for task in ("task", "other")]}
+    jobs = jobs_of(folder, {**RUNS, "tasks": {**RUNS["tasks"], **tasks}})
     config = write_config(folder, "limited", **{**COMMON, **RUNS["fo"]}, save_total_limit=1)
     jobs += [(config, f"fo-{moment}", moment, 4) for moment in MOMENTS]
     jobs += [(folder / "fo.yaml", f"fo-{moment}", moment, STEPS) for moment in AT_THE_END]
+    return folder, reports_of(folder, jobs)
+
+
+@pytest.fixture(scope="module")
+def more_runs(tmp_path_factory):
+    """The same of the runs that `make test-full` adds."""
+    folder = write_task(tmp_path_factory.mktemp("resume"))
+    return folder, reports_of(folder, jobs_of(folder, MORE))
+
+
+@pytest.fixture
+def runs_of(name, request):
+    """The folder with this run, and the reports."""
+    return request.getfixturevalue("runs" if name in RUNS else "more_runs")
+
+
+def jobs_of(folder, runs):
+    """(config, output, moment of the kill, step) of each run that is never stopped, and killed within a step."""
+    jobs = []
+    for name, keys in runs.items():
+        config = write_config(folder, name, **{**COMMON, **keys})
+        jobs += [(config, name, None, 0), (config, f"{name}-in_step", "in_step", 5)]
+    return jobs
+
+
+def reports_of(folder, jobs):
+    """Does the jobs, and returns what happened, by output."""
     wanted = [
         {"config": str(config), "output": str(folder / output), "kill": kill, "step": step}
         for config, output, kill, step in jobs
@@ -105,7 +132,7 @@ def runs(tmp_path_factory):
     reports = {output: json.loads((folder / f"{output}.json").read_text()) for _, output, _, _ in jobs}
     for _, output, kill, _ in jobs:
         assert reports[output]["statuses"] == ([-signal.SIGKILL, 0] if kill else [0]), (output, done.stderr)
-    return folder, reports
+    return reports
 
 
 def assert_same(first, second, where):
@@ -153,9 +180,9 @@ def assert_same_run(first, second, summary=True):
     assert_same(*cleaned, "log_history")
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_killed_in_the_middle_of_a_step_and_resumed_equals_never_stopped(runs, name):
-    folder, reports = runs
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_in_the_middle_of_a_step_and_resumed_equals_never_stopped(runs_of, name):
+    folder, reports = runs_of
     assert reports[f"{name}-in_step"]["whole"] == "checkpoint-4"
     assert reports[f"{name}-in_step"]["folders"] == ["checkpoint-2", "checkpoint-4"]
     assert_same_run(folder / name, folder / f"{name}-in_step")
@@ -182,20 +209,19 @@ def test_killed_in_the_final_save_and_resumed_equals_never_stopped(runs, moment)
     assert [f.name for f in run.glob(".zofo*")] == [".zofo.json"]
 
 
-def test_what_is_compared_has_moved(runs):
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_compared_has_moved(runs_of, name):
     """Else equality would prove nothing."""
-    folder, _ = runs
-    for name in RUNS:
-        weights = [load_file(next(f.glob("backbone/*.safetensors"))) for f in (folder, folder / name) if f != folder]
-        start = load_file(folder / "model" / "model.safetensors")
-        moves = name not in ("fo",)
-        assert any(not torch.equal(w, start[n].to(w.dtype)) for n, w in weights[0].items()) == moves
+    folder, _ = runs_of
+    start = load_file(folder / "model" / "model.safetensors")
+    end = load_file(folder / name / "backbone" / "model.safetensors")
+    assert any(not torch.equal(w, start[n].to(w.dtype)) for n, w in end.items()) == (name != "fo")
+    if name in ("bilevel", "bfloat16"):
         state = torch.load(folder / name / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
-        if name in ("bilevel", "bfloat16"):
-            assert {m: len(s["state"]) > 0 for m, s in state.items()} == {"lower": True, "upper": True, "zo": False}
-            lower, upper = (load_file(folder / name / a / "adapter_model.safetensors") for a in ("lower", "upper"))
-            assert all(w.dtype == torch.float32 for w in [*lower.values(), *upper.values()])
-            assert all(not torch.equal(lower[n], upper[n]) for n in lower)
+        assert {m: len(s["state"]) > 0 for m, s in state.items()} == {"lower": True, "upper": True, "zo": False}
+        lower, upper = (load_file(folder / name / a / "adapter_model.safetensors") for a in ("lower", "upper"))
+        assert all(w.dtype == torch.float32 for w in [*lower.values(), *upper.values()])
+        assert all(not torch.equal(lower[n], upper[n]) for n in lower)
 
 
 def test_a_resumed_run_stores_the_configuration_of_the_run_and_not_of_the_resumption(runs):
@@ -213,9 +239,9 @@ def test_the_command_killed_from_outside_goes_on_where_it_was(tmp_path, one_thre
     keys = {**COMMON, **RUNS["bilevel"], **keys, "eval_steps": 1000, "num_perturbations": 1}
     config = write_config(folder, "outside", **keys)
     run, whole = folder / "killed", folder / "whole"
-    command = [sys.executable, "-m", "zofo.cli", "train", "--config", str(config), "--output_dir", str(run)]
+    command = ["train", "--config", str(config), "--output_dir", str(run)]
     with subprocess.Popen(
-        [*command, "--max_steps", "100000"],
+        [sys.executable, "-m", "zofo.cli", *command, "--max_steps", "100000"],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -232,14 +258,7 @@ def test_the_command_killed_from_outside_goes_on_where_it_was(tmp_path, one_thre
     assert reached >= 4
     assert len(list(run.glob("checkpoint-*"))) <= 2
     more = ("--max_steps", str(reached + 3))
-    done = subprocess.run(
-        [*command, *more, "--resume_from_checkpoint", "true"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert main([*command, *more, "--resume_from_checkpoint", "true"]) == 0
     assert main(["train", "--config", str(config), "--output_dir", str(whole), *more]) == 0
     for file in ("backbone/model.safetensors", "upper/adapter_model.safetensors", "lower/adapter_model.safetensors"):
         assert_same(load_file(run / file), load_file(whole / file), file)

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from plain import make_trainer, moved, same, weights, write_config, write_task
 from zofo import ZOFOTrainer
 from zofo.cli import main
+from zofo.commands import results as results_of_runs
 from zofo.commands import train as commands
 from zofo.config_parser import parse_config
 from zofo.report.card import base_licence
+from zofo.report.curves import plot_curves
 
 KEYS = {
     "max_steps": 3,
@@ -57,6 +59,7 @@ def trainers(folder):
     """{name: the trainer of the run}, after the command has ended."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results_of_runs, "plot_curves", plot_curves)
         for name, keys in RUNS.items():
 
             def make(*args, name=name, **kwargs):

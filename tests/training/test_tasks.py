@@ -11,16 +11,14 @@ from zofo.training.draws import Draws
 TASKS = {name: make_rows(12, first=20 * place) for place, name in enumerate("abc")}
 METHODS = [
     {"method": "bilevel"},
-    {"method": "bilevel", "penalty": "infinite"},
-    {"method": "bilevel", "lower_steps": 3, "lower_pool": 2, "adapter_layers": "last 1"},
+    {"method": "bilevel", "penalty": "infinite", "lower_steps": 3, "lower_pool": 2, "adapter_layers": "last 1"},
     {"method": "fo"},
     {"method": "fo", "adapter": "none", "learning_rate": 1e-4},
     {"method": "zo", "adapter": "none"},
     {"method": "zo", "adapter": "lora", "shared_adapter": True},
     {"method": "two_stage"},
-    {"method": "bilevel", "shared_adapter": True},
+    {"method": "bilevel", "shared_adapter": True, "zo_learning_rate": "auto"},
     {"method": "bilevel", "zo_distribution": "low_rank", "num_perturbations": 2},
-    {"method": "bilevel", "zo_learning_rate": "auto"},
 ]
 
 
@@ -84,7 +82,7 @@ def test_a_generated_objective_reads_as_much_of_an_answer_as_the_own_task_has(tm
     assert set(seen) == {one.span for one in alone.values()}
 
 
-@pytest.mark.parametrize(("keys", "per_step"), [(METHODS[0], 1), *((keys, 2) for keys in METHODS)])
+@pytest.mark.parametrize(("keys", "per_step"), [(METHODS[0], 1), *((keys, 2) for keys in METHODS[1:])])
 def test_a_run_over_tasks_goes_on_where_it_was_bit_for_bit(tmp_path, keys, per_step):
     keys = {**keys, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "tasks_per_step": per_step}
     whole, again = several(tmp_path / "whole", **keys), several(tmp_path / "again", **keys)
