@@ -248,7 +248,7 @@ class ZOFOConfig(Keys):
             settings.require_finite_penalty(self)
         settings.require_something_trained(self)
         settings.require_whole_model(self, self.method_class, self._given)
-        settings.require_evaluations(self)
+        settings.require_evaluations(self, self.method_class)
 
     def variant(self, method: str, adapter: str, **more: Any) -> Self:
         """The same run by another method, without the keys that do not count for it."""

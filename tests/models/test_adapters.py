@@ -350,3 +350,24 @@ def test_a_lack_of_memory_is_not_taken_for_an_unfit_adapter(tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="allocate memory") as caught:
         attach(model, str(tmp_path / UPPER))
     assert not isinstance(caught.value, ZofoError)
+
+
+def test_weights_that_somebody_froze_are_not_trained_without_a_word(tmp_path):
+    model = tiny_model(vocab_size=320)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    keys = {"adapter": "none", "model": model}
+    for method in ("fo", "zo"):
+        with pytest.raises(ZofoError, match=r"1 weights of the model are frozen, such as model.embed_tok"):
+            make_trainer(tmp_path, method=method, **keys)
+    make_trainer(tmp_path, method="fo", model=model).train()
+
+
+def test_noise_on_embeddings_does_not_go_with_virtual_tokens(tmp_path):
+    with pytest.raises(ZofoError, match="neftune_noise_alpha is set, but virtual tokens are no embeddings of a text"):
+        make_trainer(tmp_path, family="gpt2", method="fo", adapter="prompt", neftune_noise_alpha=5.0)
+
+
+def test_layers_of_adapters_and_modules_outside_of_them_do_not_go_together(tmp_path):
+    keys = {"method": "fo", "adapter_layers": "last 1", "lora_target_modules": ["q_proj", "lm_head"]}
+    with pytest.raises(ZofoError, match="has 'lm_head', which is in none of the blocks that adapter_layers chooses"):
+        make_trainer(tmp_path, **keys)

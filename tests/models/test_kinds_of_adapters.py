@@ -19,6 +19,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -134,6 +135,7 @@ def test_what_an_adapter_replaces_is_not_moved_in_the_backbone():
     [
         (LoraConfig(init_lora_weights="pissa", **TARGETS), "init_lora_weights is 'pissa', which changes the backbone"),
         (LoraConfig(init_lora_weights="olora", **TARGETS), "init_lora_weights is 'olora', which changes the backbone"),
+        (LoraConfig(kasa_config=KasaConfig(), **TARGETS), "kasa_config changes the backbone when the adapter is made"),
         (LoraConfig(bias="all", **TARGETS), "bias is 'all', which trains biases of the backbone"),
         (AdaLoraConfig(total_step=10, **TARGETS), "the adapter ADALORA takes a part of the backbone"),
         (LoraConfig(target_modules=["nosuch"]), "nosuch"),

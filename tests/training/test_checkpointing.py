@@ -92,6 +92,21 @@ def test_the_reentrant_form_is_refused(tmp_path):
         ZOFOConfig(output_dir=str(tmp_path), **keys)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"every_n_layers": 0}, "every_n_layers of gradient_checkpointing_kwargs is 0: give a whole number from 1 on"),
+        ({"every": 2}, "gradient_checkpointing_kwargs has 'every', which nothing reads"),
+        ({"offload": True}, "moves activations off a GPU, but there is none here"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(tmp_path, options, words):
+    with pytest.raises(ZofoError, match=words):
+        ZOFOConfig(
+            output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=True, gradient_checkpointing_kwargs=options
+        )
+
+
 def test_the_estimate_sees_fewer_activations(tmp_path):
     keys = {"model": str(save_tiny_model(tmp_path / "deep", num_hidden_layers=8)), "max_length": 96, "use_cpu": True}
     sizes = []

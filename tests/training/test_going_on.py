@@ -26,6 +26,14 @@ def test_patience_may_be_new_to_it(tmp_path):
     assert again.state.global_step == 5
 
 
+def test_the_callbacks_of_a_checkpoint_may_be_restored(tmp_path):
+    keys = {"early_stopping_patience": 4, "restore_callback_states_from_checkpoint": True}
+    run(tmp_path, **keys).train()
+    again = run(tmp_path, max_steps=12, **keys)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+
+
 def test_intervals_are_those_of_now(tmp_path):
     run(tmp_path).train()
     again = run(tmp_path, max_steps=9, eval_steps=3, save_steps=3, logging_steps=2)

@@ -328,6 +328,10 @@ def test_a_run_ends_early_and_a_resumed_one_at_the_same_step(tmp_path):
 def test_a_run_ends_early_only_with_evaluations_to_choose_by():
     line = said(ZOFOConfig, output_dir="run", early_stopping_patience=2)
     assert line.startswith("early_stopping_patience is 2, but without a best model nothing says when to stop: give")
+    line = said(
+        ZOFOConfig, output_dir="run", method="two_stage", early_stopping_patience=2, load_best_model_at_end=True
+    )
+    assert "the first one may stop early before the second has begun" in line
     best = {"early_stopping_patience": 2, "load_best_model_at_end": True, "eval_strategy": "no"}
     line = said(ZOFOConfig, output_dir="run", **best)
     assert "load_best_model_at_end needs evaluations to choose by" in line

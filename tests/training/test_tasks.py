@@ -91,6 +91,31 @@ def test_a_run_over_tasks_goes_on_where_it_was_bit_for_bit(tmp_path, keys, per_s
     assert same(state(whole), state(again))
 
 
+@pytest.mark.parametrize("keys", [METHODS[0], METHODS[4], {"method": "reptile"}], ids=of)
+def test_an_iteration_that_was_cut_short_leaves_nothing_to_the_next_training_of_the_same_trainer(tmp_path, keys):
+    keys = {**keys, "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "tasks_per_step": 2}
+    whole, cut = several(tmp_path / "whole", **keys), several(tmp_path / "cut", **keys)
+    whole.train()
+    step, seen = cut.method.step, []
+
+    def broken(*arguments):
+        seen.append(1)
+        if len(seen) == 4:  # the second task of the second iteration
+            raise OSError
+        return step(*arguments)
+
+    cut.method.step = broken
+    with pytest.raises(OSError):  # noqa: PT011
+        cut.train()
+    cut.train(resume_from_checkpoint=True)
+    assert same(state(whole), state(cut))
+    assert losses(whole) == losses(cut)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 @pytest.mark.parametrize("keys", [{}, {"num_perturbations": 3}, {"zo_estimator": "one_sided"}], ids=of)
 def test_the_backbone_gets_the_mean_of_the_tasks_estimates(tmp_path, keys):
     keys = {"method": "bilevel", "max_steps": 1, **keys}
@@ -211,12 +236,21 @@ def test_the_draws_are_a_function_of_seed_and_iteration():
         ({"diagnose": True}, r"diagnose measures on one task"),
         ({"per_device_train_batch_size": 9}, r"but there are 8 rows to train on \(lower of task a\)"),
         ({"metric_for_best_model": "eval_d_loss"}, r"metric_for_best_model is 'eval_d_loss', but evaluations report"),
+        ({"metric_for_best_model": "lower_a_loss"}, r"evaluations report .*a_loss, .*a_lower_loss"),
         ({"eval_rows": make_rows(3)}, r"train_dataset has the tasks a, b, c: give eval_dataset as a dict"),
     ],
 )
 def test_what_does_not_go_with_these_tasks_is_one_line(tmp_path, keys, words):
     with pytest.raises(ZofoError, match=words):
         several(tmp_path, **keys)
+
+
+def test_the_best_model_may_be_chosen_by_the_lower_adapter_of_one_task(tmp_path):
+    keys = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = several(tmp_path, eval_rows=TASKS, metric_for_best_model="a_lower_loss", **keys)
+    trainer.train()
+    found = [entry["eval_a_lower_loss"] for entry in trainer.state.log_history if "eval_a_lower_loss" in entry]
+    assert trainer.state.best_metric == min(found)
 
 
 def test_a_single_task_cannot_be_drawn_twice(tmp_path):

@@ -10,7 +10,7 @@ from zofo.models.load import load_model
 from zofo.models.starting import StartingWeights
 from zofo.zo.estimators import Estimate
 from zofo.zo.optimizers import Anchor, ZerothOrderOptimizer
-from zofo.zo.rules import SGD
+from zofo.zo.rules import SGD, Automatic
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,16 @@ def test_a_step_draws_back_and_then_adds(rank):
         torch.testing.assert_close(w[name], expected, rtol=1e-5, atol=1e-6)
     if not rank:
         torch.testing.assert_close(added["b"], -0.2 * direction(w, 3, 7)["b"], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_without_a_signal_rest_and_are_not_drawn_back():
+    w = {"w": torch.ones(4)}
+    optimizer = ZerothOrderOptimizer(w, Automatic(SGD()), lr=1.0, anchor=Anchor(0.25, lambda name: torch.zeros(4)))
+    for step in range(20):
+        optimizer.propose(Estimate(0, step, (1.0,), 1.0, 40.0))
+        rests, before = optimizer.without_signal, w["w"].clone()
+        optimizer.step()
+        assert torch.equal(w["w"], before) == rests == (step >= 9)
 
 
 def test_16_bit_weights_are_drawn_back_on_average_by_less_than_their_spacing():

@@ -114,6 +114,18 @@ def test_reads_that_cannot_are_refused_by_name(how):
     assert {type(p) for p in model.parameters()} == {nn.Parameter}
 
 
+@pytest.mark.parametrize("name", ["1.weight", "1.bias"])
+def test_a_vector_that_rests_beside_one_that_moves_has_no_rows_whatever_its_length(name):
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    theta = {name: dict(model.named_parameters())[name]}
+    rows, x = list(zip(POINTS[:4], [2] * 4, strict=True)), torch.randn(8, 3, 16)
+    with torch.no_grad(), population(model, theta, SEED, rows, 4, rank=1):
+        found = model(x)
+    for place, (scale, query) in enumerate(POINTS[:4]):
+        with torch.no_grad(), perturbed(model, theta, SEED, scale, 4, query, rank=1):
+            torch.testing.assert_close(found[2 * place : 2 * place + 2], model(x[2 * place : 2 * place + 2]))
+
+
 def test_rows_at_scale_zero_are_at_theta_and_a_block_can_be_used_again():
     model, ids = tiny_model(), token_batch(4)
     for _ in range(2):

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zofo.errors import NonFiniteLossError, ZofoError
+from zofo.errors import FORWARD_ERRORS, NonFiniteLossError, ZofoError, in_one_line, is_lack_of_memory
 from zofo.methods.signal import contributions
 from zofo.scoring.batch import Batch, share
 from zofo.scoring.scorer import Scorer, Tokens, count
@@ -141,6 +141,13 @@ def require_groups(near: Near, scorer: Scorer, adapters: Sequence[str], batch: B
             )
         except NonFiniteLossError:
             return  # it shows nothing, and the run itself will say it
+        except FORWARD_ERRORS as error:
+            if isinstance(error, ZofoError) or is_lack_of_memory(error):
+                raise
+            raise ZofoError(
+                f"a forward of this {scorer.adapted.base.config.model_type} model at several points fails "
+                f"({in_one_line(error, 200)}): {INSTEAD}"
+            ) from error
         spread = (single - single.mean(0)).square().mean().sqrt()
         if spread > _CLEAR * single.abs().mean():
             break

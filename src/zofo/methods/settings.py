@@ -16,6 +16,10 @@ from zofo.methods.method import Method
 from zofo.parse import numbers
 
 _WITHOUT_KWARGS = ("constant", "constant_with_warmup")
+_CHECKPOINTING_OPTIONS = (  # of transformers, and of torch.utils.checkpoint
+    "every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug",
+    "early_stop",
+)  # fmt: skip
 _MOST_BATCHES = 10**6  # of an iteration: their rows are a list
 
 
@@ -54,18 +58,34 @@ def settle_checkpointing(keys: Keys, method: type[Method]) -> None:
 
 
 def settle_checkpointing_options(keys: Keys) -> None:
-    """What torch recommends where they do not say it, once transformers has read them; refuses the other way."""
-    options = cast(dict[str, Any], numbers(keys.activation_checkpointing_kwargs))
-    if options:
-        keys.activation_checkpointing_kwargs = options = {"use_reentrant": False, **options}
-    if keys.activation_checkpointing and options and options["use_reentrant"]:
+    """What torch recommends where they do not say it, once transformers has read them; refuses what cannot work."""
+    given = cast("dict[str, Any] | None", numbers(keys.activation_checkpointing_kwargs))
+    if not given:
+        return
+    keys.activation_checkpointing_kwargs = options = {"use_reentrant": False, **given}
+    if unknown := options.keys() - {*_CHECKPOINTING_OPTIONS}:
+        raise ZofoError(
+            f"gradient_checkpointing_kwargs has {sorted(unknown)[0]!r}, which nothing reads: it may have "
+            f"{', '.join(_CHECKPOINTING_OPTIONS)}"
+        )
+    every = options.get("every_n_layers", 1)
+    if not isinstance(every, int) or every < 1:
+        raise ZofoError(f"every_n_layers of gradient_checkpointing_kwargs is {every!r}: give a whole number from 1 on")
+    if keys.activation_checkpointing and options["use_reentrant"]:
         raise ZofoError("use_reentrant: true loses the gradients of an adapter on a frozen backbone: leave it out")
+    if keys.activation_checkpointing and options.get("offload") and keys.device.type == "cpu":
+        raise ZofoError("offload of gradient_checkpointing_kwargs moves activations off a GPU, but there is none here")
 
 
-def require_evaluations(keys: Keys) -> None:
+def require_evaluations(keys: Keys, method: type[Method]) -> None:
     """Refuses to choose the best model, or to stop early, without evaluations."""
     if keys.load_best_model_at_end and name_of(keys.eval_strategy) == "no":
         raise ZofoError("load_best_model_at_end needs evaluations to choose by: leave out eval_strategy: no")
+    if keys.early_stopping_patience and len(method.stages) > 1:
+        raise ZofoError(
+            f"early_stopping_patience is {keys.early_stopping_patience}, but method {method.name} has two stages, and "
+            "the first one may stop early before the second has begun: leave it out"
+        )
     if keys.early_stopping_patience and not keys.load_best_model_at_end:
         raise ZofoError(
             f"early_stopping_patience is {keys.early_stopping_patience}, but without a best model nothing says when to "

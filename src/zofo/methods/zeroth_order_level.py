@@ -184,7 +184,7 @@ class ZerothOrderLevel:
                 f"step {step}: the losses of the rows so far show no signal for the weights that zeroth-order steps "
                 "update: they rest until there is one (zo_trust in the log)"
             )
-        if self._first:
+        if self._first and update.size:  # nothing is known of a step of size 0, as at the start of a warm-up
             for warning in precision.warnings(self.parameters, self.probes.eps, update.size, self.probes.rank):
                 logger.warning(warning)
         self._first = False

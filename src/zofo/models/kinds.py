@@ -1,6 +1,7 @@
 """The kinds of adapter: which config of peft the keys ask for."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ def _lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
                 f"adapter_layers is {lora.layers!r}, but LoRA goes on {targets}: name the modules that get one in "
                 "lora_target_modules, such as q_proj v_proj"
             )
+        _require_in_blocks(targets, model)
         names = (name for name, _ in model.named_parameters())
         layers = sorted(chosen_layers("adapter_layers", lora.layers, names))
     r = lora.r or _R
@@ -93,6 +95,17 @@ def _asked(targets: tuple[str, ...], model: PreTrainedModel) -> list[str] | str:
     if not targets:
         raise ZofoError("lora_target_modules is empty: name a module, or leave it out for queries and values")
     return list(targets)
+
+
+def _require_in_blocks(targets: Sequence[str], model: PreTrainedModel) -> None:
+    """Refuses a module outside of the blocks, which peft would pass over, or give an adapter nevertheless."""
+    inside = [name for name, _ in model.named_modules() if any(part.isdigit() for part in name.split("."))]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in inside):
+            raise ZofoError(
+                f"lora_target_modules has {target!r}, which is in none of the blocks that adapter_layers chooses from: "
+                "leave one of them out"
+            )
 
 
 def _usual_targets(model: PreTrainedModel) -> list[str] | str:

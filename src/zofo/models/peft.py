@@ -36,6 +36,7 @@ LOWER = "lower"
 _INITIAL_VALUES = (True, False, "gaussian", "orthogonal")
 # Kinds that take a part of the backbone, or keep some of their own parameters fixed.
 _ENTANGLED = ("ADALORA", "PSOFT", "OSF", "ADAMSS", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
+_UNSTORED = ("kasa_config", "monteclora_config")  # variants of LoRA
 _PEFT_ERRORS = (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, IndexError)
 
 
@@ -168,6 +169,12 @@ def _require_separate(config: PeftConfig) -> None:
             f"init_lora_weights is {initial!r}, which changes the backbone or needs data when the adapter is made, so "
             "that the upper and lower adapter could not share it: use true, false, gaussian or orthogonal"
         )
+    for variant in _UNSTORED:
+        if values.get(variant):
+            raise ZofoError(
+                f"{variant} changes the backbone when the adapter is made, or keeps a state that is in none of its "
+                "parameters, so that a stored run would be another model: leave it out"
+            )
     if values.get("bias", "none") != "none":
         raise ZofoError(
             f"bias is {values['bias']!r}, which trains biases of the backbone as if they were the adapter's: use none"

@@ -66,8 +66,8 @@ class GoingOn(TrainerCallback):
 class EarlyStopping(EarlyStoppingCallback):
     """Transformers' callback; a run that goes on counts from where its checkpoint stopped counting."""
 
-    def __init__(self, patience: int) -> None:
-        super().__init__(patience)
+    def __init__(self, early_stopping_patience: int, early_stopping_threshold: float | None = 0.0) -> None:
+        super().__init__(early_stopping_patience, early_stopping_threshold)  # as they are stored in checkpoints
         self._began = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -42,8 +42,8 @@ def metrics_of_tasks(
     ]
     shared = [name for name in every[0] if all(name in names for names in every)]
     tasks = [*zip(found, every, strict=True)] if len(found) > 1 else []
-    named = [*shared, *(f"{task}_{name}" for task, names in tasks for name in names)]
-    known = [f"{adapter}{name}" for adapter in adapters for name in named]
+    parts = [("", shared), *((f"{task}_", names) for task, names in tasks)]
+    known = [f"{task}{adapter}{name}" for task, names in parts for adapter in adapters for name in names]
     wanted, plain = args.metric_for_best_model, all(isinstance(m, str) for own in found.values() for m in own)
     if wanted is not None and wanted.removeprefix("eval_") not in known and plain:
         raise ZofoError(f"metric_for_best_model is {wanted!r}, but evaluations report {', '.join(known)}")

@@ -203,7 +203,8 @@ def enable_activation_checkpointing(config: ZOFOConfig, adapted: AdaptedModel) -
     if config.activation_checkpointing:
         adapted.require_checkpointing()
         options = dict(cast(Any, config.activation_checkpointing_kwargs or {}))
-        adapted.base.activation_checkpointing_enable(every_n_layers=options.get("every_n_layers", 1))
+        own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        adapted.base.activation_checkpointing_enable(options or None, **own)
         adapted.base.disable_input_require_grads()
 
 

@@ -65,6 +65,11 @@ def starting_model(
         real_prefix = peft_config is None and folder is None and args.adapter == "prefix"
         adapted = AdaptedModel(base, config, args.method_class.adapters, real_prefix=real_prefix, start=folder)
     adapted.require_prompts()
+    if args.neftune_noise_alpha and adapted.prompt_learning:
+        raise ZofoError(
+            "neftune_noise_alpha is set, but virtual tokens are no embeddings of a text: leave it out, or choose "
+            "another adapter, such as lora"
+        )
     if args.activation_checkpointing:
         adapted.require_checkpointing()
     if args.method_class.backpropagates and not adapted.adapters:
@@ -106,7 +111,19 @@ def _parts(
             f"model is a {type(model).__name__} with an adapter or of another kind: pass the plain transformers "
             "model, and its adapter as peft_config; or a PeftModel, to start from the values of its adapter"
         )
+    if args.updates_backbone:
+        _require_all_or_none(model)
     yield model, args.adapter_init
+
+
+def _require_all_or_none(base: PreTrainedModel) -> None:
+    """Refuses weights that somebody froze, among others, where the method would update all."""
+    frozen = [name for name, parameter in base.named_parameters() if not parameter.requires_grad]
+    if 0 < len(frozen) < len([*base.parameters()]):
+        raise ZofoError(
+            f"{len(frozen)} weights of the model are frozen, such as {frozen[0]}, but this method updates all of the "
+            "backbone: set requires_grad of all of them to True; zo_exclude names what zeroth-order steps leave alone"
+        )
 
 
 def _require_epsilon(args: ZOFOConfig, adapted: AdaptedModel) -> None:

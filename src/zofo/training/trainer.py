@@ -290,6 +290,14 @@ class ZOFOTrainer(EvaluatingTrainer):
             self._logs[key].append(value)
         return nothing + logs["loss"]
 
+    def _forget_iteration(self) -> None:
+        """Drops what an iteration that was cut short has left, as where Ctrl-C ended `train` in a notebook."""
+        self.method.skip()
+        self._micro.clear()
+        self._logs.clear()
+        if self.method.black_box:
+            self.method.black_box.taken()
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: a bilevel step has no formula of its own in Trainer. `cost` counts tokens instead."""
         return 0
@@ -326,6 +334,7 @@ class ZOFOTrainer(EvaluatingTrainer):
             KeyboardInterrupt: after Ctrl-C, once the last whole step has a checkpoint; a second one does not wait.
         """
         self._whole = None
+        self._forget_iteration()
         run = Path(str(self.args.output_dir))
         if resume_from_checkpoint:
             last = resume_from_checkpoint is True

@@ -134,7 +134,7 @@ class ZerothOrderOptimizer(Optimizer):
             return
         update, self._group["rule_state"] = self._proposed
         named = [*zip(self._group["param_names"], self._group["params"], strict=True)]
-        if self.anchor:
+        if self.anchor and not self.without_signal:  # where there is nothing to follow, what was learned stays
             for name, parameter in named:
                 self.anchor.pull(name, parameter, self._rounding_key(name, parameter, estimate, "anchor "))
         factored = [pair for pair in named if self.rank and low_rank.is_matrix(pair[1])]

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import Parameter, functional
 
 from zofo import noise
 from zofo.errors import ZofoError
@@ -274,7 +274,9 @@ class _Reader:
         return torch.cat(list(results))
 
     def _has_rows(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim > 0 and len(value) > 0 and len(value) % self._total == 0
+        if not isinstance(value, Tensor) or isinstance(value, Parameter):  # which may be as long by chance
+            return False
+        return value.ndim > 0 and len(value) > 0 and len(value) % self._total == 0
 
     def _refuse(self, func: Callable[..., Any], values: Iterable[Any]) -> NoReturn:
         leaves = _flat(values)
