@@ -164,7 +164,7 @@ def test_a_model_whose_rows_cannot_be_told_apart_is_refused_by_name_before_train
 def test_virtual_tokens_that_move_are_refused_before_training(tmp_path):
     keys = {"method": "zo", "adapter": "prompt", "zo_distribution": "low_rank", "num_perturbations": 2}
     with pytest.raises(
-        ZofoError, match="at several points fails .*: set zo_members_per_forward: 1, or zo_distribution"
+        ZofoError, match=r"at several points fails .*: set zo_members_per_forward: 1, or zo_distribution"
     ):
         make_trainer(tmp_path, **keys)
 
