@@ -246,6 +246,10 @@ CONFIGS = {
         b"text: off",
         "text is False, as YAML reads yes, no, on and off: put it into quotes",
     ),
+    "a word that YAML reads as a number": (
+        b"output_dir: 2026_01_05",
+        "output_dir is 20260105, as YAML reads a number: put it into quotes",
+    ),
     "a nested value": (b"lower_steps: {a: 1}", "lower_steps is {'a': 1}, but takes one value"),
     "a list for a number": (b"lower_steps: [1, 2]", "lower_steps"),
     "a list for a text": (b"output_dir: [a, b]", "output_dir"),
