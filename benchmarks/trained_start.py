@@ -6,11 +6,12 @@ SmolLM2-135M in float32 on the six built-in tasks that need no network, texts of
 the last 2 layers (batch 8, 1e-3), then 60 zeroth-order steps on all weights with the automatic rate, 8 rows each, the
 adapter fixed (`two_stage`). The loss of 200 dev rows before and after these, and the difference by rows with its 95 %
 interval; the same with `Automatic` as it was before it looked at errors. And 60 such steps without an adapter, from the
-untrained model. One seed. Writes `benchmarks/results/trained-start.json` after each task, and keeps the others there.
+untrained model. One seed. Writes `benchmarks/results/trained-start.json` after each of these, and keeps the others.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -48,16 +49,14 @@ class At(TrainerCallback):
 
 def main() -> None:
     """Measures each task, prints it, writes."""
-    judged = Automatic._judged
-    for task in sys.argv[1:] or TASKS:
-        found: dict[str, Any] = {}
-        for name, rule in (("without", lambda self, estimate, state, assumed: {"trust": 1.0}), ("with", judged)):
-            Automatic._judged = rule  # pyright: ignore[reportAttributeAccessIssue]
-            found[name] = {"trained": moved(task, lora=LORA), "untrained": moved(task, lora=0)}
+    rules = {"with": Automatic._judged, "without": lambda self, estimate, state, assumed: {"trust": 1.0}}
+    for (name, rule), lora, task in itertools.product(rules.items(), (LORA, 0), sys.argv[1:] or TASKS):
+        Automatic._judged = rule  # pyright: ignore[reportAttributeAccessIssue]
+        found = moved(task, lora)
         kept = json.loads(FILE.read_text())["tasks"] if FILE.is_file() else {}
-        kept[task] = found
+        kept.setdefault(task, {}).setdefault(name, {})["trained" if lora else "untrained"] = found
         FILE.write_text(json.dumps({"machine": machine(), "tasks": kept}, indent=1) + "\n")
-        print(task, json.dumps(found), flush=True)
+        print(task, name, lora, json.dumps(found), flush=True)
 
 
 def moved(task: str, lora: int) -> dict[str, float]:
