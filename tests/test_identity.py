@@ -60,10 +60,11 @@ def test_what_rows_or_peft_config_say_is_no_matter_of_places(tmp_path, key):
     assert not same(key, "one", "other")
 
 
-def test_an_absolute_path_of_an_older_version_is_looked_up_and_if_gone_known_by_its_name(tmp_path):
+def test_weights_are_the_same_by_their_digest_whatever_their_name(tmp_path):
     first, second = folder(tmp_path / "a", b"weights"), folder(tmp_path / "b", b"Weights")
-    assert same("model", first, known("model", first))
-    assert not same("model", second, known("model", first))
-    assert same("model", str(tmp_path / "gone" / "a"), known("model", first))
-    assert not same("model", str(tmp_path / "gone" / "b"), known("model", first))
-    assert not same("model", first, "org/a")
+    copy = folder(tmp_path / "c", b"weights")
+    assert known("model", copy) != known("model", first)
+    assert same("model", known("model", copy), known("model", first))
+    assert not same("model", known("model", second), known("model", first))
+    assert not same("model", "org/a", known("model", first))
+    assert not same("model", "org/a", "org/b")
