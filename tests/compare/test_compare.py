@@ -137,15 +137,14 @@ def test_the_search_never_sees_a_test_row(tmp_path, made, here):
 
 
 def test_no_run_is_done_twice_and_a_changed_plan_reuses_what_is_valid(tmp_path, made, here, capsys):
-    compared(plan_of(tmp_path, made, seeds=[0]))
+    first = compared(plan_of(tmp_path, made, seeds=[0]))
     assert len(here) == 2
-    compared(plan_of(tmp_path, made, seeds=[0]))
+    assert compared(plan_of(tmp_path, made, seeds=[0])) == first
     assert len(here) == 2
     capsys.readouterr()
-    report = compared(plan_of(tmp_path, made, seeds=[0, 5]))
+    compared(plan_of(tmp_path, made, seeds=[0, 5]))
     assert len(here) == 4
     assert "2 of 4 runs were done before" in capsys.readouterr().out
-    assert any("2 of 4 runs" in note for note in report["notes"])
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, made, here):

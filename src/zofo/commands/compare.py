@@ -31,11 +31,10 @@ def compare(file: Path, say: Say, dry_run: bool = False) -> None:
         for line in planned(plan):
             say(line)
         return
-    notes = claim(plan)
-    for note in notes:
+    for note in claim(plan):
         say(note)
     work(plan, say)
-    content = report(plan, notes)
+    content = report(plan)
     folder = plan.output_dir
     (folder / "report.json").write_text(as_json(content), encoding="utf-8")
     (folder / "report.csv").write_text(as_csv(plan), encoding="utf-8")

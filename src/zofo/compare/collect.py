@@ -48,8 +48,8 @@ _VERSIONS = ("zofo", "torch", "transformers", "peft")
 _COLUMNS = ("task", "run", "seed", "score", "loss", "steps", "forward_equivalents", "seconds", "peak_bytes", "folder")
 
 
-def report(plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """All numbers of the report; runs that have failed or are not done are named and left out.
+def report(plan: Plan) -> dict[str, Any]:
+    """All numbers of the report, in however many goes they came; runs that have failed are named and left out.
 
     Raises:
         ZofoError: if two runs of a task were scored on different rows.
@@ -74,7 +74,7 @@ def report(plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },
         "versions": {name: version(name) for name in _VERSIONS},
-        "notes": [*notes, *one, *(tuned if plan.search else ())],
+        "notes": [*one, *(tuned if plan.search else ())],
         "plan": plan.text,
         "tasks": [task.content() for task in tasks],
     }
