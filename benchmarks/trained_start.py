@@ -52,14 +52,14 @@ def main() -> None:
     rules = {"with": Automatic._judged, "without": lambda self, estimate, state, assumed: {"trust": 1.0}}
     for (name, rule), lora, task in itertools.product(rules.items(), (LORA, 0), sys.argv[1:] or TASKS):
         Automatic._judged = rule  # pyright: ignore[reportAttributeAccessIssue]
-        found = moved(task, lora)
+        found = {**moved(task, lora), "machine": machine()}
         kept = json.loads(FILE.read_text())["tasks"] if FILE.is_file() else {}
         kept.setdefault(task, {}).setdefault(name, {})["trained" if lora else "untrained"] = found
-        FILE.write_text(json.dumps({"machine": machine(), "tasks": kept}, indent=1) + "\n")
+        FILE.write_text(json.dumps({"tasks": kept}, indent=1) + "\n")
         print(task, name, lora, json.dumps(found), flush=True)
 
 
-def moved(task: str, lora: int) -> dict[str, float]:
+def moved(task: str, lora: int) -> dict[str, Any]:
     """The mean dev loss before and after the zeroth-order steps, and the difference with half its interval."""
     model, tokenizer = load_model(MODEL)
     records = load_task(task).records()

@@ -112,6 +112,16 @@ def test_an_iteration_that_was_cut_short_leaves_nothing_to_the_next_training_of_
     assert losses(whole) == losses(cut)
 
 
+def test_a_second_training_begins_where_the_first_one_has_ended(tmp_path):
+    found = []
+    for on_nonfinite in ("skip", "raise"):
+        trainer = make_trainer(tmp_path / on_nonfinite, max_steps=2, on_nonfinite=on_nonfinite)
+        trainer.train()
+        trainer.train()
+        found.append(state(trainer))
+    assert same(*found)
+
+
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -292,7 +292,7 @@ class ZOFOTrainer(EvaluatingTrainer):
 
     def _forget_iteration(self) -> None:
         """Drops what an iteration that was cut short has left, as where Ctrl-C ended `train` in a notebook."""
-        self.method.skip()
+        self.method.optimizer.zero_grad()
         self._micro.clear()
         self._logs.clear()
         if self.method.black_box:
