@@ -60,6 +60,12 @@ def test_training_rows_are_known_by_every_template_and_beside_other_columns(caps
         found, said = scored(capsys, "--run", tmp_path / "run", "--data", data)
         assert found["rows"] < 40
         assert "of 40 rows were trained on, and are left out" in said
+        columns = ["--text", "text", "--label", "label"]
+        assert scored(capsys, "--run", tmp_path / "run", "--data", data, *columns)[0] == found
+    other = ["eval", "--run", str(tmp_path / "run"), "--data", str(more), "--text", "text", "--label", "id"]
+    assert "label is 'id', but the task of the run" in failed(capsys, other)
+    model = tmp_path / "run" / "backbone"
+    assert scored(capsys, "--model", model, "--data", more, "--text", "id", "--label", "label")[0]["rows"] == 40
 
 
 def test_a_run_may_lie_in_a_folder_called_tasks(capsys, tmp_path, model):

@@ -167,18 +167,35 @@ def test_a_run_trains_and_evaluates_on_exact_scores(tmp_path):
     assert found[0] == found[1]
 
 
-def leak(model):
-    """Makes every token read the whole of its row, padding included."""
-    return model.get_input_embeddings().register_forward_hook(lambda _, args, output: output + output.mean(1, True))
+def leak(model, dim):
+    """Makes every token read all rows of its batch (dim 0) or the whole of its row (dim 1)."""
+    return model.get_input_embeddings().register_forward_hook(lambda _, args, output: output + output.mean(dim, True))
 
 
 @pytest.mark.parametrize("kind", ["none", "prompt"])
 def test_a_model_for_which_no_padding_is_exact_is_refused_by_name(kind):
     model = tiny_model(vocab_size=len(TOKENIZER))
     adapted = AdaptedModel(model, adapter_config(kind, model))
-    leak(model)
+    leak(model, 0)
     with pytest.raises(ZofoError, match=r"this llama model .* depends on the padding or on the other rows"):
         probe(adapted, TOKENIZER)
+
+
+@pytest.mark.parametrize("kind", ["none", "prompt"])
+def test_a_model_that_reads_what_follows_is_refused_by_name(kind):
+    model = tiny_model(vocab_size=len(TOKENIZER))
+    adapted = AdaptedModel(model, adapter_config(kind, model))
+    leak(model, 1)
+    with pytest.raises(ZofoError, match="this llama model reads the tokens behind those that it predicts"):
+        probe(adapted, TOKENIZER)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_an_encoder_is_refused_and_its_decoder_is_not(family):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    with pytest.raises(ZofoError, match=f"this {family} model reads the tokens behind"):
+        probe(AdaptedModel(random_model(family, **sizes)), TOKENIZER)
+    probe(AdaptedModel(random_model(family, is_decoder=True, **sizes)), TOKENIZER)
 
 
 def test_a_model_that_does_not_run_on_token_ids_is_refused_by_name():
@@ -223,7 +240,7 @@ def test_the_probe_costs_little_and_leaves_no_trace():
     model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"].numel()), with_kwargs=True)
     layouts = {probe(AdaptedModel(model), TOKENIZER) for _ in range(2)}
     assert layouts == {Scorer(AdaptedModel(model), Tokens()).layout}
-    assert len(read) == 2 * 5
+    assert len(read) == 2 * 7
     assert sum(read) < 2 * 100, "tokens"
     assert torch.equal(torch.get_rng_state(), state)
     assert same_bits(model, before)

@@ -92,6 +92,25 @@ def eval_config(
     return config
 
 
+def table_of_run(run: StoredRun, table: Mapping[str, str | None]) -> dict[str, str | None]:
+    """What --data, --text and --label say of rows for the task of a run: its columns, if named again, are left out.
+
+    Other columns would make another task of the table, with its own prompt and options.
+
+    Raises:
+        ZofoError: if a column is none of the run's.
+    """
+    for name in ("text", "label"):
+        own, given = run.keys.get(name), table.get(name)
+        if given is not None and given != own:
+            has = f"reads the column {own!r}" if own else "reads no column by this name"
+            raise ZofoError(
+                f"{name} is {given!r}, but the task of the run in {run.folder} {has}: name the column so, and leave "
+                f"--text and --label out; or score another task, with --model {run.backbone} in place of --run"
+            )
+    return {key: value for key, value in table.items() if key not in ("text", "label")}
+
+
 def given_keys(arguments: Sequence[str]) -> set[str]:
     """The keys among the words of a command line."""
     return {key_of(word) for word in arguments if word.startswith("--")}

@@ -42,10 +42,11 @@ def estimate(options: argparse.Namespace, keys: list[str]) -> None:
 
 def evaluate(options: argparse.Namespace, keys: list[str]) -> None:
     """The scores of a model, or of all tasks of a run."""
-    from zofo.commands.eval import Manner, eval_config, evaluate_model, given_keys, settings_of
+    from zofo.commands.eval import Manner, eval_config, evaluate_model, given_keys, settings_of, table_of_run
     from zofo.commands.harness import evaluate_with_harness
     from zofo.commands.predict import write
     from zofo.commands.results import as_json
+    from zofo.commands.stored import StoredRun
 
     for name in ("text", "label", "log_samples") if options.harness else ():
         if vars(options)[name]:
@@ -59,6 +60,8 @@ def evaluate(options: argparse.Namespace, keys: list[str]) -> None:
         report["harness"] = evaluate_with_harness(model, adapter, options.harness, manner, keys)
     else:
         table = {key: vars(options)[key] for key in ("data", "text", "label")}
+        if options.folder and options.data and not options.task:
+            table = table_of_run(StoredRun.at(options.folder), table)
         groups = _groups(options, table)
         samples: list[dict[str, Any]] = []
         (model, adapter), *others = groups

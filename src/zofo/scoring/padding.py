@@ -27,7 +27,8 @@ def probe(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> Layout:
     each layout, and by plain forward passes of one row, in eval mode. With virtual tokens rows are always padded on
     the right, and this is probed as well; the layout is then that of the backbone alone.
 
-    Effects of more than the dozen tokens of such rows are not seen. A model for which no layout is exact is refused.
+    Effects of more than the dozen tokens of such rows are not seen. A model for which no layout is exact is refused,
+    and so is one that reads the tokens behind those which it predicts, such as an encoder.
     """
     adapted.model.eval()
     devices = [adapted.base.device] if adapted.base.device.type == "cuda" else []
@@ -54,6 +55,7 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
             f"this {adapted.base.config.model_type} model cannot score token ids alone "
             f"({in_one_line(error, 200)}): choose another model"
         ) from error
+    _require_causal(adapted, examples[0])
     for layout in layouts:
         if _is_exact(alone, _in_a_batch(adapted, tokenizer, examples, layout), adapted.base.dtype):
             return layout
@@ -61,6 +63,19 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
         f"what this {adapted.base.config.model_type} model says of a row depends on the padding or on the other rows "
         "of its batch, on the left and on the right, so no loss would be right: choose another model"
     )
+
+
+def _require_causal(adapted: AdaptedModel, example: Example) -> None:
+    """Refuses a model whose scores of an answer depend on what follows it: transformers loads encoders as causal too."""
+    answer = max(example.answers, key=len)
+    *before, changed, last = answer
+    other = next((token for token in (*example.prompt, *before) if token != changed), last)
+    alone, followed = (_alone(adapted, example.prompt, (*before, t, last))[: len(before)] for t in (changed, other))
+    if not _is_exact(alone, followed, adapted.base.dtype):
+        raise ZofoError(
+            f"this {adapted.base.config.model_type} model reads the tokens behind those that it predicts, as an "
+            "encoder does, so its scores would know the answers: choose a causal language model"
+        )
 
 
 def random_batch(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> Batch:
