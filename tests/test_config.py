@@ -5,6 +5,7 @@ from collections import Counter
 from typing import get_args
 
 import pytest
+from transformers import HfArgumentParser
 
 import zofo.keys
 from zofo import ZOFOConfig
@@ -145,6 +146,48 @@ def test_no_training_has_no_adapter():
 )
 def test_a_longer_run_may_go_on_unless_its_steps_depend_on_its_length(keys, shared):
     assert (config(max_steps=4, **keys).identity() == config(max_steps=8, **keys).identity()) is shared
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("num_perturbations", 2.0, "a whole number"),
+        ("seed", 1.5, "a whole number"),
+        ("save_total_limit", 2.5, "a whole number"),
+        ("lora_r", 4.0, "a whole number"),
+        ("zero_shot", "no", "True or False"),
+        ("load_best_model_at_end", "false", "True or False"),
+        ("diagnose", 1, "True or False"),
+    ],
+)
+def test_values_of_another_type_are_refused(key, value, kind):
+    with pytest.raises(ZofoError, match=f"{key} is {value!r}, but must be {kind}"):
+        config(**{key: value})
+
+
+def test_hf_argument_parser_makes_it(tmp_path):
+    (made,) = HfArgumentParser(ZOFOConfig).parse_args_into_dataclasses(
+        ["--method", "zo", "--output_dir", str(tmp_path)]
+    )
+    assert made.identity() == ZOFOConfig(method="zo", output_dir=str(tmp_path)).identity()
+    assert made.notices() == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "free"),
+    [
+        ({"method": "fo"}, True),
+        ({"method": "zo", "adapter": "none"}, True),
+        ({"method": "zo", "adapter": "none", "objective": "reward"}, False),
+        ({"method": "fo", "load_best_model_at_end": True, "eval_strategy": "steps"}, False),
+    ],
+)
+def test_a_reward_that_is_measured_only_may_be_mended_on_resume(tmp_path, keys, free):
+    identities = []
+    for number in (1, 2):
+        (tmp_path / "score.py").write_text(f"def score(prompts, completions):\n    return [{number}] * len(prompts)\n")
+        identities.append(config(reward=f"{tmp_path / 'score.py'}:score", **keys).identity())
+    assert (identities[0] == identities[1]) is free
 
 
 def test_paths_are_stored_so_that_they_hold_from_any_folder(tmp_path, monkeypatch):

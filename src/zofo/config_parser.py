@@ -34,8 +34,7 @@ def parse_config(stored: Path | Mapping[str, Any] | None, arguments: Sequence[st
 
 
 _ARGUMENT = re.compile(r"argument --(\w+)(?:/--[\w-]+)?: ")
-_PLACES = ("model", "task", "data", "source", "output_dir", "adapter_init")
-_TEXTS = (*_PLACES, "text", "label")
+_TEXTS = ("model", "task", "data", "source", "output_dir", "adapter_init", "text", "label", "run_name")
 _NESTED = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 
 
@@ -83,10 +82,10 @@ class _Parser(HfArgumentParser):
 
     def _one(self, action: Any, value: Any, where: str) -> Any:
         if isinstance(value, bool) and action.dest in _TEXTS:
-            raise ZofoError(f"{where}{action.dest} is {value}, as YAML reads yes, no, on and off: put it into quotes")
-        if isinstance(value, int | float) and action.dest in _PLACES:  # 2026_01_05 and 007 are written otherwise
+            raise ZofoError(f"{where}{action.dest} is {value}, as YAML reads true and false: put it into quotes")
+        if isinstance(value, float) and action.dest in _TEXTS:  # 1.10 is written otherwise
             raise ZofoError(f"{where}{action.dest} is {value}, as YAML reads a number: put it into quotes")
-        word = "no" if value is False and action.type is not string_to_bool else str(value)  # YAML reads no as false
+        word = "no" if value is False and action.type is not string_to_bool else str(value)  # as of a strategy
         try:
             made = self._get_value(action, word)
             self._check_value(action, made)

@@ -292,7 +292,7 @@ def task_hint(name: str, known: Collection[str]) -> str:
     """
     own = "a task of your own is the path of a .yaml file (docs/tasks.md)"
     if re.search(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", name.lower()):
-        return f"give the table as data, with text and label; {own}"
+        return f"zofo train takes a table as data, with text and label, and leaves its task.yaml; {own}"
     plain = {re.sub("[^a-z0-9]", "", word): word for word in known}
     spoken = [re.sub("[^a-z0-9]", "", part) for part in (name.lower(), *reversed(re.split("[/:]", name.lower())))]
     for word in spoken:

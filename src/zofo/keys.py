@@ -7,7 +7,6 @@ resumed run must share. What goes together is checked in `config.py`.
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from zofo.bounds import FRACTION, NOT_NEGATIVE, POSITIVE, Bounds, require_type
 from zofo.errors import ZofoError
 from zofo.habits import INSTEAD
 from zofo.models.kinds import Lora
@@ -39,45 +39,6 @@ ObjectiveName = Literal["loss", "accuracy", "f1", "macro_f1", "exact_match", "to
 RowsName = Literal["own", "shared"]
 Order = Literal["adapter_first", "backbone_first"]
 _T = TypeVar("_T")
-_MOST = 1 << 31  # what counters of the libraries hold, and more than any run uses
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Where a number must lie; None is always allowed.
-
-    Examples:
-        >>> Bounds(above=0, below=1).require("zo_sparsity", 1.0)
-        Traceback (most recent call last):
-        ...
-        zofo.errors.ZofoError: zo_sparsity is 1.0, but must be greater than 0 and less than 1
-    """
-
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
-
-    def require(self, key: str, value: float | None) -> None:
-        """Refuses a value outside, or one that is not finite."""
-        if value is None:
-            return
-        if isinstance(value, bool | str):
-            raise ZofoError(f"{key} is {value!r}, but must be a number")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ZofoError(f"{key} is {value}, but must be a finite number")
-        limits = {
-            f"greater than {self.above}": self.above is None or value > self.above,
-            f"at least {self.at_least}": self.at_least is None or value >= self.at_least,
-            f"less than {self.below}": self.below is None or value < self.below,
-        }
-        if not all(limits.values()):
-            named = [limit for limit in limits if "None" not in limit]
-            told = [limit for limit in named if not limits[limit] or str(_MOST) not in limit]
-            raise ZofoError(f"{key} is {value}, but must be {' and '.join(told)}")
-
-
-POSITIVE, NOT_NEGATIVE = Bounds(above=0, below=_MOST), Bounds(at_least=0, below=_MOST)
-FRACTION = Bounds(above=0, below=1)
 _SEED = Bounds(at_least=0, below=1 << 32)  # of NumPy's generators
 Rate = Annotated[float, NOT_NEGATIVE]
 Count = Annotated[int, POSITIVE]
@@ -137,7 +98,9 @@ _HONOURED = STEP_KEYS | FIRST_ORDER_KEYS | frozenset((
     "metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint",
 ))  # fmt: skip
 _DONE_ANYWAY = ("do_train", "do_eval", "do_predict")  # whatever their value
-_SETTLED: dict[str, Any] = {"debug": [], "accelerator_config": AcceleratorConfig()}  # defaults after __post_init__
+_SETTLED: dict[str, Any] = {  # what else stands for a default, after __post_init__ or from HfArgumentParser
+    "debug": ([], None), "accelerator_config": (AcceleratorConfig(),), "include_num_input_tokens_seen": (False,),
+}  # fmt: skip
 
 
 def require_honoured(given: Mapping[str, Any], stated: bool) -> None:
@@ -151,7 +114,7 @@ def require_honoured(given: Mapping[str, Any], stated: bool) -> None:
         if name in _HONOURED or name not in given:
             continue
         default = default_of(inherited)
-        if given[name] in (default, own[name], _SETTLED.get(name, default)) and not (stated and name in _DONE_ANYWAY):
+        if given[name] in (default, own[name], *_SETTLED.get(name, ())) and not (stated and name in _DONE_ANYWAY):
             continue
         instead = INSTEAD.get("push_to_hub" if name.startswith("hub_") else name, "leave it out")
         raise ZofoError(f"{name} is given, but has no effect in zofo: {instead}")
@@ -378,7 +341,7 @@ class Keys(TrainingArguments):
             bounds.require(key, vars(self)[key])
 
     def require_bounds(self) -> None:
-        """Refuses numbers out of their bounds, words that are none of the choices, and what no path or name can be."""
+        """Refuses values of another type or out of their bounds, words that are no choice, and what no path can be."""
         values, fields = vars(self), {f.name: f for f in dataclasses.fields(self)}
         for name, value in values.items():
             if isinstance(value, str) and "\0" in value:
@@ -387,6 +350,8 @@ class Keys(TrainingArguments):
             for choices in (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal):
                 if values[name] not in (*get_args(choices), default_of(fields[name])):
                     raise ZofoError(f"{name} is {values[name]!r}, but must be one of {', '.join(get_args(choices))}")
+            if name in fields and values[name] != default_of(fields[name]):
+                require_type(name, values[name], hint)
             annotated = [part for part in (hint, *get_args(hint)) if get_origin(part) is Annotated]
             for bounds in (bounds for part in annotated for bounds in get_args(part)[1:]):
                 bounds.require(name, values[name])

@@ -50,11 +50,13 @@ class Cell(str):
 def read_yaml(source: str | Path, where: str) -> Any:
     """The content of a YAML text, or of a file: plain values, from the safe part of YAML.
 
-    Refuses keys that occur twice, and what is nested or repeated too much; `where` names the source in messages.
+    A plain word is a boolean if it is true or false, and a number if it is written as one is usually: yes, 007, 1_000,
+    12:30 and 2026-01-05 are texts, which YAML 1.1 takes for other things. Refuses keys that occur twice, and what is
+    nested or repeated too much; `where` names the source in messages.
 
     Examples:
-        >>> read_yaml("seed: 3", "run.yaml")
-        {'seed': 3}
+        >>> read_yaml("{seed: 3, output_dir: 007}", "run.yaml")
+        {'seed': 3, 'output_dir': '007'}
     """
     text = ""
     try:
@@ -121,6 +123,17 @@ class _Loader(yaml.SafeLoader):
 
     def _refuse(self, problem: str, mark: Any) -> NoReturn:
         raise yaml.MarkedYAMLError(None, None, problem, mark)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _form, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?(0|[1-9]\d*)", [*"-+0123456789"]),
+    ("float", r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+0123456789."]),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_form})$", re.ASCII), _first)
 
 
 @dataclass(frozen=True)

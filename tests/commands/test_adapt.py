@@ -15,8 +15,10 @@ from plain import write_config, write_task
 from zofo.cli import main
 from zofo.commands.stored import StoredRun
 from zofo.compare.statistics import over_draws
+from zofo.errors import ZofoError
 from zofo.tasks.task import load_task
 from zofo.training.trained_rows import trained_rows_of, was_trained_on
+from zofo.training.trainer import ZOFOTrainer
 
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 
@@ -203,6 +205,7 @@ def test_a_task_that_is_called_as_the_run_s_own_is_refused_whatever_its_file(fol
         (("--start", "fourth"), "third.yaml", "has no task 'fourth', but tiny, second"),
         (("--method", "zo"), "third.yaml", "set method: fo"),
         (("--penlty", "1"), "third.yaml", "did you mean penalty"),
+        (("--seed", str(2**32 - 2)), "third.yaml", "seed is 4294967296, but must be"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_nothing_is_written(folder, tmp_path, capsys, words, task, said):
@@ -211,6 +214,26 @@ def test_what_cannot_work_is_one_line_and_nothing_is_written(folder, tmp_path, c
     assert said in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZofoError("the loss is nan")], ids=["Ctrl-C", "a failure"])
+def test_draws_that_have_ended_are_kept_where_a_later_one_does_not_end(folder, tmp_path, capsys, monkeypatch, error):
+    assert adapt(folder, tmp_path / "whole", "--draws", "3") == 0
+    train, begun = ZOFOTrainer.train, []
+
+    def stopped(trainer):
+        begun.append(trainer)
+        if len(begun) == 3:
+            raise error
+        return train(trainer)
+
+    monkeypatch.setattr(ZOFOTrainer, "train", stopped)
+    assert adapt(folder, tmp_path / "a", "--draws", "3") == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert "stopped after 2 of 3 draws, whose results are in" in capsys.readouterr().out
+    whole, found = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "a"))
+    assert found["draws"] == 2
+    assert found["metrics"]["loss"]["of_draws"] == whole["metrics"]["loss"]["of_draws"][:2]
+    assert {place.name for place in (tmp_path / "a").glob("draw-*")} == {"draw-0", "draw-1"}
 
 
 def test_rows_that_the_run_has_seen_are_refused_by_name(folder, tmp_path, capsys):

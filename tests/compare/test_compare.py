@@ -584,6 +584,11 @@ BAD = {
     "another budget": ({"budget": {"hours": 3}}, "budget is {'hours': 3}: give one of steps, forward_equivalents"),
     "a budget that no run reaches": ({"budget": {"forward_equivalents": 5}}, "one iteration of method fo takes 8"),
     "a run on another model": ({"runs": {**RUNS, "lora": {"model": "x"}}}, "the run lora changes model, which all"),
+    "a run of another length": (
+        {"runs": {**RUNS, "lora": {"max_steps": 3}}}, "the run lora holds max_steps, which a comparison says by budget"
+    ),
+    "a base with a seed": ({"base": {"model": "x", "seed": 3}}, "base holds seed, which a comparison says by seeds"),
+    "a table": ({"base": {"model": "x", "data": "t.csv"}}, "base holds data, which a comparison says by tasks (of a"),
     "a run with other rows": ({"runs": {**RUNS, "mezo": {"test_size": 5}}}, "the run mezo changes test_size"),
     "a run with an unknown key": ({"runs": {**RUNS, "mezo": {"penlty": 5}}}, "run mezo: unknown key 'penlty'"),
     "a file that is not there": ({"runs": {**RUNS, "mezo": "mezo.yaml"}}, "there is no such file"),
@@ -657,6 +662,13 @@ def test_bad_input_is_one_line_before_any_work(capsys, tmp_path, made, here, cha
     assert message in failed(capsys, ["compare", "--config", str(plan_of(tmp_path, made, **changes))])
     assert not here
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_are_told_apart_by_their_names(tmp_path, made):
+    places = [write_task(tmp_path / name, FILMS, name=name) for name in ("one", "two")]
+    assert [place.name for place in places] == ["task.yaml"] * 2
+    plan = planned(plan_of(tmp_path, made, tasks=[*map(str, places)]))
+    assert [division.name for division in plan.divisions] == ["one", "two"]
 
 
 def test_forgetting_on_rows_that_are_trained_on_is_refused(capsys, tmp_path, made, here):

@@ -96,6 +96,7 @@ def test_a_split_that_its_source_lacks_is_not_made_of_training_rows(make, tmp_pa
 
 BAD_FILES = {
     "an unknown key": ({"anwser": "x"}, r"task\.yaml: unknown key 'anwser'; did you mean answer\?"),
+    "a name that is a number": ({"name": 12}, "name is 12, as YAML reads it: put it into quotes"),
     "a key like no other": ({"zzz": "x"}, r"unknown key 'zzz'; the keys are name, "),
     "no prompt": ({"prompt": None}, r"the key 'prompt' is missing"),
     "no source": ({"source": None}, r"the key 'source' is missing"),

@@ -1,5 +1,6 @@
 """`zofo adapt`: a model on a new task from a few examples, in several draws of them."""
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -101,7 +102,8 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
 
     For N draws of K training rows: mean, worst, and the 95 % interval of the mean over the draws. The test rows are
     the same in all draws. Before training, an adapter that starts from trained values counts; a fresh one does not.
-    Writes `results.json`, the configuration and the adapter of each draw.
+    Writes `results.json`, the configuration and the adapter of each draw. Where a draw is interrupted or fails, those
+    before it are written, and count alone.
 
     Returns:
         What `results.json` holds.
@@ -120,18 +122,13 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
     _require_unseen(asked.model, task, splits.test)
     with new_folder(output) as half, tempfile.TemporaryDirectory() as scratch:
         (half / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
-        start = _start(asked, Path(scratch))
-        found: list[_Draw] = []
-        for number in range(asked.draws):
-            shown = _drawn(splits.train, asked.shots, config.division_seed, number)
-            drawn = replace(config, seed=config.seed + number, output_dir=str(Path(scratch) / str(number)), **start)
-            zero_shot = found[0].zero_shot if found else None
-            found.append(_draw(asked.model, task, shown, splits.test, drawn, half / f"draw-{number}", zero_shot))
-            words = ", ".join(f"{key} {found[-1].adapted[key]:.4g}" for key in (str(task.metrics[0]), "loss"))
-            say(f"draw {number}: {words} in {found[-1].seconds:.0f} s")
+        found, stopped = _draws(asked, config, task, splits, half, Path(scratch), say)
         results = _results(asked, task, config, found)
         with writing(output):
             (half / "results.json").write_text(as_json(results), encoding="utf-8")
+    if stopped:
+        say(f"stopped after {len(found)} of {asked.draws} draws, whose results are in {output / 'results.json'}")
+        raise stopped
     return results
 
 
@@ -157,6 +154,28 @@ class _Draw:
     adapted: dict[str, float]
     fitting: float
     seconds: float
+
+
+def _draws(
+    asked: Asked, config: ZOFOConfig, task: Task, splits: Splits, output: Path, scratch: Path, say: Say
+) -> tuple[list[_Draw], BaseException | None]:
+    """The draws that have ended, at least one, and what has stopped the next one, if anything has."""
+    start, found = _start(asked, scratch), list[_Draw]()
+    places = [str(scratch / str(number)) for number in range(asked.draws)]
+    configs = [replace(config, seed=config.seed + n, output_dir=place, **start) for n, place in enumerate(places)]
+    for number, drawn in enumerate(configs):
+        shown = _drawn(splits.train, asked.shots, config.division_seed, number)
+        zero_shot, place = found[0].zero_shot if found else None, output / f"draw-{number}"
+        try:
+            found.append(_draw(asked.model, task, shown, splits.test, drawn, place, zero_shot))
+        except (Exception, KeyboardInterrupt) as error:
+            if not found:
+                raise
+            shutil.rmtree(place, ignore_errors=True)
+            return found, error
+        words = ", ".join(f"{key} {found[-1].adapted[key]:.4g}" for key in (str(task.metrics[0]), "loss"))
+        say(f"draw {number}: {words} in {found[-1].seconds:.0f} s")
+    return found, None
 
 
 def _draw(
@@ -256,7 +275,7 @@ def _results(asked: Asked, task: Task, config: ZOFOConfig, found: Sequence[_Draw
         "model": asked.model,
         "task": task.name,
         "shots": asked.shots,
-        "draws": asked.draws,
+        "draws": len(found),
         "start": asked.start,
         "method": config.method,
         "seed": config.seed,

@@ -121,6 +121,8 @@ def _parts(options: argparse.Namespace, task: str | None = None) -> tuple[str, s
         settle_parts(str(options.folder / "backbone"))
         return StoredRun.at(options.folder).parts(options.adapter or "upper", task)
     settle_parts(options.model, options.adapter)
+    for file in sorted(Path(options.model).expanduser().glob("*/adapter_config.json")) if not options.adapter else ():
+        _note(f"{options.model} counts without the adapter beside it: with it, add --adapter {file.parent}")
     return options.model, options.adapter
 
 

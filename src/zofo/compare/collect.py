@@ -41,6 +41,7 @@ from zofo.compare.verdicts import Compared, holm, summary, verdict
 from zofo.compare.work import command
 from zofo.config_parser import parse_config
 from zofo.errors import ZofoError
+from zofo.tasks.lists import name_of_task
 from zofo.tasks.metrics import score
 from zofo.tasks.rewards import REWARD
 
@@ -256,7 +257,7 @@ class _Task:
         before = _first(_scored(before_file(self._plan)))
         after = [_first(_scored(forgetting_file(self._plan, one.cell.folder))) for one in found]
         return {
-            "task": Path(self._plan.forgetting).stem,
+            "task": name_of_task(self._plan.forgetting),
             "before": before,
             "after": float(np.mean(after)),
             "changes": [one - before for one in after],

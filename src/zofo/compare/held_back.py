@@ -9,6 +9,7 @@ import numpy as np
 
 from zofo.compare.plan import Adapting, Plan, adapted_file
 from zofo.compare.statistics import Array, difference_of_methods, mean_interval
+from zofo.tasks.lists import name_of_task
 
 _BEFORE = ("zero_shot", "in_context")
 
@@ -76,7 +77,7 @@ def _of_method(
             "in_context": float(np.mean([one["in_context"][metric]["mean"] for one in results])),
         }
         gain = _gain(each[number], base[number], seeds) if base else None
-        tasks.append({"name": Path(task).stem, "metric": metric, **before, **_spread(each[number]), "gain": gain})
+        tasks.append({"name": name_of_task(task), "metric": metric, **before, **_spread(each[number]), "gain": gain})
     means = {key: float(np.mean([task[key] for task in tasks])) for key in _BEFORE}
     worst = min(task["worst"] for task in tasks)
     gain = _gain(_mean(each), _mean(base), seeds) if base else None

@@ -16,6 +16,7 @@ from zofo.errors import ZofoError
 from zofo.identity import contents
 from zofo.keys import CHANNEL, OF_ADAPTER
 from zofo.spelling import ANY_TASK_KEYS
+from zofo.tasks.lists import name_of_task
 
 FRESH = "fresh"
 _ADAPTED = ("dev_size", "test_size", "data_seed", "per_device_eval_batch_size", "use_cpu")
@@ -33,7 +34,7 @@ class Division:
     @property
     def task_names(self) -> list[str]:
         """The names of the tasks, without their folders."""
-        return [Path(task).stem for task in self.tasks]
+        return [name_of_task(task) for task in self.tasks]
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def adapted_file(plan: Plan, folder: Path, task: str) -> Path:
     """Where the scores of a run on a held-back task are, after it was adapted to that."""
     read = _contents({**plan.adapting_keys, **(plan.adapting.keys if plan.adapting else {}), "task": task})
     mark = _mark([str(plan.adapting), plan.adapting_keys, read])
-    return folder.with_suffix(f".adapted-{mark}") / Path(task).stem / "results.json"
+    return folder.with_suffix(f".adapted-{mark}") / name_of_task(task) / "results.json"
 
 
 def _contents(keys: Mapping[str, Any]) -> dict[str, list[str | None]]:

@@ -12,7 +12,7 @@ from zofo.errors import ZofoError, did_you_mean
 from zofo.keys import OF_ADAPTER
 from zofo.methods.objective_settings import GENERATED
 from zofo.parse import read_yaml
-from zofo.tasks.lists import task_files
+from zofo.tasks.lists import name_of_task, task_files
 from zofo.tasks.task import load_task
 
 _NEEDED = ("output_dir", "base", "runs", "tasks", "seeds", "budget", "baseline")
@@ -22,12 +22,17 @@ KEYS = (
 )  # fmt: skip
 _BUDGETS = ("steps", "forward_equivalents", "seconds")
 _LENGTH = ("max_steps", "num_train_epochs")
-# What the comparison says itself of every run.
-_ITS_OWN = ("task", "seed", *_LENGTH, "output_dir", "final_split", "zero_shot")
+_TABLE = ("data", "text", "label")
+_OF_TABLE = "tasks (of a table: the task.yaml that a run on it has left)"
+# What the comparison says itself of every run, by its own keys.
+_ITS_OWN = {
+    "task": "tasks", "seed": "seeds", **dict.fromkeys(_LENGTH, "budget"), **dict.fromkeys(_TABLE, _OF_TABLE),
+    "output_dir": "output_dir", "final_split": "tuning", "zero_shot": "a run of method none",
+}  # fmt: skip
 # What else all runs share; a method that changes one of these is another comparison.
 _SHARED = (
-    *_ITS_OWN, "model", "data", "source", "text", "label", "template", "data_seed", "train_size", "dev_size",
-    "test_size", "overwrite_output_dir", "resume_from_checkpoint", "reward", "reward_weights", "max_new_tokens",
+    *_ITS_OWN, "model", "source", "template", "data_seed", "train_size", "dev_size", "test_size",
+    "overwrite_output_dir", "resume_from_checkpoint", "reward", "reward_weights", "max_new_tokens",
 )  # fmt: skip
 
 Measure = Callable[[ZOFOConfig], float | None]
@@ -103,9 +108,11 @@ def _check(plan: Plan) -> None:
         raise ZofoError(f"jobs is {plan.jobs}, but runs side by side have no seconds of their own: leave jobs out")
     if not plan.base.get("model"):
         raise ZofoError("base holds no model, which all runs of a comparison start from: add model: ... to base")
-    for key in _ITS_OWN:
-        if key in plan.base:
-            raise ZofoError(f"base holds {key}, which a comparison sets itself: leave it out")
+    for where, keys in {"base": plan.base, **{f"the run {run}": keys for run, keys in plan.runs.items()}}.items():
+        if wrong := [key for key in keys if key in _ITS_OWN]:
+            raise ZofoError(
+                f"{where} holds {wrong[0]}, which a comparison says by {_ITS_OWN[wrong[0]]}: leave it out there"
+            )
     for key in ("templates", "forgetting"):
         if vars(plan)[key] and any(len(division.tasks) > 1 for division in plan.divisions):
             raise ZofoError(f"{key} is given, but runs over several tasks have no such scores: leave it out")
@@ -186,7 +193,7 @@ def _tasks(content: Mapping[str, Any], key: str) -> list[tuple[str, ...]]:
 
 def _name(tasks: Sequence[str]) -> str:
     """Of tasks in a report, and of their folder: of many, the first one's and how many there are."""
-    names = [Path(task).stem for task in tasks]
+    names = [name_of_task(task) for task in tasks]
     return "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}"
 
 
@@ -220,7 +227,7 @@ def _forgetting(content: Mapping[str, Any], divisions: Sequence[Division]) -> st
         return None
     task = str(content["forgetting"])
     load_task(task)
-    if Path(task).stem in _trained(divisions):
+    if name_of_task(task) in _trained(divisions):
         raise ZofoError(f"forgetting is {task}, which is also trained on: name a task that is not among the tasks")
     return task
 
@@ -242,7 +249,7 @@ def _adapting(content: Mapping[str, Any], divisions: Sequence[Division]) -> Adap
         if key not in given:
             raise ZofoError(f"adapt has no {key}: give tasks to adapt to, and how many of their rows (shots)")
     tasks = tuple(task for entry in _tasks(given, "tasks") for task in entry)
-    if both := [task for task in tasks if Path(task).stem in _trained(divisions)]:
+    if both := [task for task in tasks if name_of_task(task) in _trained(divisions)]:
         raise ZofoError(f"adapt names {both[0]}, which is also trained on: name tasks that are not among the tasks")
     shots, draws = _whole("shots", given["shots"]), _whole("draws", given.get("draws", 5))
     return Adapting(tasks, shots, draws, _starts(content, given), _keys_of_adapting(given))

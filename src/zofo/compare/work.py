@@ -128,7 +128,13 @@ def _evaluated(cell: Cell) -> str | None:
                 continue
             if words[0] == "adapt":
                 shutil.rmtree(half_of(output), ignore_errors=True)  # what a killed one has left
-            if failed := _failure_of([*words, "--output", str(output)], output.with_suffix(".log")):
+            failed: str | None = "interrupted"
+            try:
+                failed = _failure_of([*words, "--output", str(output)], output.with_suffix(".log"))
+            finally:
+                if failed and words[0] == "adapt":
+                    shutil.rmtree(output, ignore_errors=True)  # fewer draws than the plan has
+            if failed:
                 return failed
     return None
 

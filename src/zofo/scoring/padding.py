@@ -66,7 +66,7 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
 
 
 def _require_causal(adapted: AdaptedModel, example: Example) -> None:
-    """Refuses a model whose scores of an answer depend on what follows it: transformers loads encoders as causal too."""
+    """Refuses a model whose scores depend on what follows: transformers loads encoders as causal models too."""
     answer = max(example.answers, key=len)
     *before, changed, last = answer
     other = next((token for token in (*example.prompt, *before) if token != changed), last)

@@ -78,4 +78,4 @@ def name_of_task(entry: str) -> str:
     if entry not in task_names() and is_metaicl(entry):
         return metaicl_name(entry)
     path = task_file(entry)
-    return str(read_task_file(path).get("name", path.stem))
+    return str(read_task_file(path).get("name") or path.stem)

@@ -214,7 +214,7 @@ def parse_task(spec: dict[str, Any], path: Path) -> Task:
     """A task from the content of its file; relative paths start at the folder of `path`."""
     _check_keys(spec, path)
     return Task(
-        name=str(spec.get("name", path.stem)),
+        name=spec.get("name") or path.stem,
         description=" ".join(str(spec.get("description", "")).split()),
         licence=" ".join(str(spec.get("licence", "not stated")).split()),
         source=_sources(spec["source"], path),
@@ -237,6 +237,9 @@ def _check_keys(spec: dict[str, Any], path: Path) -> None:
     template_keys = [key for key in (*TEMPLATE_KEYS, "templates") if key in spec]
     if _is_metaicl(spec) and template_keys:
         raise ZofoError(f"{path}: rows of format metaicl bring their own {template_keys[0]}: leave the key out")
+    name = spec.get("name")
+    if name is not None and not isinstance(name, str):
+        raise ZofoError(f"{path}: name is {name!r}, as YAML reads it: put it into quotes")
     for key in ["source"] if _is_metaicl(spec) else ["source", "prompt"]:
         if key not in spec:
             raise ZofoError(f"{path}: the key {key!r} is missing")

@@ -130,6 +130,10 @@ def read_seal(folder: Path) -> dict[str, Any]:
         raise ZofoError(
             f"there is no checkpoint {folder}: give the path of a checkpoint-N folder, or true for the last"
         )
+    if not (folder / SEAL).is_file() and not folder.name.startswith("checkpoint-"):
+        raise ZofoError(
+            f"{folder} is no checkpoint: give true for the last of a run, or one of its checkpoint-N folders"
+        )
     if not (folder / SEAL).is_file():
         raise ZofoError(f"{folder} is no complete checkpoint: it was only half written; resume from an earlier one")
     content = _content(folder)
