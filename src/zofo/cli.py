@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import shlex
 import sys
@@ -69,6 +70,11 @@ _INHERITED = (
 )  # fmt: skip
 
 
+_OF_FOLDERS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
     with contextlib.redirect_stdout(Lasting(sys.stdout)) as said, contextlib.redirect_stderr(Lasting(sys.stderr)):
@@ -84,7 +90,9 @@ def _status(words: list[str]) -> int:
     except ZofoError as error:
         return _fail(in_one_line(error), 2)
     except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename or ''} - free space or choose another folder", 2)
+        place = f": {error.filename}" if error.filename else ""
+        mend = "; free space or choose another folder" if error.errno in _OF_FOLDERS else ""
+        return _fail(f"{error.strerror or in_one_line(error)}{place}{mend}", 2)
     except KeyboardInterrupt as stop:
         return _fail(_interrupted(words, str(stop)), 130)
 
@@ -215,8 +223,8 @@ def _add_eval(parsers: Any) -> None:
         parsers, "eval", verbs.evaluate, "score a model, with or without an adapter, on a task", _EVAL, takes_keys=True
     )
     _add_model(score)
+    score.add_argument("--task", nargs="+", help="names from `zofo tasks`, or task files; otherwise that of the run")
     which = score.add_mutually_exclusive_group()
-    which.add_argument("--task", nargs="+", help="names from `zofo tasks`, or task files; otherwise that of the run")
     which.add_argument("--harness", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, by its own rules")
     which.add_argument(
         "--data", help="a table whose rows are all scored: by the run's task, or with --text and --label"

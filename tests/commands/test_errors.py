@@ -1,6 +1,7 @@
 """Bad input through the real command: status 2, one line that says what, why and how to mend it, nothing written."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -318,6 +319,10 @@ def another_tokenizer(folder):
 
 MODELS = {
     "not there": (lambda folder: None, "there is no model at {model}: give a Hub id"),
+    "an adapter": (
+        lambda folder: (folder.mkdir(), (folder / "adapter_config.json").write_text("{}")),
+        "{model} is an adapter, not a model: give the model that it was trained on",
+    ),
     "no model folder": (lambda folder: folder.mkdir(), "{model} is no model folder: it has no config.json"),
     "no causal language model": (no_causal_model, "{model} is a t5 model, which is no causal language model"),
     "no tokenizer": (no_tokenizer, "{model} has no tokenizer that can be loaded"),
@@ -462,3 +467,19 @@ def test_the_run_that_all_these_are_changes_of_works(capsys, tmp_path, keys):
     assert capsys.readouterr().err == ""
     assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["upper"]["rows"] == 10
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("the server hung up"), "zofo: the server hung up\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), "No space left on device: f; free space or choose"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(capsys, monkeypatch, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("zofo.commands.tasks.listing", fail)
+    assert main(["tasks"]) == 2
+    assert said in capsys.readouterr().err

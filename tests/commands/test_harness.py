@@ -34,8 +34,24 @@ def test_a_task_or_the_harness_must_be_asked_for(capsys):
     assert "--harness" in capsys.readouterr().err
 
 
+def test_a_task_says_whose_adapter_of_a_run_over_several(tmp_path, monkeypatch, capsys):
+    for place in ("backbone", "tasks/one/upper", "tasks/two/upper"):
+        (tmp_path / "run" / place).mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("method: fo\ntask: [one, two]\n")
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"task": ["one", "two"]}))
+    asked = []
+    monkeypatch.setattr(harness, "evaluate_with_harness", lambda *given: asked.append(given[1]) or {})
+    words = ["eval", "--run", str(tmp_path / "run"), "--harness", "boolq"]
+    assert main(words) == 2
+    assert "choose one with --task" in capsys.readouterr().err
+    assert main([*words, "--task", "two"]) == 0
+    assert asked == [str(tmp_path / "run" / "tasks" / "two" / "upper")]
+    assert main(["eval", "--model", "none", "--harness", "boolq", "--task", "two"]) == 2
+    assert "names one of several tasks of a --run" in capsys.readouterr().err
+
+
 def test_a_task_file_that_is_no_yaml_is_refused_in_one_line(tmp_path):
-    (tmp_path / "t.yaml").write_text("task: 2021-13-45\n")
+    (tmp_path / "t.yaml").write_text("task: [\n")
     with pytest.raises(ZofoError, match=r"t\.yaml is no valid YAML"):
         harness._task(str(tmp_path / "t.yaml"), [])
 

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import re
+import shutil
 from contextlib import redirect_stdout
 
 import pandas
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plain import make_rows, make_trainer
@@ -73,8 +75,31 @@ def predicted(capsys, **options):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def ended(model, tmp_path_factory):
+    """The same model with a tokenizer that ends each text itself."""
+    folder = tmp_path_factory.mktemp("ended") / "model"
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    single = "<s> $A </s>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=known)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["longer options", "a suffix", "the suffix alone", "generated", "a chat"])
+def test_the_code_of_the_card_leaves_out_the_end_that_a_tokenizer_adds(capsys, tmp_path, ended, monkeypatch, name):
+    assert AutoTokenizer.from_pretrained(ended)("a")["input_ids"][-1] == 1
+    require_code_as_predict(capsys, tmp_path, ended, monkeypatch, *RUNS[name])
+
+
 @pytest.mark.parametrize(("keys", "task"), RUNS.values(), ids=RUNS)
 def test_the_code_of_the_card_gives_what_predict_gives(capsys, tmp_path, model, monkeypatch, keys, task):
+    require_code_as_predict(capsys, tmp_path, model, monkeypatch, keys, task)
+
+
+def require_code_as_predict(capsys, tmp_path, model, monkeypatch, keys, task):
     run = trained(tmp_path, model, task, **keys)
     card = (run / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from plain import make_trainer, write_config, write_task
 from tiny import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
@@ -38,6 +38,14 @@ def whole(tmp_path_factory):
 def folder(whole, tmp_path):
     """A copy of a whole model folder, to be damaged."""
     return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def test_a_model_with_another_head_is_called_so(whole, tmp_path):
+    other = AutoModelForSequenceClassification.from_pretrained(whole)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(whole / "tokenizer.json", tmp_path / "other")
+    message = refused(tmp_path / "other")
+    assert "other, saved as a LlamaForSequenceClassification, do not fit its config.json: " in message
 
 
 def edit_config(folder, **changes):

@@ -35,7 +35,17 @@ def test_a_function_gets_only_what_it_names_if_it_takes_no_further_arguments():
     assert of(reward) == [6.0, 7.0]
 
 
-@pytest.mark.parametrize("values", [[1, 0.5], (1, 0.5), np.array([1, 0.5]), torch.tensor([1, 0.5])])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 0.5],
+        (1, 0.5),
+        np.array([1, 0.5]),
+        torch.tensor([1, 0.5]),
+        [torch.tensor(1), np.float32(0.5)],
+        [np.array(1), 0.5],
+    ],
+)
 def test_values_may_be_a_list_or_an_array(values):
     assert of(lambda completions: values) == [1.0, 0.5]
 

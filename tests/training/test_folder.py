@@ -304,6 +304,8 @@ def test_files_of_a_run_s_names_that_no_run_has_written_are_not_removed(tmp_path
         require_free(tmp_path, True, {})
     with pytest.raises(ZofoError, match=rf"already holds a run \({name}\)"):
         require_free(tmp_path, False, {})
+    with pytest.raises(ZofoError, match="which is also model: choose another output_dir"):
+        require_free(tmp_path, False, {"model": tmp_path})
 
 
 def test_files_beside_and_within_a_run_are_not_removed(tmp_path):

@@ -1,6 +1,7 @@
 """What users of other libraries write by habit: it works, or one line says what to write instead."""
 
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -118,6 +119,10 @@ ARGUMENTS = {
         {"peft_config": LoraConfig(), "args": ZOFOConfig(output_dir="run", use_cpu=True, method="zo", adapter="none")},
         "peft_config is given, but adapter is none",
     ),
+    "an adapter of another kind of model": (
+        {"peft_config": LoraConfig(task_type="SEQ_CLS")},
+        "has task_type SEQ_CLS, which is of another kind of model, so that its folder could not be opened: set ",
+    ),
     "an adapter by its name": ({"peft_config": "lora"}, "peft_config is a str, but must be what LoraConfig(...)"),
     "a tokenizer by its name": ({"processing_class": "gpt2"}, "processing_class is a str, but must be what AutoTok"),
     "an unknown metric": ({"metrics": ["acc"]}, "unknown metric 'acc': did you mean accuracy?"),
@@ -167,6 +172,10 @@ def test_a_data_frame_is_as_good_as_a_list(tmp_path):
     assert trainer(tmp_path, train_dataset=frame, eval_dataset=frame).evaluate()["eval_rows"] == 4
     missing = pandas.DataFrame({"prompt": ["a", None], "completion": ["b", "c"]})
     assert "row 1 has no text 'prompt'" in said(records, missing)
+    options = pandas.DataFrame({"prompt": ["a", "b"], "completion": ["c", "d"], "options": [["c", "e"], None]})
+    for nothing in (math.nan, None, pandas.NA):
+        options.at[1, "options"] = nothing
+        assert [row.options for row in records(options)] == [("c", "e"), ()]
 
 
 TURNS = [
@@ -336,3 +345,15 @@ def test_a_run_ends_early_only_with_evaluations_to_choose_by():
     line = said(ZOFOConfig, output_dir="run", **best)
     assert "load_best_model_at_end needs evaluations to choose by" in line
     assert "greater than 0" in said(ZOFOConfig, output_dir="run", early_stopping_patience=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": " ", "completion": "a"}, "row 1: the prompt is empty"),
+        ({"prompt": "a", "completion": "b", "options": ["c", "d"]}, "row 1: the answer 'b' is none of the options"),
+        ({"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]}, "row 1: "),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_told_with_its_number(row, message):
+    assert said(records, [{"prompt": "a", "completion": "b"}, row]).startswith(message)

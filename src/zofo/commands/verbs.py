@@ -54,8 +54,10 @@ def evaluate(options: argparse.Namespace, keys: list[str]) -> None:
     _quiet_libraries()
     whole = bool(options.data or "source" in given_keys(keys)) and options.split == "test"
     manner = Manner(options.template, options.shots, options.scoring, options.split, options.batch_size, whole)
+    if options.task and options.data:
+        raise ZofoError("--data is not allowed with --task: for rows of your own in its form, give --source FILE")
     if options.harness:
-        model, adapter = _parts(options)
+        model, adapter = _parts(options, _whose_adapter(options))
         report: dict[str, Any] = {"model": model, "adapter": adapter}
         report["harness"] = evaluate_with_harness(model, adapter, options.harness, manner, keys)
     else:
@@ -110,6 +112,19 @@ def _groups(options: argparse.Namespace, table: dict[str, Any]) -> dict[tuple[st
         place = run.place(task) if run else task
         groups.setdefault(_parts(options, place), []).append(place)
     return groups
+
+
+def _whose_adapter(options: argparse.Namespace) -> str | None:
+    """The task that the harness takes the adapter of, in a run over several; --task has no other meaning there."""
+    from zofo.commands.stored import StoredRun
+
+    if not options.task:
+        return None
+    if len(options.task) > 1 or not options.folder or len(StoredRun.at(options.folder).tasks) < 2:
+        raise ZofoError(
+            "--task with --harness names one of several tasks of a --run, whose adapter counts: leave it out"
+        )
+    return options.task[0]
 
 
 def _parts(options: argparse.Namespace, task: str | None = None) -> tuple[str, str | None]:

@@ -63,7 +63,8 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     except Exception as error:  # a hostile config fails in any way
         raise ZofoError(f"cannot load the weights of {name}: {_explained(error)}{pickle_hint(source)}") from error
     model, report = loaded
-    require_all_placed(report, f"{name} do not fit its config.json")
+    saved = [kind for kind in config.architectures or () if kind != type(model).__name__]
+    require_all_placed(report, f"{name}{f', saved as a {saved[0]},' if saved else ''} do not fit its config.json")
     return model.eval()
 
 

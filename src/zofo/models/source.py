@@ -166,6 +166,11 @@ def _require_model_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         if (path / "backbone").is_dir():
             raise ZofoError(f"{path} is a run, not a model: give {path}/backbone (and --adapter {path}/upper)")
+        if (path / "adapter_config.json").is_file():
+            raise ZofoError(
+                f"{path} is an adapter, not a model: give the model that it was trained on, and the adapter as "
+                "adapter_init to train it, or as --adapter to score it"
+            )
         raise ZofoError(f"{path} is no model folder: it has no config.json; give the folder that save_pretrained wrote")
     if not any(path.glob("*.safetensors")):
         raise ZofoError(f"{path} holds no safetensors files{pickle_hint(str(path))}")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,16 +42,23 @@ class Shown:
     suffix: str
     partial: bool
     special: bool  # whether the tokenizer adds special tokens, as it does not around a chat
+    appended: int  # how many of them it adds behind a text, which are no part of an answer
 
     @classmethod
     def of(cls, record: Record, example: Example, tokenizer: PreTrainedTokenizerBase) -> Self:
         """A record, put to the model as the example says: without spaces that belong to the answer's first token."""
         special = not isinstance(record, Chat)
-        prompt = record.prompt
+        prompt, appended = record.prompt, _appended(tokenizer) if special else 0
         if not record.options:
-            read = tokenizer(prompt, add_special_tokens=special)["input_ids"]
-            prompt = prompt if tuple(read) == example.prompt else prompt.rstrip(" ")
-        return cls(prompt, record.options, record.suffix, record.partial, special)
+            read: list[int] = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+            prompt = prompt if tuple(read[: len(read) - appended]) == example.prompt else prompt.rstrip(" ")
+        return cls(prompt, record.options, record.suffix, record.partial, special, appended)
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens a tokenizer adds behind a text."""
+    mask: list[int] = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return len(list(takewhile(bool, reversed(mask))))
 
 
 def model_card(

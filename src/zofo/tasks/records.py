@@ -106,7 +106,8 @@ def _numbered(rows: Rows, name: str) -> Iterator[tuple[Record | Row, str]]:
     if type(rows).__name__ == "DataFrame" and type(rows).__module__.startswith("pandas"):
         import numpy as np  # which `zofo tasks` need not wait for
 
-        table: list[Row] = cast(Any, rows).to_dict("records")
+        frame: Any = rows
+        table: list[Row] = frame.astype(object).where(frame.notna(), None).to_dict("records")
         rows = [{key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in row.items()} for row in table]
     if problem := dataset_hint(name, rows):
         raise ZofoError(problem)
@@ -120,8 +121,13 @@ def _numbered(rows: Rows, name: str) -> Iterator[tuple[Record | Row, str]]:
 
 def _record(row: Record | Row, where: str, example: str | None) -> Record:
     """A row as a record; where `example` is given, one whose answer is not known."""
-    if isinstance(row, Record):
-        return row
+    try:
+        return row if isinstance(row, Record) else checked(_made(row, where, example))
+    except RecordError as error:
+        raise ZofoError(f"{where}: {error}") from error
+
+
+def _made(row: Row, where: str, example: str | None) -> Record:
     options: Any = row.get("options") or ()
     if not is_texts(options):
         raise ZofoError(f"{where}: options must be a list of texts, but are {options!r:.80}")
@@ -129,7 +135,7 @@ def _record(row: Record | Row, where: str, example: str | None) -> Record:
     turns = turns_of(row, where, unknown="" if example is None else stand_in("", options, example))
     if turns:
         *earlier, (_, asked), (_, answered) = turns
-        return checked(Conversation(asked, answered, options, earlier=tuple(earlier)))
+        return Conversation(asked, answered, options, earlier=tuple(earlier))
     if example is not None and not isinstance(row.get("prompt"), str):
         raise ZofoError(f"{where} has no text 'prompt': rows to predict need prompt, and perhaps options")
     for key in ("prompt", "completion") if example is None else ():
@@ -137,7 +143,7 @@ def _record(row: Record | Row, where: str, example: str | None) -> Record:
             hint = column_hint(row) or "rows need prompt, completion and perhaps options, or messages"
             raise ZofoError(f"{where} has no text {key!r}: {hint}")
     completion = row["completion"] if example is None else stand_in(row["prompt"], options, example)
-    return checked(Record(row["prompt"], completion, options))
+    return Record(row["prompt"], completion, options)
 
 
 def stand_in(prompt: str, options: Sequence[str], example: str = "") -> str:
@@ -157,16 +163,20 @@ def digest(records: Sequence[Record], columns: bool = False) -> str:
     return sha.hexdigest()[:16]
 
 
+class RecordError(ZofoError):
+    """What is wrong with a record, for messages that say of which row it is."""
+
+
 def checked(record: _R) -> _R:
     """The record itself. Refuses empty texts, equal options, and a completion that is none of the options."""
     if not record.prompt.strip():
-        raise ZofoError("the prompt is empty")
+        raise RecordError("the prompt is empty")
     if not record.completion.strip():
-        raise ZofoError("the answer is empty")
+        raise RecordError("the answer is empty")
     if record.options and record.completion not in record.options:
-        raise ZofoError(f"the answer {record.completion!r} is none of the options {list(record.options)}")
+        raise RecordError(f"the answer {record.completion!r} is none of the options {list(record.options)}")
     if len(set(record.options)) < len(record.options):
-        raise ZofoError(f"the options {list(record.options)} repeat one")
+        raise RecordError(f"the options {list(record.options)} repeat one")
     if record.partial and not record.suffix.strip():
-        raise ZofoError("nothing is left to score: the suffix is empty, and score is 'suffix'")
+        raise RecordError("nothing is left to score: the suffix is empty, and score is 'suffix'")
     return record

@@ -214,7 +214,8 @@ def _checked(name: str, values: Any, completions: Sequence[str]) -> list[float |
         raise ZofoError(
             f"reward {name} returned {values!r:.80}: return a list, with a number or None for each completion"
         )
-    given: list[Any] = list(cast(Any, found))
+    listed: list[Any] = list(cast(Any, found))
+    given = [one.item() if isinstance(one, Tensor | np.ndarray) and one.ndim == 0 else one for one in listed]
     if len(given) != len(completions):
         raise ZofoError(
             f"reward {name} returned {len(given)} values for {len(completions)} completions: return one for each, and "

@@ -58,8 +58,8 @@ def introduction(record: Record, file: Path) -> list[str]:
     return [
         f"the prompt, of the first row: {record.prompt!r}",
         f"the candidates after it: {', '.join(map(repr, record.options))}",
-        f"this task is kept as {file}; words that say what is asked usually score better: copy it, edit prompt, answer "
-        "and options (docs/tasks.md), and give it as --task",
+        f"the run keeps this task as {file}; words that say what is asked usually score better: copy it, edit prompt, "
+        "answer and options (docs/tasks.md), and give it as --task",
     ]
 
 

@@ -132,6 +132,9 @@ def claim(run: Path, *names: str) -> None:
 
 def require_free(run: Path, overwrite: bool, read: Mapping[str, Path]) -> None:
     """Refuses a folder for a new run if something there would be lost; `read` is what the run reads, by its key."""
+    for key in ("model", "adapter_init", "source"):
+        if key in read and run.is_dir() and read[key].expanduser().resolve() == run.resolve():
+            raise ZofoError(f"output_dir is {run}, which is also {key}: choose another output_dir")
     present, own = _present(run), written(run)
     if not present and not own:
         return

@@ -61,6 +61,11 @@ def starting_model(
         if args.updates_backbone or not args.method_class.trains():  # Trainer takes no quantised model alone
             require_dense(base.config, base.config.name_or_path or type(base).__name__, f"method {args.method}")
         config = peft_config or adapter_config(folder or args.adapter, base, args.lora)
+        if config is not None and config.task_type not in (None, "CAUSAL_LM"):
+            raise ZofoError(
+                f"the adapter's config has task_type {config.task_type!s}, which is of another kind of model, so that "
+                'its folder could not be opened: set task_type="CAUSAL_LM"'
+            )
         description = described(config)  # before peft fills in what it finds in the model
         real_prefix = peft_config is None and folder is None and args.adapter == "prefix"
         adapted = AdaptedModel(base, config, args.method_class.adapters, real_prefix=real_prefix, start=folder)
