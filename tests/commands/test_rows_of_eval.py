@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,16 @@ def test_training_rows_are_known_by_every_template_and_beside_other_columns(caps
     assert "label is 'id', but the task of the run" in failed(capsys, other)
     model = tmp_path / "run" / "backbone"
     assert scored(capsys, "--model", model, "--data", more, "--text", "id", "--label", "label")[0]["rows"] == 40
+
+
+def test_an_adapter_beside_a_merged_model_is_not_passed_over_without_a_word(capsys, tmp_path, model):
+    task = write_task(tmp_path / "task", rows(0, 20))
+    shutil.copytree(model, tmp_path / "merged")
+    assert "adapter" not in scored(capsys, "--model", tmp_path / "merged", "--task", task)[1]
+    (tmp_path / "merged" / "upper").mkdir()
+    (tmp_path / "merged" / "upper" / "adapter_config.json").write_text("{}")
+    said = scored(capsys, "--model", tmp_path / "merged", "--task", task)[1]
+    assert f"counts without the adapter beside it: with it, add --adapter {tmp_path / 'merged' / 'upper'}" in said
 
 
 def test_a_run_may_lie_in_a_folder_called_tasks(capsys, tmp_path, model):
