@@ -408,6 +408,7 @@ def test_runs_over_several_tasks_are_adapted_to_held_back_ones(tmp_path, made, h
     assert here == before
     (place,) = (tmp_path / "out").glob("runs/*/zero/*.adapted-*/c")
     place.rename(place.with_name("c.half"))  # as if killed while it adapted
+    assert [note for note in work.claim(planned(file)) if "of an earlier plan" in note] == []
     again = compared(file)["tasks"][0]
     assert len(here) == len(before) + 1
     assert [one["adapted"]["mean"] for one in again["methods"]] == [one["adapted"]["mean"] for one in found["methods"]]

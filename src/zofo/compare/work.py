@@ -45,8 +45,8 @@ def claim(plan: Plan) -> list[str]:
         )
     (folder / MARK).write_text(plan.text, encoding="utf-8")
     notes = [f"{len(done)} of {len(cells)} runs were done before, and are reused"] if done else []
-    if len(ended) > len(done):
-        notes.append(f"{len(ended) - len(done)} runs of an earlier plan stay in {folder}/runs, and do not count")
+    if others := {file.parent for file in ended} - {cell.folder for cell in cells}:
+        notes.append(f"{len(others)} runs of an earlier plan stay in {folder}/runs, and do not count")
     return notes
 
 
