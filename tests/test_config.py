@@ -1,9 +1,12 @@
 """The configuration itself: what it refuses in Python too, what it stores, and what a resumed run must share."""
 
 import dataclasses
+import re
 from collections import Counter
+from contextlib import nullcontext
 from typing import get_args
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
@@ -14,6 +17,7 @@ from zofo.config_parser import parse_config
 from zofo.errors import ZofoError
 from zofo.noise import Distribution
 from zofo.noise.eager import SHAPES
+from zofo.training.checkpoint import require_same
 from zofo.zo.estimators import ESTIMATORS, EstimatorName
 from zofo.zo.low_rank import DirectionName
 from zofo.zo.rules import RULES, RuleName
@@ -155,14 +159,39 @@ def test_a_longer_run_may_go_on_unless_its_steps_depend_on_its_length(keys, shar
         ("seed", 1.5, "a whole number"),
         ("save_total_limit", 2.5, "a whole number"),
         ("lora_r", 4.0, "a whole number"),
+        ("lower_steps", 10.0, "a whole number"),  # equal to the default
+        ("save_total_limit", "3", "a whole number"),
+        ("save_total_limit", True, "a whole number"),
+        ("max_length", np.float32(8), "a whole number"),
         ("zero_shot", "no", "True or False"),
         ("load_best_model_at_end", "false", "True or False"),
         ("diagnose", 1, "True or False"),
     ],
 )
 def test_values_of_another_type_are_refused(key, value, kind):
-    with pytest.raises(ZofoError, match=f"{key} is {value!r}, but must be {kind}"):
+    with pytest.raises(ZofoError, match=re.escape(f"{key} is {value!r}, but must be {kind}")):
         config(**{key: value})
+
+
+def test_numbers_of_numpy_are_as_good():
+    made = config(lower_steps=np.int64(3), learning_rate=np.float64(0.5), diagnose=np.True_)
+    assert (made.lower_steps, made.learning_rate, made.diagnose) == (3, 0.5, True)
+
+
+@pytest.mark.parametrize(("word", "value"), [("yes", True), ("on", True), ("off", False), ("no", False)])
+def test_words_for_booleans_count_where_one_is_asked_for(tmp_path, word, value):
+    text = f"diagnose: {word}\nrun_name: {word}\nmethod: fo\noutput_dir: {tmp_path / 'run'}\n"
+    text += f"gradient_checkpointing_kwargs: {{preserve_rng_state: {word}}}\n" + "eval_strategy: off\n" * (not value)
+    (tmp_path / "c.yaml").write_text(text)
+    made = parse_config(tmp_path / "c.yaml", [])
+    assert (made.diagnose, made.run_name) == (value, word)
+    assert made.gradient_checkpointing_kwargs == {"preserve_rng_state": value}
+
+
+@pytest.mark.parametrize(("word", "found"), [("false", "False"), ("no", "False"), ("yes", "True"), ("a/b", "a/b")])
+def test_the_checkpoint_to_resume_from_may_be_a_word(tmp_path, word, found):
+    (tmp_path / "c.yaml").write_text(f"resume_from_checkpoint: {word}\n")
+    assert parse_config(tmp_path / "c.yaml", []).resume_from_checkpoint == found
 
 
 def test_hf_argument_parser_makes_it(tmp_path):
@@ -187,7 +216,16 @@ def test_a_reward_that_is_measured_only_may_be_mended_on_resume(tmp_path, keys, 
     for number in (1, 2):
         (tmp_path / "score.py").write_text(f"def score(prompts, completions):\n    return [{number}] * len(prompts)\n")
         identities.append(config(reward=f"{tmp_path / 'score.py'}:score", **keys).identity())
-    assert (identities[0] == identities[1]) is free
+    with nullcontext() if free else pytest.raises(ZofoError, match="was written with reward = "):
+        require_same(*identities, tmp_path)
+    if free:
+        without = {**config(**keys).identity(), "rows": ["others"]}  # as rewards read all columns of the rows
+        with pytest.raises(ZofoError, match=r"was written with reward = .*now it is None"):
+            require_same({**identities[0], "rows": ["some"]}, without, tmp_path)
+        best = config(reward=f"{tmp_path / 'score.py'}:score", save_strategy="best", **keys).identity()
+        require_same(identities[1], best, tmp_path)  # of the same reward
+        with pytest.raises(ZofoError, match="was written with reward = "):
+            require_same(identities[0], best, tmp_path)
 
 
 def test_paths_are_stored_so_that_they_hold_from_any_folder(tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def test_words_that_only_older_yaml_takes_for_other_things_are_texts(word):
 
 VALUES = [
     None, True, False, 0, -3, 1.5, 1e-9, 1e300, math.inf, "yes", "no", "010", "1_000", "12:30", "2026-01-05", "1e-5",
-    "true", "null", "~", ".5", "5.", "=", "", "0", "<<", "0b1", "08", "+1", "1.0e+5", ".inf", "١٢",
+    "true", "null", "~", ".5", "5.", "=", "", "0", "<<", "0b1", "08", "+1", "1.0e+5", ".inf", "١٢", "-.5", "+.5",
 ]  # fmt: skip
 
 

@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
+
+import numpy as np
 
 from zofo.errors import ZofoError
 
@@ -48,7 +51,7 @@ POSITIVE, NOT_NEGATIVE = Bounds(above=0, below=_MOST), Bounds(at_least=0, below=
 FRACTION = Bounds(above=0, below=1)
 
 
-def require_type(key: str, value: Any, hint: Any) -> None:
+def require_type(key: str, value: Any, hint: Any, default: Any = None) -> None:
     """Refuses what is no whole number or no boolean where the type of a key asks for one; others are not looked at.
 
     Examples:
@@ -57,12 +60,12 @@ def require_type(key: str, value: Any, hint: Any) -> None:
         ...
         zofo.errors.ZofoError: lower_steps is 2.0, but must be a whole number
     """
-    kinds = _kinds(hint)
-    if value is None and NoneType in kinds:
+    kinds = _kinds(hint) - {NoneType}
+    if value is None or (type(value) is type(default) and value == default):
         return
-    if kinds - {NoneType} == {bool} and not isinstance(value, bool):
+    if kinds == {bool} and not isinstance(value, bool | np.bool_):
         raise ZofoError(f"{key} is {value!r}, but must be True or False")
-    if kinds - {NoneType} == {int} and isinstance(value, float):
+    if kinds == {int} and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise ZofoError(f"{key} is {value!r}, but must be a whole number")
 
 

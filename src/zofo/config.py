@@ -13,7 +13,7 @@ from zofo import parse
 from zofo.bounds import POSITIVE
 from zofo.errors import ZofoError, in_one_line
 from zofo.habits import refuse_values
-from zofo.identity import anywhere, known
+from zofo.identity import REWARD_DECIDES, anywhere, known
 from zofo.keys import (
     AUTO,
     BY_EVALUATIONS,
@@ -46,7 +46,6 @@ _FREE = (
     "final_split", "zero_shot", "overwrite_output_dir", "on_nonfinite", "early_stopping_patience", "diagnose",
     "reward_timeout",
 )  # fmt: skip
-_MEASURING = ("reward", "reward_weights")  # where the objective is another
 _CHOOSING = ("zo_parameters", "zo_exclude", "zo_layers", "zo_sparsity")
 _OF_ONE_METHOD = (  # which another one would refuse
     *_CHOOSING, "zo_weight_decay", "zo_anchor", "optimizer_in_backward", "upper_learning_rate", "penalty_schedule",
@@ -270,12 +269,11 @@ class ZOFOConfig(Keys):
         scheduled = self.penalty_schedule != "constant" and "penalty_schedule" in self.method_class.keys_used
         lasting = self.method_class.depends_on_length or scheduled or not timeless
         free = {*_FREE, *(_method_keys() - self.method_class.keys_used)}
-        choosing = (self.save_strategy, self.lr_scheduler_type, self.load_best_model_at_end)
-        if self.objective != REWARD and not {*map(name_of, choosing)}.intersection(_NEEDING_EVALUATIONS):
-            free |= {*_MEASURING}  # so a reward that raised in the final scores can be mended
         keys = [*_INHERITED_IDENTITY, *(key for key in own_keys() if key not in free)]
         keys += ["max_steps", "num_train_epochs"] if lasting else []  # what a step does depends on how many there are
-        return {key: _as_json(known(key, vars(self)[key])) for key in keys}
+        choosing = (self.save_strategy, self.lr_scheduler_type, self.load_best_model_at_end)
+        decides = self.objective == REWARD or {*map(name_of, choosing)}.intersection(_NEEDING_EVALUATIONS)
+        return {**{key: _as_json(known(key, vars(self)[key])) for key in keys}, REWARD_DECIDES: bool(decides)}
 
     def resolved(self) -> dict[str, Any]:
         """Every key that differs from its default, or is one of zofo's own: what reading it back needs."""

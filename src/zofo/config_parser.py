@@ -72,7 +72,7 @@ class _Parser(HfArgumentParser):
     def _value(self, key: str, value: Any, where: str) -> Any:
         action = self._option_string_actions[f"--{key}"]
         if isinstance(value, dict) and key in _NESTED:
-            return cast(Any, value)
+            return {name: _as_boolean(inner) for name, inner in cast("dict[str, Any]", value).items()}
         listed: list[Any] = value if isinstance(value, list) else [value]
         several = action.nargs == "+" or key == "report_to"
         if (not several and len(listed) != 1) or any(isinstance(item, dict | list | None) for item in listed):
@@ -85,7 +85,10 @@ class _Parser(HfArgumentParser):
             raise ZofoError(f"{where}{action.dest} is {value}, as YAML reads true and false: put it into quotes")
         if isinstance(value, float) and action.dest in _TEXTS:  # 1.10 is written otherwise
             raise ZofoError(f"{where}{action.dest} is {value}, as YAML reads a number: put it into quotes")
-        word = "no" if value is False and action.type is not string_to_bool else str(value)  # as of a strategy
+        strategy = action.dest.endswith("_strategy")
+        if strategy or action.type is string_to_bool or action.dest == "resume_from_checkpoint":
+            value = _as_boolean(value)
+        word = "no" if value is False and strategy else str(value)
         try:
             made = self._get_value(action, word)
             self._check_value(action, made)
@@ -99,6 +102,11 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> Any:
         raise ZofoError(_ARGUMENT.sub(r"\1: ", message))
+
+
+def _as_boolean(value: Any) -> Any:
+    """The words of YAML 1.1 for booleans, where one is asked for."""
+    return {"yes": True, "on": True, "no": False, "off": False}.get(str(value).lower(), value)
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from zofo.tasks.task import load_task, task_file, task_names
 
 _DESCRIBED = ("task", "source", "data", "adapter")  # their content is compared anyway: as rows, or as `peft_config`
 _WEIGHTS = ("model", "adapter_init")
+REWARD_DECIDES = "reward_decides"  # whether a reward is followed, or chooses a model, and is not measured only
 _REWARD = "reward"  # a list of FILE.py:function or module:function
 _FILE = "a file"
 _SHA = " (sha256 "

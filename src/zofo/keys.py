@@ -350,8 +350,8 @@ class Keys(TrainingArguments):
             for choices in (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal):
                 if values[name] not in (*get_args(choices), default_of(fields[name])):
                     raise ZofoError(f"{name} is {values[name]!r}, but must be one of {', '.join(get_args(choices))}")
-            if name in fields and values[name] != default_of(fields[name]):
-                require_type(name, values[name], hint)
+            if name in fields:
+                require_type(name, values[name], hint, default_of(fields[name]))
             annotated = [part for part in (hint, *get_args(hint)) if get_origin(part) is Annotated]
             for bounds in (bounds for part in annotated for bounds in get_args(part)[1:]):
                 bounds.require(name, values[name])

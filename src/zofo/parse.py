@@ -47,12 +47,12 @@ class Cell(str):
         return len(self) > 0
 
 
-def read_yaml(source: str | Path, where: str) -> Any:
+def read_yaml(source: str | Path, where: str, *, old: bool = False) -> Any:
     """The content of a YAML text, or of a file: plain values, from the safe part of YAML.
 
-    A plain word is a boolean if it is true or false, and a number if it is written as one is usually: yes, 007, 1_000,
-    12:30 and 2026-01-05 are texts, which YAML 1.1 takes for other things. Refuses keys that occur twice, and what is
-    nested or repeated too much; `where` names the source in messages.
+    If not `old`, a plain word is a boolean if it is true or false, and a number if it is written as one is usually:
+    yes, 007, 1_000, 12:30 and 2026-01-05 are texts, which YAML 1.1 takes for other things. Refuses keys that occur
+    twice, and what is nested or repeated too much; `where` names the source in messages.
 
     Examples:
         >>> read_yaml("{seed: 3, output_dir: 007}", "run.yaml")
@@ -61,7 +61,7 @@ def read_yaml(source: str | Path, where: str) -> Any:
     text = ""
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        return _Loader(text).get_single_data()
+        return (_OldLoader if old else _Loader)(text).get_single_data()
     except UnicodeDecodeError as error:
         raise ZofoError(f"{where} is not UTF-8 (byte {error.start}): save it in UTF-8") from error
     except yaml.YAMLError as error:
@@ -84,8 +84,8 @@ def _bare_template(error: yaml.YAMLError, text: str) -> tuple[str, str] | None:
     return None
 
 
-class _Loader(yaml.SafeLoader):
-    """A loader that checks each node as it is composed, before any value is made of it."""
+class _OldLoader(yaml.SafeLoader):
+    """A loader of YAML 1.1 that checks each node as it is composed, before any value is made of it."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -125,12 +125,16 @@ class _Loader(yaml.SafeLoader):
         raise yaml.MarkedYAMLError(None, None, problem, mark)
 
 
+class _Loader(_OldLoader):
+    """The same, by the few forms of plain words below."""
+
+
 _Loader.yaml_implicit_resolvers = {}
 for _kind, _form, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
     ("int", r"[-+]?(0|[1-9]\d*)", [*"-+0123456789"]),
-    ("float", r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+0123456789."]),
+    ("float", r"([-+]?\d+\.\d*|\.\d+)([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+0123456789."]),
     ("merge", r"<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_form})$", re.ASCII), _first)

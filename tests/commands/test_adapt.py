@@ -229,8 +229,10 @@ def test_draws_that_have_ended_are_kept_where_a_later_one_does_not_end(folder, t
 
     monkeypatch.setattr(ZOFOTrainer, "train", stopped)
     assert adapt(folder, tmp_path / "a", "--draws", "3") == (130 if isinstance(error, KeyboardInterrupt) else 2)
-    assert "stopped after 2 of 3 draws, whose results are in" in capsys.readouterr().out
-    whole, found = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "a"))
+    assert "2 of 3 draws have ended" in capsys.readouterr().out
+    assert not (tmp_path / "a" / "results.json").exists()
+    files = (tmp_path / "whole" / "results.json", tmp_path / "a" / "stopped.json")
+    whole, found = (json.loads(file.read_text()) for file in files)
     assert found["draws"] == 2
     assert found["metrics"]["loss"]["of_draws"] == whole["metrics"]["loss"]["of_draws"][:2]
     assert {place.name for place in (tmp_path / "a").glob("draw-*")} == {"draw-0", "draw-1"}

@@ -56,6 +56,11 @@ def test_a_task_file_that_is_no_yaml_is_refused_in_one_line(tmp_path):
         harness._task(str(tmp_path / "t.yaml"), [])
 
 
+def test_a_task_file_is_read_as_the_harness_reads_it(tmp_path):
+    (tmp_path / "t.yaml").write_text("generation_kwargs: {do_sample: no}\n")
+    assert harness._task(str(tmp_path / "t.yaml"), []) == {"generation_kwargs": {"do_sample": False}}
+
+
 @pytest.fixture(scope="module")
 def task_manager():
     """One for all tests: it reads every task of the harness."""

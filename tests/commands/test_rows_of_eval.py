@@ -64,7 +64,10 @@ def test_training_rows_are_known_by_every_template_and_beside_other_columns(caps
         columns = ["--text", "text", "--label", "label"]
         assert scored(capsys, "--run", tmp_path / "run", "--data", data, *columns)[0] == found
     other = ["eval", "--run", str(tmp_path / "run"), "--data", str(more), "--text", "text", "--label", "id"]
-    assert "label is 'id', but the task of the run" in failed(capsys, other)
+    line = failed(capsys, other)
+    assert "label is 'id', but the task of the run" in line
+    assert "reads the column 'label': name it so" in line
+    assert f"--model {tmp_path / 'run' / 'backbone'} in place of --run" in line
     model = tmp_path / "run" / "backbone"
     assert scored(capsys, "--model", model, "--data", more, "--text", "id", "--label", "label")[0]["rows"] == 40
 

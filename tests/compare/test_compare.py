@@ -670,6 +670,13 @@ def test_tasks_are_told_apart_by_their_names(tmp_path, made):
     assert [place.name for place in places] == ["task.yaml"] * 2
     plan = planned(plan_of(tmp_path, made, tasks=[*map(str, places)]))
     assert [division.name for division in plan.divisions] == ["one", "two"]
+    write_task(tmp_path / "two", FILMS, name="one")
+    with pytest.raises(ZofoError, match=r"two of the tasks are called one: .* give it another name"):
+        planned(plan_of(tmp_path, made, tasks=[*map(str, places)]))
+    for name in ("..", "glue/sst2"):
+        write_task(tmp_path / "two", FILMS, name=name)
+        with pytest.raises(ZofoError, match="cannot be the name of a folder"):
+            planned(plan_of(tmp_path, made, tasks=[*map(str, places)]))
 
 
 def test_forgetting_on_rows_that_are_trained_on_is_refused(capsys, tmp_path, made, here):

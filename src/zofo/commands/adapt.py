@@ -102,8 +102,8 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
 
     For N draws of K training rows: mean, worst, and the 95 % interval of the mean over the draws. The test rows are
     the same in all draws. Before training, an adapter that starts from trained values counts; a fresh one does not.
-    Writes `results.json`, the configuration and the adapter of each draw. Where a draw is interrupted or fails, those
-    before it are written, and count alone.
+    Writes `results.json`, the configuration and the adapter of each draw; where a draw is interrupted or fails, those
+    before it, and `stopped.json`.
 
     Returns:
         What `results.json` holds.
@@ -124,10 +124,11 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
         (half / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
         found, stopped = _draws(asked, config, task, splits, half, Path(scratch), say)
         results = _results(asked, task, config, found)
+        name = "stopped.json" if stopped else "results.json"
         with writing(output):
-            (half / "results.json").write_text(as_json(results), encoding="utf-8")
+            (half / name).write_text(as_json(results), encoding="utf-8")
     if stopped:
-        say(f"stopped after {len(found)} of {asked.draws} draws, whose results are in {output / 'results.json'}")
+        say(f"{len(found)} of {asked.draws} draws have ended: {output / name}; for all of them give another --output")
         raise stopped
     return results
 
@@ -167,14 +168,15 @@ def _draws(
         shown = _drawn(splits.train, asked.shots, config.division_seed, number)
         zero_shot, place = found[0].zero_shot if found else None, output / f"draw-{number}"
         try:
-            found.append(_draw(asked.model, task, shown, splits.test, drawn, place, zero_shot))
+            draw = _draw(asked.model, task, shown, splits.test, drawn, place, zero_shot)
+            words = ", ".join(f"{key} {draw.adapted[key]:.4g}" for key in (str(task.metrics[0]), "loss"))
+            say(f"draw {number}: {words} in {draw.seconds:.0f} s")
         except (Exception, KeyboardInterrupt) as error:
             if not found:
                 raise
             shutil.rmtree(place, ignore_errors=True)
             return found, error
-        words = ", ".join(f"{key} {found[-1].adapted[key]:.4g}" for key in (str(task.metrics[0]), "loss"))
-        say(f"draw {number}: {words} in {found[-1].seconds:.0f} s")
+        found.append(draw)
     return found, None
 
 

@@ -103,10 +103,12 @@ def table_of_run(run: StoredRun, table: Mapping[str, str | None]) -> dict[str, s
     for name in ("text", "label"):
         own, given = run.keys.get(name), table.get(name)
         if given is not None and given != own:
-            has = f"reads the column {own!r}" if own else "reads no column by this name"
+            reads = f"reads the column {own!r}: name it so" if own else "says itself what it reads"
+            model, adapter = run.parts(task=run.name or next(iter(run.tasks)))
+            words = f"--model {model}{f' --adapter {adapter}' if adapter else ''}"
             raise ZofoError(
-                f"{name} is {given!r}, but the task of the run in {run.folder} {has}: name the column so, and leave "
-                f"--text and --label out; or score another task, with --model {run.backbone} in place of --run"
+                f"{name} is {given!r}, but the task of the run in {run.folder} {reads}, and leave --text and --label "
+                f"out; or score the table as a task of its own, with {words} in place of --run"
             )
     return {key: value for key, value in table.items() if key not in ("text", "label")}
 

@@ -55,7 +55,7 @@ def _task(name: str, known: Sequence[str]) -> str | dict[str, Any]:
     if file.suffix in (".yaml", ".yml"):
         if not file.is_file():
             raise ZofoError(f"there is no task file {file}")
-        return read_yaml(file, name)
+        return read_yaml(file, name, old=True)  # as the harness reads it
     if name not in known:
         raise ZofoError(
             f"lm-evaluation-harness has no task {name!r}: `lm_eval --tasks list` lists them; its names are not those "

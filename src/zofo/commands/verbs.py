@@ -58,6 +58,7 @@ def evaluate(options: argparse.Namespace, keys: list[str]) -> None:
         raise ZofoError("--data is not allowed with --task: for rows of your own in its form, give --source FILE")
     if options.harness:
         model, adapter = _parts(options, _whose_adapter(options))
+        _note_of_beside(model, adapter)
         report: dict[str, Any] = {"model": model, "adapter": adapter}
         report["harness"] = evaluate_with_harness(model, adapter, options.harness, manner, keys)
     else:
@@ -70,6 +71,7 @@ def evaluate(options: argparse.Namespace, keys: list[str]) -> None:
         report = {"model": model, "adapter": [adapter, *(each for _, each in others)] if others else adapter}
         report |= {"split": options.split, "settings": {}, "tasks": {}}
         for (model, adapter), tasks in groups.items():
+            _note_of_beside(model, adapter)
             configs = [eval_config(model, task, keys, adapter, table) for task in tasks]
             scores = evaluate_model(model, adapter, configs, manner, _note, samples)
             for (name, own), config in zip(scores.items(), configs, strict=True):
@@ -89,6 +91,7 @@ def predict(options: argparse.Namespace, keys: list[str]) -> None:
     _quiet_libraries()
     task = StoredRun.at(options.folder).place(options.task) if options.folder else options.task
     model, adapter = _parts(options, task)
+    _note_of_beside(model, adapter)
     config = eval_config(model, task, keys, adapter)
     rows = predict.rows_of(options.data, options.output)
     found = predict.predict(model, adapter, config, rows, options.batch_size, _note)
@@ -136,9 +139,16 @@ def _parts(options: argparse.Namespace, task: str | None = None) -> tuple[str, s
         settle_parts(str(options.folder / "backbone"))
         return StoredRun.at(options.folder).parts(options.adapter or "upper", task)
     settle_parts(options.model, options.adapter)
-    for file in sorted(Path(options.model).expanduser().glob("*/adapter_config.json")) if not options.adapter else ():
-        _note(f"{options.model} counts without the adapter beside it: with it, add --adapter {file.parent}")
     return options.model, options.adapter
+
+
+def _note_of_beside(model: str, adapter: str | None) -> None:
+    """Says that a merged model is scored without the virtual tokens that could not be merged into it."""
+    place = Path(model).expanduser()
+    for file in (
+        sorted(place.glob("*/adapter_config.json")) if not adapter and (place / "config.json").is_file() else ()
+    ):
+        _note(f"{model} counts without the adapter beside it: with it, add --adapter {file.parent}")
 
 
 def compare(options: argparse.Namespace, keys: list[str]) -> None:

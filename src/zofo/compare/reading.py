@@ -12,7 +12,7 @@ from zofo.errors import ZofoError, did_you_mean
 from zofo.keys import OF_ADAPTER
 from zofo.methods.objective_settings import GENERATED
 from zofo.parse import read_yaml
-from zofo.tasks.lists import name_of_task, task_files
+from zofo.tasks.lists import name_of_task, require_folder_name, task_files
 from zofo.tasks.task import load_task
 
 _NEEDED = ("output_dir", "base", "runs", "tasks", "seeds", "budget", "baseline")
@@ -180,7 +180,17 @@ def _tasks(content: Mapping[str, Any], key: str) -> list[tuple[str, ...]]:
     """The entries of a list of tasks; one that is a list itself is the tasks of one run."""
     entries = [entry if isinstance(entry, list) else [entry] for entry in _list(content, key)]
     tasks = [tuple(task_files([str(task) for task in cast("list[Any]", entry)])) for entry in entries]
-    _require_different(key, [_name(entry) for entry in tasks])
+    known: dict[str, tuple[str, ...]] = {}
+    for entry in tasks:
+        for task in entry:
+            require_folder_name(name_of_task(task))
+        name = _name(entry)
+        if name in known:
+            both = f"{' '.join(known[name])} and {' '.join(entry)}"
+            raise ZofoError(
+                f"two of the {key} are called {name}: {both}; leave one of them out, or give it another name"
+            )
+        known[name] = entry
     for entry in tasks:
         metrics = [load_task(task).metrics for task in entry]
         if not set[str](metrics[0]).intersection(*metrics):

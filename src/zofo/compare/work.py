@@ -126,15 +126,9 @@ def _evaluated(cell: Cell) -> str | None:
         with FileLock(output.with_suffix(".lock")):  # what comes before all training is of all runs
             if file.is_file():
                 continue
-            if words[0] == "adapt":
-                shutil.rmtree(half_of(output), ignore_errors=True)  # what a killed one has left
-            failed: str | None = "interrupted"
-            try:
-                failed = _failure_of([*words, "--output", str(output)], output.with_suffix(".log"))
-            finally:
-                if failed and words[0] == "adapt":
-                    shutil.rmtree(output, ignore_errors=True)  # fewer draws than the plan has
-            if failed:
+            for left in (half_of(output), output) if words[0] == "adapt" else ():  # what a stopped one has left
+                shutil.rmtree(left, ignore_errors=True)
+            if failed := _failure_of([*words, "--output", str(output)], output.with_suffix(".log")):
                 return failed
     return None
 

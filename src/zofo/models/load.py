@@ -20,6 +20,7 @@ from zofo.models.source import (
     require_plausible,
     stored_tensors,
 )
+from zofo.parse import is_texts
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -63,7 +64,8 @@ def load_weights(name: str, dtype: DType = "float32") -> PreTrainedModel:
     except Exception as error:  # a hostile config fails in any way
         raise ZofoError(f"cannot load the weights of {name}: {_explained(error)}{pickle_hint(source)}") from error
     model, report = loaded
-    saved = [kind for kind in config.architectures or () if kind != type(model).__name__]
+    kinds = config.architectures if is_texts(config.architectures) else ()
+    saved = [kind for kind in kinds if kind != type(model).__name__]
     require_all_placed(report, f"{name}{f', saved as a {saved[0]},' if saved else ''} do not fit its config.json")
     return model.eval()
 

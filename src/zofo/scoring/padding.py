@@ -55,7 +55,7 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
             f"this {adapted.base.config.model_type} model cannot score token ids alone "
             f"({in_one_line(error, 200)}): choose another model"
         ) from error
-    _require_causal(adapted, examples[0])
+    _require_causal(adapted, examples[0], alone)
     for layout in layouts:
         if _is_exact(alone, _in_a_batch(adapted, tokenizer, examples, layout), adapted.base.dtype):
             return layout
@@ -65,12 +65,16 @@ def _first_exact(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, layo
     )
 
 
-def _require_causal(adapted: AdaptedModel, example: Example) -> None:
-    """Refuses a model whose scores depend on what follows: transformers loads encoders as causal models too."""
-    answer = max(example.answers, key=len)
-    *before, changed, last = answer
+def _require_causal(adapted: AdaptedModel, example: Example, alone: Tensor) -> None:
+    """Refuses a model whose scores depend on what follows: transformers loads encoders as causal models, too.
+
+    `alone` holds the log-probabilities of all answers of the example, and of others behind them.
+    """
+    first, (*before, changed, last) = example.answers
     other = next((token for token in (*example.prompt, *before) if token != changed), last)
-    alone, followed = (_alone(adapted, example.prompt, (*before, t, last))[: len(before)] for t in (changed, other))
+    followed = alone.clone()
+    part = slice(len(first), len(first) + len(before))
+    followed[part] = _alone(adapted, example.prompt, (*before, other, last))[: len(before)]
     if not _is_exact(alone, followed, adapted.base.dtype):
         raise ZofoError(
             f"this {adapted.base.config.model_type} model reads the tokens behind those that it predicts, as an "

@@ -73,6 +73,14 @@ def _expanded(word: Any) -> list[str]:
     return [f"{entry}#{draw}" if draw else str(entry) for entry in folders]
 
 
+def require_folder_name(name: str) -> None:
+    """Refuses the name of a task that cannot be that of a folder."""
+    if Path(name).name != name or name.startswith("."):
+        raise ZofoError(
+            f"task {name!r} cannot be the name of a folder, which each of several tasks has: give it another `name`"
+        )
+
+
 def name_of_task(entry: str) -> str:
     """The name of the task that a name, a task file or a folder in MetaICL's form stands for."""
     if entry not in task_names() and is_metaicl(entry):

@@ -17,8 +17,9 @@ from transformers.trainer_callback import TrainerState
 
 from zofo.config import identity_defaults
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
-from zofo.identity import same
+from zofo.identity import REWARD_DECIDES, same
 from zofo.parse import is_texts
+from zofo.tasks.rewards import REWARD
 
 SEAL = "seal.json"
 _HALF = f"{SEAL}.half"
@@ -225,23 +226,31 @@ def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) 
     """Refuses to resume a run under another configuration, or on other rows.
 
     A key that the stored run does not know counts as if it had been at its default, so that a key that is added later
-    never makes an older run impossible to resume.
+    never makes an older run impossible to resume. A reward that is measured only may be mended.
     """
+    before = {**identity_defaults(), **stored}
+    if bool(before.get(REWARD)) != bool(current.get(REWARD)):
+        raise _other(REWARD, before.get(REWARD), current.get(REWARD), folder)
     if "rows" in current and stored.get("rows") != current["rows"]:
         raise ZofoError(
             f"{folder} was written by a run on other training rows: give it the same data and task file, or start a "
             "new run in another output_dir"
         )
-    before = {**identity_defaults(), **stored}
-    for key, value in current.items():
-        if key != "rows" and not same(key, before.get(key), value):
-            found, given = before.get(key), value
+    measured = not (stored.get(REWARD_DECIDES, True) or current.get(REWARD_DECIDES, True))
+    free = ("rows", REWARD_DECIDES, *((REWARD, "reward_weights") if measured else ()))
+    for key in [key for key in current if key not in free]:
+        found, given = before.get(key), current[key]
+        if not same(key, found, given):
             if key == "peft_config" and found and given:
                 found, given = _differences(json.loads(found), json.loads(given))
-            raise ZofoError(
-                f"{folder} was written with {key} = {found!r}, but now it is {given!r}: resume with the "
-                "same configuration, or start a new run in another output_dir"
-            )
+            raise _other(key, found, given, folder)
+
+
+def _other(key: str, found: Any, given: Any, folder: Path) -> ZofoError:
+    return ZofoError(
+        f"{folder} was written with {key} = {found!r}, but now it is {given!r}: resume with the "
+        "same configuration, or start a new run in another output_dir"
+    )
 
 
 def require_same_selection(content: Mapping[str, Any], selection: Mapping[str, Any], folder: Path) -> None:

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from zofo.config import ZOFOConfig
 from zofo.errors import ZofoError
-from zofo.tasks.lists import require_options
+from zofo.tasks.lists import require_folder_name, require_options
 from zofo.tasks.prompts import as_channel, demonstrations, in_context, in_context_of_each_other, tokens_of_chat
 from zofo.tasks.records import Record
 from zofo.tasks.splits import Splits, split_records, two_levels
@@ -69,8 +68,7 @@ def run_tasks(config: ZOFOConfig) -> dict[str, tuple[Task, dict[str, Any] | None
     found: dict[str, tuple[Task, dict[str, Any] | None]] = {}
     for place in config.tasks:
         task = _loaded(place, config)
-        if Path(task.name).name != task.name or task.name.startswith("."):
-            raise ZofoError(f"task {task.name!r} cannot be the name of a folder, which each of several tasks has")
+        require_folder_name(task.name)
         found[task.name] = task, None
     require_options([task for task, _ in found.values()], config.loss)
     return found

@@ -15,7 +15,7 @@ from zofo import noise
 from zofo.config import ZOFOConfig, field_names
 from zofo.errors import ZofoError, first_line, is_lack_of_memory
 from zofo.habits import refuse_arguments
-from zofo.keys import LORA_KEYS
+from zofo.keys import LORA_KEYS, name_of
 from zofo.methods.first_order_optimizers import settings_of_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.kinds import adapter_config
@@ -63,8 +63,8 @@ def starting_model(
         config = peft_config or adapter_config(folder or args.adapter, base, args.lora)
         if config is not None and config.task_type not in (None, "CAUSAL_LM"):
             raise ZofoError(
-                f"the adapter's config has task_type {config.task_type!s}, which is of another kind of model, so that "
-                'its folder could not be opened: set task_type="CAUSAL_LM"'
+                f"the adapter's config has task_type {name_of(config.task_type)}, which is of another kind of model, "
+                'so that its folder could not be opened: set task_type="CAUSAL_LM"'
             )
         description = described(config)  # before peft fills in what it finds in the model
         real_prefix = peft_config is None and folder is None and args.adapter == "prefix"
