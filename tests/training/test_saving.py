@@ -429,7 +429,7 @@ def test_a_bfloat16_backbone_trains_with_adapters_in_float32(tmp_path, method):
 
 
 CONFIGS = {
-    "a date that is none": "method: fo\nseed: 2021-13-45\n",
+    "a date that is none": "method: fo\nseed: !!timestamp 2021-13-45\n",
     "an alias in itself": "method: fo\nzo_parameters: &a [*a]\n",
     "a repeated key": "method: fo\nmethod: zo\n",
     "a tag of Python": "method: !!python/name:os.system fo\n",
