@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from plain import make_trainer
-from tiny import FAMILIES, save_tiny_model, tiny_model, token_batch
+from tiny import FAMILIES, save_tiny_model, snapshot, tiny_model, token_batch
 from zofo import ZOFOConfig
 from zofo.commands.estimate import estimate
 from zofo.errors import ZofoError
@@ -360,6 +361,23 @@ def test_weights_that_somebody_froze_are_not_trained_without_a_word(tmp_path):
         with pytest.raises(ZofoError, match=r"1 weights of the model are frozen, such as model.embed_tok"):
             make_trainer(tmp_path, method=method, **keys)
     make_trainer(tmp_path, method="fo", model=model).train()
+
+
+@pytest.mark.parametrize("method", ["fo", "zo"])
+def test_tables_that_the_architecture_freezes_stay_as_they_are(tmp_path, method):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    more = {"embedding_size": 32, "max_position_embeddings": 64, "is_decoder": True, "vocab_size": 320}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("roformer", **sizes, **more, pad_token_id=2))
+    tables = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    before = snapshot(model)
+    assert tables
+    rates = {"zo_learning_rate": 1e-2} if method == "zo" else {}
+    trainer = make_trainer(tmp_path, method=method, adapter="none", model=model, zero_shot=False, **rates)
+    trainer.train()
+    after = snapshot(model)
+    assert {name for name in before if torch.equal(before[name], after[name])} == tables
+    trainer.save_model(str(tmp_path / "saved"))
+    assert tables <= {*AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "backbone").state_dict()}
 
 
 def test_noise_on_embeddings_does_not_go_with_virtual_tokens(tmp_path):

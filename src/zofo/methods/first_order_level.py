@@ -40,7 +40,7 @@ class FirstOrderLevel:
         self._remedy = remedy
         self._blocks_below = blocks_below(adapted) if adapted.adapters and keys.lower_pool else []
         self.norm = 0.0  # of the last gradient
-        named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.backbone
+        named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.movable
         self.parameters = list(named.values())
         for parameter in self.parameters:
             parameter.requires_grad_(True)

@@ -51,6 +51,7 @@ class AdaptedModel:
         self.backbone: dict[str, Tensor] = dict(base.named_parameters())
         self.quantised = bool(base.config.to_dict().get("quantization_config"))  # then the backbone is never updated
         self.adapters: tuple[str, ...] = tuple(names[:1]) if stored else tuple(names) if config else ()
+        learnt = {name for name, parameter in self.backbone.items() if parameter.requires_grad}
         for parameter in self.backbone.values():
             parameter.requires_grad_(False)
         self._disabled = False
@@ -60,7 +61,8 @@ class AdaptedModel:
         elif config is not None:
             values = real_keys_and_values(base, config) if real_prefix else start
             self._peft = with_adapters(base, config, names, values)
-        self.movable = self._without_replaced()
+        # tables that the architecture freezes are constant; a model of an earlier run is frozen as a whole
+        self.movable = {name: p for name, p in self._without_replaced().items() if name in learnt or not learnt}
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:

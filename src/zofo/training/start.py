@@ -122,8 +122,16 @@ def _parts(
 
 
 def _require_all_or_none(base: PreTrainedModel) -> None:
-    """Refuses weights that somebody froze, among others, where the method would update all."""
+    """Refuses weights that somebody froze, among others, where the method would update all.
+
+    What the architecture itself freezes, such as a table of sinusoidal positions, is constant and stays so.
+    """
     frozen = [name for name, parameter in base.named_parameters() if not parameter.requires_grad]
+    if 0 < len(frozen) < len([*base.parameters()]):
+        with torch.device("meta"):
+            made = type(base)(base.config)
+        constant = {name for name, parameter in made.named_parameters() if not parameter.requires_grad}
+        frozen = [name for name in frozen if name not in constant]
     if 0 < len(frozen) < len([*base.parameters()]):
         raise ZofoError(
             f"{len(frozen)} weights of the model are frozen, such as {frozen[0]}, but this method updates all of the "
