@@ -145,9 +145,9 @@ def _parts(options: argparse.Namespace, task: str | None = None) -> tuple[str, s
 def _note_of_beside(model: str, adapter: str | None) -> None:
     """Says that a merged model is scored without the virtual tokens that could not be merged into it."""
     place = Path(model).expanduser()
-    for file in (
-        sorted(place.glob("*/adapter_config.json")) if not adapter and (place / "config.json").is_file() else ()
-    ):
+    if adapter or not (place / "config.json").is_file():
+        return
+    for file in sorted(place.glob("*/adapter_config.json")):
         _note(f"{model} counts without the adapter beside it: with it, add --adapter {file.parent}")
 
 
