@@ -236,8 +236,9 @@ def require_same(stored: dict[str, Any], current: dict[str, Any], folder: Path) 
             f"{folder} was written by a run on other training rows: give it the same data and task file, or start a "
             "new run in another output_dir"
         )
-    measured = not (stored.get(REWARD_DECIDES, True) or current.get(REWARD_DECIDES, True))
-    free = ("rows", REWARD_DECIDES, *((REWARD, "reward_weights") if measured else ()))
+    decides = stored.get(REWARD_DECIDES, True) or current.get(REWARD_DECIDES, True)
+    mended = (REWARD, "reward_weights") if current.get(REWARD) and not decides else ()
+    free = ("rows", REWARD_DECIDES, *mended)
     for key in [key for key in current if key not in free]:
         found, given = before.get(key), current[key]
         if not same(key, found, given):
