@@ -1,12 +1,14 @@
 """Does the automatic rate harm a model that is trained already? With and without its part of signal.
 
     python benchmarks/trained_start.py [TASK ...]
+    python benchmarks/trained_start.py seeds TASK SEED ...
 
 SmolLM2-135M in float32 on the six built-in tasks that need no network, texts of at most 32 tokens: 100 steps of LoRA in
 the last 2 layers (batch 8, 1e-3), then 60 zeroth-order steps on all weights with the automatic rate, 8 rows each, the
 adapter fixed (`two_stage`). The loss of 200 dev rows before and after these, and the difference by rows with its 95 %
 interval; the same with `Automatic` as it was before it looked at errors. And 60 such steps without an adapter, from the
-untrained model. One seed. Writes `benchmarks/results/trained-start.json` after each of these, and keeps the others.
+untrained model. One seed. Writes `benchmarks/results/trained-start.json` after each of these, and keeps the others. The
+second form repeats a task beside a trained adapter, with the factor, with other seeds, of the rows and of the run.
 """
 
 from __future__ import annotations
@@ -49,21 +51,30 @@ class At(TrainerCallback):
 
 def main() -> None:
     """Measures each task, prints it, writes."""
+    if "seeds" in sys.argv:
+        for seed in map(int, sys.argv[3:]):
+            store(sys.argv[2], "with", f"trained, seed {seed}", moved(sys.argv[2], LORA, seed))
+        return
     rules = {"with": Automatic._judged, "without": lambda self, estimate, state, assumed: {"trust": 1.0}}
     for (name, rule), lora, task in itertools.product(rules.items(), (LORA, 0), sys.argv[1:] or TASKS):
         Automatic._judged = rule  # pyright: ignore[reportAttributeAccessIssue]
-        found = {**moved(task, lora), "machine": machine()}
-        kept = json.loads(FILE.read_text())["tasks"] if FILE.is_file() else {}
-        kept.setdefault(task, {}).setdefault(name, {})["trained" if lora else "untrained"] = found
-        FILE.write_text(json.dumps({"tasks": kept}, indent=1) + "\n")
-        print(task, name, lora, json.dumps(found), flush=True)
+        store(task, name, "trained" if lora else "untrained", moved(task, lora))
 
 
-def moved(task: str, lora: int) -> dict[str, Any]:
+def store(task: str, rule: str, start: str, measured: dict[str, Any]) -> None:
+    """Prints a result, and writes it beside the others."""
+    found = {**measured, "machine": machine()}
+    kept = json.loads(FILE.read_text())["tasks"] if FILE.is_file() else {}
+    kept.setdefault(task, {}).setdefault(rule, {})[start] = found
+    FILE.write_text(json.dumps({"tasks": kept}, indent=1) + "\n")
+    print(task, rule, start, json.dumps(found), flush=True)
+
+
+def moved(task: str, lora: int, seed: int = 0) -> dict[str, Any]:
     """The mean dev loss before and after the zeroth-order steps, and the difference with half its interval."""
     model, tokenizer = load_model(MODEL)
     records = load_task(task).records()
-    rows = split_records(records, train_size=1000, dev_size=DEV, test_size=100, seed=0)
+    rows = split_records(records, train_size=1000, dev_size=DEV, test_size=100, seed=seed)
     keys: dict[str, Any] = {"method": "zo", "adapter": "none"}
     if lora:
         keys = {"method": "two_stage", "adapter_layers": "last 2", "two_stage_fraction": lora / (lora + STEPS)}
@@ -71,7 +82,7 @@ def moved(task: str, lora: int) -> dict[str, Any]:
         args = ZOFOConfig(
             output_dir=folder, max_steps=lora + STEPS, max_length=LENGTH, per_device_train_batch_size=8,
             gradient_accumulation_steps=1, learning_rate=1e-3, zo_learning_rate="auto", report_to="none",
-            save_strategy="no", eval_strategy="no", disable_tqdm=True, **keys,
+            save_strategy="no", eval_strategy="no", disable_tqdm=True, seed=seed, **keys,
         )  # fmt: skip
         made = ZOFOTrainer(model, args, rows.train, processing_class=tokenizer)
         before: list[torch.Tensor] = [] if lora else [losses(made, rows.dev, tokenizer)]

@@ -14,8 +14,12 @@ from zofo.keys import Keys
 from zofo.methods.first_order_optimizers import first_order_optimizer
 from zofo.models.adapters import AdaptedModel
 from zofo.models.below import Below, blocks_below
-from zofo.scoring.batch import Batch
+from zofo.scoring.batch import UNLIMITED, Batch, parts
 from zofo.scoring.scorer import Scorer, Tokens, count
+
+# of a forward with its backward where the adapters leave blocks below them: the activations of the few blocks above are
+# then no more than what a plain forward of a batch holds at once, and products of so many tokens are still efficient
+_TOKENS_AT_ONCE = 1024
 
 
 class FirstOrderLevel:
@@ -38,7 +42,8 @@ class FirstOrderLevel:
         self._adapter = adapter
         self._keys = keys
         self._remedy = remedy
-        self._blocks_below = blocks_below(adapted) if adapted.adapters and keys.lower_pool else []
+        self._blocks_below = blocks_below(adapted) if adapted.adapters else []
+        self._tokens_at_once = _TOKENS_AT_ONCE if self._blocks_below else UNLIMITED
         self.norm = 0.0  # of the last gradient
         named = adapted.adapter_parameters(adapter) if adapted.adapters else adapted.movable
         self.parameters = list(named.values())
@@ -49,9 +54,10 @@ class FirstOrderLevel:
     def gradient(self, batches: Sequence[Batch], label: str, factor: float = 1.0, below: Sequence[Below] = ()) -> float:
         """Adds the gradient of `factor` times the mean loss over all batches to `.grad`; returns the mean loss.
 
-        One batch at a time goes forward and backward, so memory is that of one. Train mode: dropout is on. With
-        `optimizer_in_backward` the parameters are updated when it returns, and have no `.grad`. With `below`, one for
-        each batch, its forward begins above the blocks that have run for this batch before.
+        One batch at a time goes forward and backward, so memory is that of one, or of a part of it where blocks are
+        below the adapters. Train mode: dropout is on. With `optimizer_in_backward` the parameters are updated when it
+        returns, and have no `.grad`. With `below`, one for each batch, its forward begins above the blocks that have
+        run for this batch before.
         """
         self._adapted.use(self._adapter)
         self._adapted.model.train()
@@ -59,10 +65,11 @@ class FirstOrderLevel:
         loss, norms = 0.0, list[Tensor]()
         for batch, kept in zip(batches, below or [Below() for _ in batches], strict=True):
             with kept.shared(self._blocks_below if below else ()):
-                part = self._scorer.loss(batch) / total
-            loss += float(part.detach())
-            self._require_finite(loss, label)
-            norms += self._backward(part * factor)
+                for part in parts(batch, self._tokens_at_once):
+                    share = self._scorer.loss(part) / total
+                    loss += float(share.detach())
+                    self._require_finite(loss, label)
+                    norms += self._backward(share * factor)
             self._scorer.tokens.backward_tokens += int(batch["attention_mask"].sum())
         gradients = norms or [p.grad for p in self.parameters if p.grad is not None]
         self.norm = float(torch.nn.utils.get_total_norm(gradients))

@@ -165,6 +165,13 @@ def share(batch: Batch, number: int, of: int) -> Batch:
     return part
 
 
+def parts(batch: Batch, tokens: int) -> list[Batch]:
+    """A batch in parts of whole examples, each with at most about so many tokens, padding included."""
+    examples = len(batch.get("gold", batch["input_ids"]))
+    of = min(examples, max(1, -(-batch["input_ids"].numel() // tokens)))
+    return [share(batch, number, of) for number in range(of)]
+
+
 def apart(batch: Batch) -> Iterator[Batch]:
     """Each row of a batch as a batch of its own, without padding, `gold` and `slots`; `scored` is ordered by rows."""
     for number, mask in enumerate(batch["attention_mask"]):
