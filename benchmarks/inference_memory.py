@@ -36,6 +36,14 @@ RUNS: dict[str, dict[str, Any]] = {
         **ROW_BY_ROW,
         "gradient_checkpointing": True,
     },
+    "all weights by SGD in the backward, one row a step, checkpointing": {
+        "method": "fo",
+        "adapter": "none",
+        "optimizer_in_backward": True,
+        "optim": "sgd",
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": True,
+    },
     "fo, all layers": {"method": "fo", "adapter": "lora"},
     "fo, all layers, checkpointing": {"method": "fo", "adapter": "lora", "gradient_checkpointing": True},
     "bilevel, all layers": {"method": "bilevel", "penalty": 1.0, "lower_steps": 1, "adapter": "lora"},
@@ -55,7 +63,7 @@ def main() -> None:
             command = [sys.executable, "-W", "ignore", __file__, "--of", name, str(length)]
             run = subprocess.run(command, check=True, capture_output=True, text=True)
             found.setdefault(name, {})[str(length)] = json.loads(run.stdout.splitlines()[-1])
-            print(f"{name:42} {length:5} {found[name][str(length)] / 2**20:,.0f} MiB", flush=True)
+            print(f"{name:66} {length:5} {found[name][str(length)] / 2**20:,.0f} MiB", flush=True)
     write("inference-memory", {"peak MiB": {n: {k: v >> 20 for k, v in of.items()} for n, of in found.items()}})
 
 
