@@ -654,6 +654,9 @@ BAD = {
         {"tasks": [["tweets", "sms_spam"]], "forgetting": "movie_reviews"}, "forgetting is given, but runs"
     ),
     "tasks without a common metric": ({"tasks": [["tweets", "squad"]]}, "no metric is of all of them"),
+    "a run whose name is no folder": ({"runs": {**RUNS, "lora/r8": {"method": "fo"}}}, "cannot be the name of a fold"),
+    "a budget without end": ({"budget": {"steps": float("inf")}}, "must be a number from 1"),
+    "half a step": ({"budget": {"steps": 1.5}}, "must be a whole number"),
     "templates of a word": ({"templates": "all"}, "templates is 'all', but must be true or false"),
 }  # fmt: skip
 
@@ -677,6 +680,19 @@ def test_tasks_are_told_apart_by_their_names(tmp_path, made):
         write_task(tmp_path / "two", FILMS, name=name)
         with pytest.raises(ZofoError, match="cannot be the name of a folder"):
             planned(plan_of(tmp_path, made, tasks=[*map(str, places)]))
+
+
+def test_text_tasks_of_one_run_are_scored_alike(tmp_path, made):
+    for name, metrics in {"one": ["token_f1", "exact_match"], "two": ["exact_match"]}.items():
+        write_task(tmp_path / name, FILMS, name=name, options=None, metric=metrics)
+    plan = plan_of(tmp_path, made, tasks=[[str(tmp_path / name / "task.yaml") for name in ("one", "two")]])
+    with pytest.raises(ZofoError, match="whose rows are scored by exact_match and token_f1: give them the same"):
+        planned(plan)
+
+
+def test_a_run_that_was_killed_says_so():
+    words = [sys.executable, "-c", "import os; os.write(2, b'a warning'); os.kill(os.getpid(), 9)"]
+    assert work.failure_of_process(work.ended(words)) == "killed by signal 9, perhaps for lack of memory"
 
 
 def test_forgetting_on_rows_that_are_trained_on_is_refused(capsys, tmp_path, made, here):

@@ -278,6 +278,19 @@ def test_the_same_seed_gives_the_same_completions_rewards_and_weights_resumed_to
     assert logs == pytest.approx([np.mean([v for _, _, v in of_whole[4 * n : 4 * n + 4]]) for n in range(4)])
 
 
+def test_shaped_losses_without_a_penalty_move_the_backbone(tmp_path):
+    keys = {"penalty": 0.0, "zo_shaping": "zscore", "zo_learning_rate": 1e-3}
+    _, _, logs, found = stepped(tmp_path, **keys)
+    assert abs(found.projected[0]) == pytest.approx(1 / EPS, rel=1e-4)  # the z-scores of two members are 1 and -1
+    assert "penalty_gap" not in logs
+
+
+def test_a_training_row_without_options_is_refused_before_any_step(tmp_path):
+    rows = [*make_rows(8), {"prompt": "the film was", "completion": " a"}]
+    with pytest.raises(ZofoError, match="accuracy needs options to choose from, but the row with the answer ' a' has"):
+        make_trainer(tmp_path, rows, method="zo", adapter="none", loss="lm", objective="accuracy")
+
+
 def test_a_population_without_spread_moves_nothing_and_says_so_once(tmp_path, caplog):
     keys = {"objective": "reward", "max_new_tokens": 2, "num_perturbations": 2, "method": "zo", "adapter": "none"}
     trainer = make_trainer(tmp_path, rows_of(12), reward_funcs=constant, **keys)

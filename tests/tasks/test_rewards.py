@@ -50,6 +50,18 @@ def test_values_may_be_a_list_or_an_array(values):
     assert of(lambda completions: values) == [1.0, 0.5]
 
 
+def test_a_function_that_changes_what_it_gets_leaves_the_others_theirs():
+    def sorts(completions, n):
+        completions.sort()
+        n.clear()
+        return [0.0, 0.0]
+
+    def lengths(completions, n):
+        return [len(text) + number for text, number in zip(completions, n, strict=True)]
+
+    assert made_rewards({"a": sorts, "b": lengths}, None, 5.0).of(ROWS, ("two words", "one")) == [12.0, 7.0]
+
+
 def test_several_rewards_are_a_weighted_sum_of_those_that_apply():
     functions = {"f": lambda completions: [1.0, None, None], "g": lambda completions: [10.0, 20.0, None]}
     assert made_rewards(functions, [2.0, 0.5], 5.0).of([*ROWS, ROWS[0]], ["x"] * 3) == [7.0, 10.0, None]

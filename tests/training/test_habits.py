@@ -264,6 +264,19 @@ def test_conversations_need_no_answer_to_be_answered(tmp_path):
     assert [row.prompt for row in questions(pandas.DataFrame({"prompt": ["a", "b"]}))] == ["a", "b"]
 
 
+def test_predictions_are_of_numbers_and_of_rows_of_one_kind(tmp_path):
+    made = make_trainer(tmp_path, method="fo")
+    question = {"prompt": "the film was"}
+    choice = {**question, "options": [" a", " the"]}
+    for rows in ([question, choice], [choice, question]):
+        with pytest.raises(ZofoError, match="some rows have options to choose from, and others have none"):
+            made.predict(rows)
+    for parameter in made.adapted.adapter_parameters("upper").values():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(ZofoError, match="the scores of 1 of 1 rows are nan"):
+        made.predict([choice])
+
+
 def right_share(predictions, references):
     assert all(isinstance(text, str) for text in predictions)
     assert all(isinstance(right, list) for right in references)

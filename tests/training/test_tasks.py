@@ -255,6 +255,13 @@ def test_what_does_not_go_with_these_tasks_is_one_line(tmp_path, keys, words):
         several(tmp_path, **keys)
 
 
+@pytest.mark.parametrize("name", ["lower", "b_lower"])
+def test_a_task_whose_scores_would_be_logged_as_those_of_an_adapter_is_refused(tmp_path, name):
+    with pytest.raises(ZofoError, match=f"a task is called {name}, but scores are logged as eval_lower_loss for the"):
+        several(tmp_path, {"b": TASKS["a"], name: TASKS["b"]})
+    several(tmp_path, {"b": TASKS["a"], name: TASKS["b"]}, penalty="infinite")  # which has no lower adapter
+
+
 def test_the_best_model_may_be_chosen_by_the_lower_adapter_of_one_task(tmp_path):
     keys = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_steps": 1, "max_steps": 2}
     trainer = several(tmp_path, eval_rows=TASKS, metric_for_best_model="a_lower_loss", **keys)

@@ -136,6 +136,8 @@ def adapt(asked: Asked, config: ZOFOConfig, output: Path, say: Say) -> dict[str,
 def splits_of_new(task: Task, config: ZOFOConfig, shots: int) -> Splits:
     """The rows of a task to adapt to, which has enough of them."""
     splits = run_splits(task, config).reworded(lambda rows: task.reworded(rows, config.template))
+    asked = {record.identity for record in splits.test}  # by another template than the one by which rows were divided
+    splits = replace(splits, train=[record for record in splits.train if record.identity not in asked])
     if shots > len(splits.train):
         raise ZofoError(
             f"shots is {shots}, but task {task.name} has {len(splits.train)} training rows: lower it, or "

@@ -1,5 +1,6 @@
 """The file of a comparison, checked before any work: whether its runs can be done, and are compared fairly."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from zofo.keys import OF_ADAPTER
 from zofo.methods.objective_settings import GENERATED
 from zofo.parse import read_yaml
 from zofo.tasks.lists import name_of_task, require_folder_name, task_files
+from zofo.tasks.metrics import TEXT_METRICS
 from zofo.tasks.task import load_task
 
 _NEEDED = ("output_dir", "base", "runs", "tasks", "seeds", "budget", "baseline")
@@ -113,6 +115,8 @@ def _check(plan: Plan) -> None:
             raise ZofoError(
                 f"{where} holds {wrong[0]}, which a comparison says by {_ITS_OWN[wrong[0]]}: leave it out there"
             )
+    for run in plan.runs:
+        require_folder_name(run)
     for key in ("templates", "forgetting"):
         if vars(plan)[key] and any(len(division.tasks) > 1 for division in plan.divisions):
             raise ZofoError(f"{key} is given, but runs over several tasks have no such scores: leave it out")
@@ -197,6 +201,11 @@ def _tasks(content: Mapping[str, Any], key: str) -> list[tuple[str, ...]]:
             raise ZofoError(
                 f"{key} has {', '.join(entry)} in one run, but no metric is of all of them: make them entries of "
                 "their own"
+            )
+        if len(firsts := {own[0] for own in metrics} & TEXT_METRICS.keys()) > 1:
+            raise ZofoError(
+                f"{key} has {', '.join(entry)} in one run, whose rows are scored by {' and '.join(sorted(firsts))}: "
+                "give them the same first metric, or make them entries of their own"
             )
     return tasks
 
@@ -337,8 +346,10 @@ def _budget(given: Any) -> tuple[str, float]:
     if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in _BUDGETS:
         raise ZofoError(f"budget is {given!r}: give one of {', '.join(_BUDGETS)}, such as {{steps: 200}}")
     ((kind, amount),) = cast("dict[str, Any]", given).items()
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or amount < 1:
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 1 <= amount < math.inf:
         raise ZofoError(f"the budget of {kind} is {amount!r}, but must be a number from 1")
+    if kind == "steps" and amount != int(amount):
+        raise ZofoError(f"the budget of steps is {amount!r}, but must be a whole number")
     return kind, float(amount)
 
 

@@ -137,10 +137,15 @@ def _failure_of(words: list[str], log: Path) -> str | None:
     """Runs a command of zofo; the last line of its message, if it has failed."""
     found = ended([sys.executable, "-m", "zofo.cli", *words])
     log.write_text(found.stdout + found.stderr, encoding="utf-8")
-    if not found.returncode:
-        return None
+    return failure_of_process(found) if found.returncode else None
+
+
+def failure_of_process(found: subprocess.CompletedProcess[str]) -> str:
+    """Why a command has failed: what it says last, or the signal that has ended it."""
     if found.returncode in (_INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
+    if found.returncode < 0:
+        return f"killed by signal {-found.returncode}, perhaps for lack of memory"
     lines = [line for line in found.stderr.splitlines() if line.strip()] or [f"exit status {found.returncode}"]
     return lines[-1].removeprefix("zofo: ")
 

@@ -336,10 +336,12 @@ class _Iteration:
         named = {f"step {self._number}: {label} near θ": pair for label, pair in asked.items() if pair[1]}
         if not points:
             return []
+        first = [known.upper, known.upper_penalty] if known else [0.0] if self._black_box else []
+        if not named:  # F is measured elsewhere, and nothing is coupled to it
+            return [Losses(*first) for _ in points]
         before = self._rows_at_theta if known else []
         level, scorer = self._method.theta, self._method.scorer
         each = level.losses(scorer, self._number, points, named, lambda rows: by_stream(self._parts, [*before, *rows]))
-        first = [known.upper, known.upper_penalty] if known else [0.0] if self._black_box else []
         return [Losses(*first, *found) for found in each]
 
 

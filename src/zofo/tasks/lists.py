@@ -74,10 +74,10 @@ def _expanded(word: Any) -> list[str]:
 
 
 def require_folder_name(name: str) -> None:
-    """Refuses the name of a task that cannot be that of a folder."""
+    """Refuses the name of a task, or of a run of a comparison, that cannot be that of a folder."""
     if Path(name).name != name or name.startswith("."):
         raise ZofoError(
-            f"task {name!r} cannot be the name of a folder, which each of several tasks has: give it another `name`"
+            f"{name!r} cannot be the name of a folder, which each of several tasks or runs has: give it another name"
         )
 
 

@@ -61,7 +61,8 @@ class Rewards:
         totals: list[float | None] = [None] * len(completions)
         for (name, function), weight in zip(self.functions.items(), self.weights, strict=True):
             missing = dict.fromkeys(_needed(function) - arguments.keys(), [None] * len(completions))
-            values = _checked(name, self._called(name, function, _taken(function, arguments | missing)), completions)
+            own = {key: [*values] for key, values in (arguments | missing).items()}  # which the function may change
+            values = _checked(name, self._called(name, function, _taken(function, own)), completions)
             totals = [_added(total, value, weight) for total, value in zip(totals, values, strict=True)]
         return totals
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from zofo.errors import ZofoError
 from zofo.methods.method import Method
 from zofo.models.peft import UPPER
-from zofo.scoring.evaluation import Answer, Evaluator, require_scorable
+from zofo.scoring.evaluation import Answer, Evaluator, require_numbers, require_scorable
 from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.scorer import Scorer, Tokens
 from zofo.scoring.tokens import Example, tokenize
@@ -138,10 +138,15 @@ class EvaluatingTrainer(StoringTrainer):
         if not rows:
             return []
         examples = self.examples(rows)
-        metrics = ["accuracy" if len(examples[0].answers) > 1 and not self.rewards else "exact_match"]
+        asked = {len(example.answers) > 1 for example in examples}
+        if len(asked) > 1 and not self.rewards:
+            raise ZofoError("some rows have options to choose from, and others have none: predict these apart")
+        metrics = ["accuracy" if asked == {True} and not self.rewards else "exact_match"]
         with self.adapted.deployed_after():
             self.adapted.use(UPPER)
-            return self._evaluator("predict", metrics).unrewarded(examples)
+            answers = self._evaluator("predict", metrics).unrewarded(examples)
+        require_numbers(answers)
+        return answers
 
     def _evaluator(self, progress: str = "", metrics: Sequence[str] = ()) -> Evaluator:
         return Evaluator(

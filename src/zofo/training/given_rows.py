@@ -64,6 +64,12 @@ def require_tasks(args: ZOFOConfig, tasks: Sequence[str]) -> None:
     if len(tasks) == 1:
         return
     method = args.method_class
+    for adapter in method.adapters[1:]:
+        if taken := [name for name in tasks if name == adapter or name.endswith(f"_{adapter}")]:
+            raise ZofoError(
+                f"a task is called {taken[0]}, but scores are logged as eval_{adapter}_loss for the adapter {adapter}, "
+                "and as eval_NAME_loss for each of several tasks: rename the task"
+            )
     if args.diagnose:
         raise ZofoError("diagnose measures on one task, but there are several: leave it out, or train on one")
     if args.optimizer_in_backward and args.tasks_per_step > 1:

@@ -25,7 +25,7 @@ from zofo.scoring.generation import AnswerSpan
 from zofo.scoring.padding import probe, random_batch
 from zofo.scoring.scorer import Scorer
 from zofo.scoring.tokens import Example
-from zofo.tasks.metrics import Metric
+from zofo.tasks.metrics import OPTION_METRICS, Metric
 from zofo.tasks.prompts import chat_identity
 from zofo.tasks.records import Record, digest
 from zofo.training import given_rows, objective, start
@@ -188,6 +188,8 @@ class ZOFOTrainer(EvaluatingTrainer):
         given_rows.require_rows_for_a_batch(self.args, task.sizes, name)
         scored = [*every, *task.dev] if self.rewards else task.dev
         require_scorable(self.adapted, metrics, scored)
+        if self.args.objective in OPTION_METRICS:  # which steps of θ compute of training rows
+            require_scorable(self.adapted, (self.args.objective,), every)
         objective.require_rewardable(self.rewards, self.adapted, span, scored)
         return task
 
