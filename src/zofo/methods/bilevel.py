@@ -337,7 +337,7 @@ class _Iteration:
         if not points:
             return []
         first = [known.upper, known.upper_penalty] if known else [0.0] if self._black_box else []
-        if not named:  # F is measured elsewhere, and nothing is coupled to it
+        if self._black_box and not named:  # F is measured elsewhere, and nothing is coupled to it
             return [Losses(*first) for _ in points]
         before = self._rows_at_theta if known else []
         level, scorer = self._method.theta, self._method.scorer
