@@ -257,8 +257,9 @@ def test_what_does_not_go_with_these_tasks_is_one_line(tmp_path, keys, words):
 
 @pytest.mark.parametrize("name", ["lower", "b_lower"])
 def test_a_task_whose_scores_would_be_logged_as_those_of_an_adapter_is_refused(tmp_path, name):
-    with pytest.raises(ZofoError, match=f"a task is called {name}, but scores are logged as eval_lower_loss for the"):
+    with pytest.raises(ZofoError, match=f"a task is called {name}, but scores of the adapter lower are logged under"):
         several(tmp_path, {"b": TASKS["a"], name: TASKS["b"]})
+    several(tmp_path, {"a": TASKS["a"], "c_lower": TASKS["b"]})  # which no scores of an adapter are called
     several(tmp_path, {"b": TASKS["a"], name: TASKS["b"]}, penalty="infinite")  # which has no lower adapter
 
 

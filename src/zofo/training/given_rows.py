@@ -65,10 +65,10 @@ def require_tasks(args: ZOFOConfig, tasks: Sequence[str]) -> None:
         return
     method = args.method_class
     for adapter in method.adapters[1:]:
-        if taken := [name for name in tasks if name == adapter or name.endswith(f"_{adapter}")]:
+        if taken := [name for name in tasks if name == adapter or name in (f"{other}_{adapter}" for other in tasks)]:
             raise ZofoError(
-                f"a task is called {taken[0]}, but scores are logged as eval_{adapter}_loss for the adapter {adapter}, "
-                "and as eval_NAME_loss for each of several tasks: rename the task"
+                f"a task is called {taken[0]}, but scores of the adapter {adapter} are logged under that name, as "
+                f"eval_{taken[0]}_loss: rename the task"
             )
     if args.diagnose:
         raise ZofoError("diagnose measures on one task, but there are several: leave it out, or train on one")
